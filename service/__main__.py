@@ -1,0 +1,50 @@
+"""``python -m service``: serve (the default), or ``check`` the configuration."""
+
+import argparse
+import logging
+import sys
+
+from service.config.logging import configure_logging
+
+logger = logging.getLogger("service")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the process's exit status: 0, 1 for a refused configuration, 2 for a wrong command."""
+    # Before anything else is imported: whatever happens from here on comes out as JSON.
+    configure_logging()
+    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=("serve", "check"),
+        default="serve",
+        help="serve: run the service; check: print every problem of the configuration and exit",
+    )
+    command = parser.parse_args(arguments).command
+
+    # Imported late, so that a wrong command costs nothing.
+    from service.config.env_validator import read_settings  # noqa: PLC0415
+
+    report = read_settings()
+    for warning in report.warnings:
+        logger.warning("Warning: %s", warning)
+    for error in report.errors:
+        logger.error("Error: %s", error)
+    if report.settings is None:
+        return 1
+    if command == "check":
+        logger.info("The configuration is valid")
+        return 0
+
+    # Imported last: the OpenTelemetry packages read the environment when they are imported.
+    from service.config.settings import export_otel  # noqa: PLC0415
+
+    export_otel()
+    from service.server import serve  # noqa: PLC0415
+
+    return serve(report.settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""From what the OpenAI SDK raises to this service's errors: the one border where that happens."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx2
+import openai
+
+from service.errors import (
+    BadRequestError,
+    RateLimitError,
+    ServiceError,
+    UpstreamError,
+    UpstreamTimeoutError,
+)
+
+MAX_REASON_CHARS = 300
+MAX_RETRY_AFTER_S = 3_600.0
+ECHO_CHARS = 8
+"""A piece of the caller's text of this length in an upstream's message counts as an echo of the prompt."""
+
+UNKNOWN_MODEL = re.compile(r"invalid model name|model.{0,200}(not found|does not exist)", re.IGNORECASE)
+NO_DEPLOYMENT = "no healthy deployments"
+INTERNALS = re.compile(
+    r"traceback|https?://|/[\w.-]+/[\w.-]+/|\.py\b|bearer|api[_ -]?key|sk-\w", re.IGNORECASE
+)
+PREFIXES = re.compile(r"^(/[\w/]+: |litellm\.\w+: |\w+(Error|Exception)( -|:) )+")
+
+
+def timed_out(timeout_s: float) -> UpstreamTimeoutError:
+    """The error for a call that reached its time limit."""
+    return UpstreamTimeoutError(f"The model did not answer within {timeout_s:g} s. Try again.")
+
+
+def nonsense() -> UpstreamError:
+    """The error for an answer that is none."""
+    return UpstreamError("The model's side answered with something that is not an answer. Try again.")
+
+
+def read_json(response: httpx2.Response) -> dict[str, Any]:
+    """The body as a JSON object; ``UpstreamError`` when it is none."""
+    try:
+        payload = json.loads(response.content)
+    except (ValueError, RecursionError):
+        raise nonsense() from None
+    if not isinstance(payload, dict):
+        raise nonsense()
+    return payload
+
+
+def translate(error: openai.APIError, request: Mapping[str, Any], *, known_model: bool) -> ServiceError:
+    """The service's error for an SDK error.
+
+    Args:
+        error: What the SDK raised.
+        request: The body that was sent; its texts may not come back in a message.
+        known_model: Whether the upstream has listed the model, so that "no deployment" means a failure there.
+    """
+    match error:
+        case openai.APIStatusError():
+            return _from_status(error, request, known_model=known_model)
+        case openai.APITimeoutError():
+            return UpstreamTimeoutError()
+        case openai.APIConnectionError() if isinstance(error.__cause__, httpx2.ConnectError):
+            return UpstreamTimeoutError("The model's side cannot be reached. Try again.")
+        case openai.APIConnectionError():
+            return UpstreamError("The model's side broke the connection before a whole answer. Try again.")
+        case _:
+            return nonsense()
+
+
+def _from_status(
+    error: openai.APIStatusError, request: Mapping[str, Any], *, known_model: bool
+) -> ServiceError:
+    body = error.body if isinstance(error.body, dict) else {}
+    match error.status_code:
+        case 429:
+            wait_s = retry_after(error.response.headers.get("retry-after"))
+            return RateLimitError(
+                "The model's rate limit is reached. Wait for the seconds in Retry-After, then try again.",
+                retry_after_s=wait_s or 1.0,
+            )
+        case 408:
+            return UpstreamTimeoutError()
+        case 401 | 402 | 403 | 407:
+            return _our_credentials()
+        # LiteLLM without a database answers a wrong key with 400 and this type.
+        case 400 if body.get("type") == "no_db_connection":
+            return _our_credentials()
+        case 400 | 404 | 413 | 415 | 422:
+            return _refused(body, request, known_model=known_model)
+        case _:
+            return UpstreamError()
+
+
+def _our_credentials() -> UpstreamError:
+    return UpstreamError("The model's side refused this service's credentials.", retryable=False)
+
+
+def _refused(body: Mapping[str, Any], request: Mapping[str, Any], *, known_model: bool) -> ServiceError:
+    text = str(body.get("message") or "")
+    if NO_DEPLOYMENT in text and known_model:
+        return UpstreamError("The model has no healthy deployment at the moment. Try again.")
+    if body.get("code") == "model_not_found" or UNKNOWN_MODEL.search(text) or NO_DEPLOYMENT in text:
+        return BadRequestError(f"Model '{request.get('model')}' not found")
+    return BadRequestError(_reason(text, request))
+
+
+def _reason(text: str, request: Mapping[str, Any]) -> str:
+    """The upstream's reason in one line; a general sentence where it shows internals or echoes the prompt."""
+    reason = PREFIXES.sub("", text.strip().split("\n", 1)[0]).strip()[:MAX_REASON_CHARS]
+    if not reason or INTERNALS.search(reason) or _echoes(reason, request):
+        return "The model refused the request."
+    return f"The model refused the request: {reason}"
+
+
+def _echoes(reason: str, request: Mapping[str, Any]) -> bool:
+    texts = [text for message in request.get("messages", ()) for text in _strings(message)]
+    # Pieces side by side: an echo of twice their length contains one whole, wherever it starts.
+    pieces = [
+        reason[at : at + ECHO_CHARS] for at in range(0, max(1, len(reason) - ECHO_CHARS + 1), ECHO_CHARS)
+    ]
+    return any(
+        piece in text or (len(text) < 2 * ECHO_CHARS and text in reason) for text in texts for piece in pieces
+    )
+
+
+def _strings(value: object) -> Iterator[str]:
+    """All texts in a message but its role."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name not in {"role", "type"}:
+                yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def retry_after(value: str | None, now: datetime | None = None) -> float | None:
+    """Seconds that a ``Retry-After`` field asks for, bounded; None where it asks for nothing readable.
+
+    Both forms of RFC 9110, section 10.2.3: a number of seconds, and an HTTP date.
+    """
+    if value is None:
+        return None
+    text = value.strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text[:9]), MAX_RETRY_AFTER_S)
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    seconds = (moment - (now or datetime.now(UTC))).total_seconds()
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S)

@@ -1,0 +1,224 @@
+"""Every line of the process is one JSON object on stdout; the same record goes to OTLP through the bridge.
+
+A logging call gives a constant message and keyword fields (``extra``); inside a request the ids of the trace,
+the user and the caller's own id are added here, once for both outputs.
+"""
+
+import json
+import logging
+import logging.config
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, TextIO
+
+from opentelemetry import trace
+from opentelemetry.instrumentation.logging.handler import LoggingHandler
+from opentelemetry.sdk._logs import LoggerProvider
+
+MAX_TEXT = 16_384
+"""Longest string of a log record, in characters; what is over is cut."""
+
+QUIET = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "asyncio.sslproto", "grpc", "urllib3")
+"""Libraries that log each request below WARNING, with URLs or bodies in it."""
+
+NOT_EXPORTED = ("opentelemetry", *QUIET)
+"""What an exporter uses or says itself: sent over OTLP, it would feed itself while the collector is down."""
+
+EVENT_NAME = "otel.event.name"
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+_LEVELS = {"WARN": "WARNING", "FATAL": "CRITICAL"}
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """What is known of the request at hand; made when it enters, completed on the way.
+
+    ``request_id`` is the trace id (32 hex digits), ``incident_id`` is ``inc_`` and the server span's id,
+    ``client_request_id`` the caller's own ``X-Request-ID`` where it is harmless, ``error`` the name of the
+    error that the request was answered with.
+    """
+
+    request_id: str
+    incident_id: str
+    client_request_id: str | None = None
+    user: str | None = None
+    error: str | None = None
+
+
+current_request: ContextVar[RequestContext | None] = ContextVar("current_request", default=None)
+
+
+def timestamp(seconds: float | None = None) -> str:
+    """A moment (Unix time; without one: now) as ISO 8601 in UTC with milliseconds and ``Z``."""
+    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+class RecordContext(logging.Filter):
+    """Completes a record in place, before any handler formats it: ids, user, and the exception as fields."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Drop what a quiet library says below WARNING; complete the rest."""
+        if record.levelno < logging.WARNING and record.name.split(".", 1)[0] in QUIET:
+            return False
+        vars(record).pop("color_message", None)
+        request = current_request.get()
+        if request is not None:
+            record.request_id = request.request_id
+            if request.user is not None and not hasattr(record, "user"):
+                record.user = request.user
+            if request.client_request_id is not None:
+                record.client_request_id = request.client_request_id
+        if record.exc_info and record.exc_info[1] is not None:
+            fields = exception_fields(record.exc_info[1], with_messages=request is None)
+            vars(record).update(fields)
+            record.exc_info = record.exc_text = None
+        return True
+
+
+def exception_fields(error: BaseException, *, with_messages: bool) -> dict[str, str]:
+    """The exception's type and stack trace under OpenTelemetry's names.
+
+    Inside a request the exceptions' messages stay out: libraries put the input that they choked on there, and
+    the input is somebody's prompt. Types, files, lines and source text remain.
+    """
+    text = "".join(traceback.format_exception(error) if with_messages else _frames_only(error))
+    return {"exception.type": _type_name(error), "exception.stacktrace": text[-MAX_TEXT:]}
+
+
+def _type_name(error: BaseException) -> str:
+    kind = type(error)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _frames_only(error: BaseException) -> Iterator[str]:
+    seen: set[int] = set()
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        chain.append(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    for link in reversed(chain):
+        yield "Traceback (most recent call last):\n"
+        yield from traceback.format_tb(link.__traceback__)
+        yield f"{_type_name(link)}\n"
+        if isinstance(link, BaseExceptionGroup):
+            for inner in link.exceptions:
+                yield from _frames_only(inner)
+
+
+class JsonFormatter(logging.Formatter):
+    """One record as one line of JSON: the required fields first, then the record's own, in their order."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its line feed."""
+        line: dict[str, Any] = {
+            "timestamp": timestamp(record.created),
+            "level": _LEVELS.get(record.levelname, record.levelname),
+            "message": record.getMessage()[:MAX_TEXT],
+            "logger": record.name,
+        }
+        span = trace.get_current_span().get_span_context()
+        if span.is_valid:
+            line["trace_id"] = trace.format_trace_id(span.trace_id)
+            line["span_id"] = trace.format_span_id(span.span_id)
+        for name, value in vars(record).items():
+            if name not in _STANDARD:
+                line["event" if name == EVENT_NAME else name] = _bounded(value)
+        if record.stack_info:
+            line["stack"] = record.stack_info[:MAX_TEXT]
+        return json.dumps(line, default=_unknown, ensure_ascii=False, skipkeys=True)
+
+
+def _bounded(value: object) -> object:
+    return value[:MAX_TEXT] if isinstance(value, str) else value
+
+
+def _unknown(value: object) -> str:
+    return f"<{type(value).__name__}>"
+
+
+class ExportFilter(logging.Filter):
+    """Keeps off the bridge what the exporters themselves cause."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record may be exported."""
+        return record.name.split(".", 1)[0] not in NOT_EXPORTED
+
+
+def configure_logging(
+    level: str = "INFO", logger_provider: LoggerProvider | None = None, stream: TextIO | None = None
+) -> None:
+    """Route every logger, warning and uncaught exception of the process to JSON lines.
+
+    Called twice in a process's life: at once, so that no line escapes, and again when the settings and the
+    OTLP bridge are there.
+
+    Args:
+        level: The lowest level that is written and exported.
+        logger_provider: Where the bridge sends records; none, no bridge.
+        stream: Where the lines go; stdout when not given.
+    """
+    handlers: dict[str, Any] = {
+        "stdout": {
+            "()": logging.StreamHandler,
+            "stream": stream or sys.stdout,
+            "formatter": "json",
+            "filters": ["context"],
+        }
+    }
+    if logger_provider is not None:
+        handlers["otlp"] = {
+            "()": LoggingHandler,
+            "logger_provider": logger_provider,
+            "filters": ["export", "context"],
+        }
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "filters": {"context": {"()": RecordContext}, "export": {"()": ExportFilter}},
+            "formatters": {"json": {"()": JsonFormatter}},
+            "handlers": handlers,
+            "root": {"level": level, "handlers": list(handlers)},
+        }
+    )
+    logging.raiseExceptions = False
+    # The bridge's own complaints go to a bare stderr handler; the root's JSON handler takes them instead.
+    bridge = logging.getLogger("opentelemetry.instrumentation.logging.handler.internal")
+    bridge.handlers.clear()
+    bridge.propagate = True
+    logging.captureWarnings(capture=True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = _log_thread
+    sys.unraisablehook = _log_unraisable
+
+
+def detach_bridge() -> None:
+    """Stop sending records to OTLP, before the provider behind the bridge is shut down."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, LoggingHandler)]:
+        root.removeHandler(handler)
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, where: TracebackType | None
+) -> None:  # pragma: no cover - runs when the interpreter is on its way out; shown by a subprocess test
+    logging.getLogger("service").critical("Uncaught exception", exc_info=(kind, error, where))
+
+
+def _log_thread(event: threading.ExceptHookArgs) -> None:
+    if event.exc_value is not None and not isinstance(event.exc_value, SystemExit):
+        logging.getLogger("service").error("Uncaught exception in a thread", exc_info=event.exc_value)
+
+
+def _log_unraisable(event: "sys.UnraisableHookArgs") -> None:
+    logging.getLogger("service").error("Exception ignored in a finaliser", exc_info=event.exc_value)

@@ -1,0 +1,144 @@
+"""Every setting of the service, and the only place where the environment is read.
+
+Units stand in the names. A field's default and description are what ``.env.example`` says; a test keeps the
+two equal. Whether the values are safe and fit together is ``env_validator``'s business.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from dotenv import dotenv_values
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+ENV_FILE = ".env"
+
+OtlpProtocol = Literal["grpc", "http/protobuf"]
+SignalExporter = Literal["otlp", "none"]
+
+PASSED_THROUGH = (
+    "OTEL_EXPORTER_OTLP_COMPRESSION",
+    "OTEL_EXPORTER_OTLP_HEADERS",
+    "OTEL_EXPORTER_OTLP_TIMEOUT",
+    "OTEL_METRIC_EXPORT_INTERVAL",
+    "OTEL_PROPAGATORS",
+    "OTEL_RESOURCE_ATTRIBUTES",
+    "OTEL_BSP_MAX_QUEUE_SIZE",
+    "OTEL_BSP_SCHEDULE_DELAY",
+    "OTEL_BLRP_MAX_QUEUE_SIZE",
+    "OTEL_BLRP_SCHEDULE_DELAY",
+)
+"""Standard variables that the OpenTelemetry SDK reads itself; ``.env`` reaches it through ``export_otel``."""
+
+
+class Settings(BaseSettings):
+    """The configuration of one process: frozen, from the environment first, then from ``.env``."""
+
+    model_config = SettingsConfigDict(
+        env_file=ENV_FILE,
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    # Serving
+    environment: str = Field("development", min_length=1, max_length=64)
+    host: str = Field("127.0.0.1", min_length=1)
+    port: int = Field(8000, ge=0, le=65535)
+    workers: int = Field(1, ge=1, le=64)
+    forwarded_allow_ips: str = ""
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    max_body_bytes: int = Field(1_048_576, ge=1_024, le=104_857_600)
+    shutdown_timeout_s: float = Field(30.0, ge=0, le=3_600)
+
+    # Sign-in
+    jwt_secret_key: SecretStr = SecretStr("")
+    jwt_issuer: str = Field("llmops-api", min_length=1)
+    jwt_audience: str = Field("llmops-api", min_length=1)
+    jwt_ttl_s: int = Field(3_600, ge=60, le=86_400)
+    jwt_leeway_s: int = Field(10, ge=0, le=60)
+    auth_admin_password: SecretStr = SecretStr("")
+    auth_user_password: SecretStr = SecretStr("")
+    login_failures_per_name: str = "10/minute"
+    login_failures_per_address: str = "50/minute"
+
+    # The model's side
+    litellm_url: str = "http://127.0.0.1:4000"
+    litellm_api_key: SecretStr = SecretStr("")
+    default_model: str = Field("demo", min_length=1, max_length=200)
+    llm_timeout_s: float = Field(30.0, gt=0, le=3_600)
+    llm_connect_timeout_s: float = Field(5.0, gt=0, le=300)
+    llm_max_connections: int = Field(100, ge=1, le=10_000)
+    models_ttl_s: float = Field(300.0, ge=1, le=86_400)
+
+    # The vector store
+    qdrant_url: str = ""
+
+    # Telemetry
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    trust_traceparent: Literal["all", "none"] = "all"
+    telemetry_flush_timeout_s: float = Field(2.0, gt=0, le=60)
+    otel_sdk_disabled: bool = False
+    otel_service_name: str = "llmops-api"
+    otel_traces_sampler: Literal[
+        "always_on",
+        "always_off",
+        "traceidratio",
+        "parentbased_always_on",
+        "parentbased_always_off",
+        "parentbased_traceidratio",
+    ] = "parentbased_always_on"
+    otel_traces_sampler_arg: float = Field(1.0, ge=0, le=1)
+    otel_traces_exporter: SignalExporter = "otlp"
+    otel_metrics_exporter: SignalExporter = "otlp"
+    otel_logs_exporter: SignalExporter = "otlp"
+    otel_exporter_otlp_endpoint: str = ""
+    otel_exporter_otlp_traces_endpoint: str = ""
+    otel_exporter_otlp_metrics_endpoint: str = ""
+    otel_exporter_otlp_logs_endpoint: str = ""
+    otel_exporter_otlp_protocol: OtlpProtocol = "http/protobuf"
+    otel_exporter_otlp_traces_protocol: OtlpProtocol | None = None
+    otel_exporter_otlp_metrics_protocol: OtlpProtocol | None = None
+    otel_exporter_otlp_logs_protocol: OtlpProtocol | None = None
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
+
+
+def env_file_values() -> Mapping[str, str]:
+    """The variables of ``.env`` in the working directory that have a value; none when there is no file."""
+    return {name: value for name, value in dotenv_values(ENV_FILE).items() if value}
+
+
+def variable_names() -> set[str]:
+    """The names of all variables that are set, in the environment or in ``.env``."""
+    return set(os.environ) | set(env_file_values())
+
+
+def export_otel() -> None:
+    """Make the process's environment say what the OpenTelemetry packages read there by themselves.
+
+    Called once, before the first of them is used: HTTP semantic conventions in their stable form, the SDK's
+    own metrics, no raw lines from gRPC's C core on stderr, and the ``OTEL_*`` variables of ``.env``.
+    ``OTEL_SDK_DISABLED`` is taken out: with it the SDK makes no ids, and the request id is the trace id. The
+    providers obey the setting by recording and exporting nothing.
+    """
+    for name, value in env_file_values().items():
+        if name.startswith("OTEL_"):
+            os.environ.setdefault(name, value)
+    os.environ.pop("OTEL_SDK_DISABLED", None)
+    os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
+    os.environ.setdefault("OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED", "true")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -1,0 +1,64 @@
+"""What a route asks for, as annotated aliases; the one cast from ASGI's untyped state stands here."""
+
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from opentelemetry import trace
+from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDUSER_ID
+
+from service.config.logging import current_request
+from service.errors import AuthenticationError, PermissionDeniedError
+from service.services.auth import Authenticator, User
+from service.services.generation import Generation
+from service.state import State
+
+ENDUSER_ROLE = "enduser.role"
+
+bearer = HTTPBearer(auto_error=False, bearerFormat="JWT", description="The token from POST /auth/login")
+
+
+def _state(request: Request) -> State:
+    return cast("State", request.scope["state"])
+
+
+# Coroutines, though nothing is awaited: FastAPI runs plain functions in a thread each.
+async def _auth(request: Request) -> Authenticator:
+    return _state(request)["auth"]
+
+
+async def _generation(request: Request) -> Generation:
+    return _state(request)["generation"]
+
+
+async def current_user(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+) -> User:
+    """The signed-in caller; their name goes into the log context, name and role onto the server span."""
+    if credentials is None:
+        raise AuthenticationError
+    user = _state(request)["auth"].identify(credentials.credentials)
+    context = current_request.get()
+    if context is not None:
+        context.user = user.username
+    trace.get_current_span().set_attributes({ENDUSER_ID: user.username, ENDUSER_ROLE: user.role})
+    return user
+
+
+async def admin_user(user: Annotated[User, Depends(current_user)]) -> User:
+    """The signed-in caller, who must be an administrator."""
+    if user.role != "admin":
+        raise PermissionDeniedError("This needs the role admin.")
+    return user
+
+
+async def _request_id() -> str:
+    context = current_request.get()
+    return context.request_id if context else ""
+
+
+RequestId = Annotated[str, Depends(_request_id)]
+AuthDep = Annotated[Authenticator, Depends(_auth)]
+GenerationDep = Annotated[Generation, Depends(_generation)]
+CurrentUser = Annotated[User, Depends(current_user)]
+AdminUser = Annotated[User, Depends(admin_user)]

@@ -1,0 +1,220 @@
+"""The errors that a caller can be answered with: one closed tree, which imports nothing of this service.
+
+::
+
+    ServiceError
+    ├── CallerError                 the request is at fault
+    │   ├── BadRequestError         400  the model's side refused the request
+    │   ├── AuthenticationError     401  no valid token
+    │   ├── PermissionDeniedError   403  the role does not suffice
+    │   ├── NotFoundError           404  no such route
+    │   ├── MethodNotAllowedError   405  no such method on the route
+    │   ├── RequestTimeoutError     408  the body did not arrive in time
+    │   ├── PayloadTooLargeError    413  the body is over the limit
+    │   ├── ValidationError         422  the body is not of the route's shape
+    │   ├── RateLimitError          429  too many requests, here or upstream
+    │   └── CallerLeftError         499  nobody is left to be answered (telemetry only)
+    ├── UpstreamFailure             the model's side is at fault
+    │   ├── UpstreamError           502  it answered 5xx or nonsense, or broke off
+    │   └── UpstreamTimeoutError    504  it did not answer in time, or could not be reached
+    ├── UnavailableError            this service declines for the moment
+    │   ├── CircuitOpenError        503  the breaker is open
+    │   ├── OverloadedError         503  too many requests in flight
+    │   └── ShuttingDownError       503  draining
+    └── InternalError               500  a bug
+
+The name of a class is the ``error`` of the body, and the ``error.type`` of span, metric and log line.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """An error with everything that its answer needs.
+
+    Args:
+        message: What happened and what to do about it, in plain words; shown to the caller, so it holds
+            no secret, no prompt and nothing internal. Without it, the class's own sentence.
+        retry_after_s: Seconds until a retry makes sense; becomes ``Retry-After``, rounded up.
+        retryable: Whether the caller is advised to try again, where it differs from the class's advice.
+        details: One entry for each field at fault: ``field``, ``message``, ``type``.
+        headers: More header fields for the answer.
+    """
+
+    status: ClassVar[int] = 500
+    default_message: ClassVar[str] = "The service could not handle the request."
+    retry: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        retry_after_s: float | None = None,
+        retryable: bool | None = None,
+        details: Sequence[Mapping[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.message = message or self.default_message
+        self.retry_after_s = retry_after_s
+        self.retryable = self.retry if retryable is None else retryable
+        self.details = tuple(details)
+        self.headers = dict(headers or {})
+        super().__init__(self.message)
+
+    @property
+    def name(self) -> str:
+        """The error's name on every surface."""
+        return type(self).__name__
+
+
+class CallerError(ServiceError):
+    """The request is at fault; sending it again unchanged does not help."""
+
+    status = 400
+
+
+class BadRequestError(CallerError):
+    """The model's side refused the request, for instance an unknown model."""
+
+    default_message = "The request was refused."
+
+
+class AuthenticationError(CallerError):
+    """There is no valid token; answered with ``WWW-Authenticate: Bearer`` (RFC 6750, section 3)."""
+
+    status = 401
+    default_message = "A valid bearer token is required. Sign in at POST /auth/login."
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message, headers={"WWW-Authenticate": "Bearer"})
+
+
+class PermissionDeniedError(CallerError):
+    """The caller is known, and their role does not suffice."""
+
+    status = 403
+    default_message = "Your role does not permit this."
+
+
+class NotFoundError(CallerError):
+    """There is no such route."""
+
+    status = 404
+    default_message = "There is nothing at this path. GET /docs lists the routes."
+
+
+class MethodNotAllowedError(CallerError):
+    """The route exists and does not take this method."""
+
+    status = 405
+    default_message = "This path does not take this method. GET /docs lists the routes."
+
+
+class RequestTimeoutError(CallerError):
+    """The caller's body did not arrive in time."""
+
+    status = 408
+    default_message = "The request's body did not arrive in time. Try again."
+    retry = True
+
+
+class PayloadTooLargeError(CallerError):
+    """The caller's body is over the limit."""
+
+    status = 413
+    default_message = "The request's body is too large."
+
+
+class ValidationError(CallerError):
+    """The request is not of the route's shape; ``details`` names each field."""
+
+    status = 422
+    default_message = "The request is not valid."
+
+
+class RateLimitError(CallerError):
+    """Too many requests, by this service's limit or by the upstream's."""
+
+    status = 429
+    default_message = "Too many requests. Wait for the seconds in Retry-After, then try again."
+    retry = True
+
+
+class CallerLeftError(CallerError):
+    """The caller closed the connection; nobody is answered, telemetry shows the status that nginx uses."""
+
+    status = 499
+    default_message = "The caller left before the answer."
+
+
+class UpstreamFailure(ServiceError):  # noqa: N818 - a branch of the tree, not an error that anybody sees
+    """The model's side is at fault."""
+
+    status = 502
+
+
+class UpstreamError(UpstreamFailure):
+    """The upstream answered 5xx or nonsense, broke the connection, or refused this service's credentials."""
+
+    default_message = "The model's side failed. Try again."
+    retry = True
+
+
+class UpstreamTimeoutError(UpstreamFailure):
+    """The upstream did not answer within the deadline, or could not be reached at all."""
+
+    status = 504
+    default_message = "The model did not answer in time. Try again."
+    retry = True
+
+
+class UnavailableError(ServiceError):
+    """This service declines for the moment; ``Retry-After`` says for how long."""
+
+    status = 503
+    retry = True
+
+
+class CircuitOpenError(UnavailableError):
+    """The breaker is open; the upstream was not touched."""
+
+    default_message = "The model's side keeps failing, so it is not being asked. Try again later."
+
+
+class OverloadedError(UnavailableError):
+    """Too many requests are in flight."""
+
+    default_message = "Too many requests are in flight. Try again later."
+
+
+class ShuttingDownError(UnavailableError):
+    """This process is draining."""
+
+    default_message = "This process is stopping. Try again; another one will answer."
+
+
+class InternalError(ServiceError):
+    """A bug in this service."""
+
+    default_message = "An unexpected error happened here. Quote the incident_id when you report it."
+
+
+PUBLIC_ERRORS: tuple[type[ServiceError], ...] = (
+    BadRequestError,
+    AuthenticationError,
+    PermissionDeniedError,
+    NotFoundError,
+    MethodNotAllowedError,
+    RequestTimeoutError,
+    PayloadTooLargeError,
+    ValidationError,
+    RateLimitError,
+    UpstreamError,
+    UpstreamTimeoutError,
+    CircuitOpenError,
+    OverloadedError,
+    ShuttingDownError,
+    InternalError,
+)
+"""Every error that an answer can name, in the order of the tree."""

@@ -1,0 +1,105 @@
+"""Puts the trace id into the log context and on the answer, and writes one line for each request."""
+
+import logging
+import re
+import time
+from collections.abc import Callable
+
+from opentelemetry import trace
+from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.config.logging import RequestContext, current_request
+from service.telemetry.names import ATTR_CLIENT_REQUEST_ID, ATTR_INCIDENT_ID
+from service.telemetry.sampling import PROBES
+
+HARMLESS_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+"""What of a caller's own ``X-Request-ID`` is kept: it ends up in logs that people paste into shells."""
+
+logger = logging.getLogger(__name__)
+
+
+class RequestIdMiddleware:
+    """Gives each request its context, and each answer ``X-Request-ID`` and ``traceresponse``.
+
+    The request id is the trace id; ``traceresponse`` is the W3C trace context's level-2 draft. Outermost of
+    our own, right inside the instrumentation that starts the server span.
+    """
+
+    def __init__(self, app: ASGIApp, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._app = app
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        await _Responder(self._app, scope, send, self._clock)(receive)
+
+
+class _Responder:
+    """One request on its way."""
+
+    def __init__(self, app: ASGIApp, scope: Scope, send: Send, clock: Callable[[], float]) -> None:
+        self._app = app
+        self._scope = scope
+        self._send = send
+        self._clock = clock
+        self._span = trace.get_current_span()
+        self._status: int | None = None
+        span = self._span.get_span_context()
+        trace_id, span_id = trace.format_trace_id(span.trace_id), trace.format_span_id(span.span_id)
+        self._headers = {
+            "X-Request-ID": trace_id,
+            "traceresponse": f"00-{trace_id}-{span_id}-{span.trace_flags:02x}",
+        }
+        offered = Headers(scope=scope).get("x-request-id", "")
+        self._context = RequestContext(
+            request_id=trace_id,
+            incident_id=f"inc_{span_id}",
+            client_request_id=offered if HARMLESS_ID.fullmatch(offered) else None,
+        )
+
+    async def __call__(self, receive: Receive) -> None:
+        # Not reset afterwards: the instrumentation outside reads the error's name when all is done, and the
+        # server gives each request a task, hence a context, of its own.
+        current_request.set(self._context)
+        self._span.set_attribute(ATTR_INCIDENT_ID, self._context.incident_id)
+        if self._context.client_request_id is not None:
+            self._span.set_attribute(ATTR_CLIENT_REQUEST_ID, self._context.client_request_id)
+        started = self._clock()
+        try:
+            await self._app(self._scope, receive, self._send_with_ids)
+        finally:
+            self._write_line(self._clock() - started)
+
+    async def _send_with_ids(self, message: Message) -> None:
+        if message["type"] != "http.response.start":
+            await self._send(message)
+            return
+        self._status = message["status"]
+        headers = MutableHeaders(scope=message)
+        for name, value in self._headers.items():
+            headers[name] = value
+        await self._send(message)
+        # After the instrumentation has put the bare status there.
+        if self._context.error is not None:
+            self._span.set_attribute(ERROR_TYPE, self._context.error)
+
+    def _write_line(self, duration_s: float) -> None:
+        route = self._scope.get("route")
+        fields: dict[str, object] = {
+            "http.request.method": self._scope["method"],
+            "http.route": getattr(route, "path", None),
+            "http.response.status_code": self._status,
+            "duration_s": round(duration_s, 6),
+            "error": self._context.error,
+        }
+        level = logging.DEBUG if self._scope["path"] in PROBES else logging.INFO
+        logger.log(
+            level,
+            "http_request_completed",
+            extra={name: value for name, value in fields.items() if value is not None},
+        )

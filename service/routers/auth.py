@@ -1,0 +1,29 @@
+"""Signing in, and who one is."""
+
+from fastapi import APIRouter, Request
+
+from service.dependencies import AuthDep, CurrentUser
+from service.errors import AuthenticationError, PayloadTooLargeError, RateLimitError, ValidationError
+from service.routers.schemas import LoginRequest, LoginResponse, UserBody, errors
+
+router = APIRouter(prefix="/auth", tags=["auth"])
+
+
+@router.post(
+    "/login", responses=errors(AuthenticationError, PayloadTooLargeError, ValidationError, RateLimitError)
+)
+async def login(body: LoginRequest, request: Request, auth: AuthDep) -> LoginResponse:
+    """Sign in with name and password; the token goes into `Authorization: Bearer …`."""
+    address = request.client.host if request.client else ""
+    session = await auth.login(body.username, body.password.get_secret_value(), address)
+    return LoginResponse(
+        access_token=session.token,
+        expires_in=session.expires_in_s,
+        user=UserBody(username=session.user.username, role=session.user.role),
+    )
+
+
+@router.get("/me", responses=errors(AuthenticationError))
+async def me(user: CurrentUser) -> UserBody:
+    """The user whom the token belongs to."""
+    return UserBody(username=user.username, role=user.role)

@@ -1,0 +1,116 @@
+"""The wire models of the routes outside ``/v1``, and how their errors are documented."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+
+from service.errors import InternalError, MethodNotAllowedError, ServiceError
+
+ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+ -]*$", max_length=200)]
+
+
+class Inbound(BaseModel):
+    """A request's body; a field that we do not know is an error, not a silence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class LoginRequest(Inbound):
+    """Who signs in."""
+
+    username: str = Field(min_length=1, max_length=256, examples=["user"])
+    password: SecretStr = Field(min_length=1, max_length=1_024)
+
+
+class UserBody(BaseModel):
+    """A user and their role."""
+
+    username: str
+    role: Literal["admin", "user"]
+
+
+class LoginResponse(BaseModel):
+    """A token, good for ``expires_in`` seconds."""
+
+    access_token: str
+    token_type: Literal["bearer"] = "bearer"  # noqa: S105 - a kind of token, not one
+    expires_in: int
+    user: UserBody
+
+
+class GenerateRequest(Inbound):
+    """A prompt and what the model is told beside it."""
+
+    prompt: str = Field(min_length=1, examples=["What is a trace?"])
+    model: ModelName | None = Field(None, description="One of GET /llm/models; the default model without it.")
+    system_prompt: str | None = Field(None, min_length=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    max_tokens: int | None = Field(None, ge=1, le=10_000_000)
+    response_format: dict[str, Any] | None = Field(None, examples=[{"type": "json_object"}])
+    stream: Literal[False] = Field(default=False, description="Streaming is not offered on this route yet.")
+
+    def as_chat(self) -> dict[str, Any]:
+        """The same in OpenAI's shape, without what was not given."""
+        messages = [{"role": "user", "content": self.prompt}]
+        if self.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        given = self.model_dump(
+            include={"model", "temperature", "max_tokens", "response_format"}, exclude_none=True
+        )
+        return {"messages": messages, **given}
+
+
+class GenerateResponse(BaseModel):
+    """The model's answer; counts and cost (US dollars) are null where the upstream reported none."""
+
+    response: str
+    model: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    total_tokens: int | None
+    cost: float | None
+    cache: Literal["hit", "miss", "bypass"]
+    request_id: str = Field(description="The trace id, equal to the header X-Request-ID.")
+
+
+class ModelsResponse(BaseModel):
+    """The models on offer."""
+
+    models: list[str]
+    default_model: str
+
+
+class HealthResponse(BaseModel):
+    """The process serves."""
+
+    status: Literal["alive"] = "alive"
+
+
+class FieldProblem(BaseModel):
+    """What is wrong with one field."""
+
+    field: str
+    message: str
+    type: str
+
+
+class ErrorBody(BaseModel):
+    """Every error's body."""
+
+    error: str = Field(examples=["BadRequestError"])
+    message: str = Field(examples=["Model 'invalid' not found"])
+    incident_id: str = Field(examples=["inc_00f067aa0ba902b7"])
+    request_id: str = Field(examples=["4bf92f3577b34da6a3ce929d0e0e4736"])
+    timestamp: str = Field(examples=["2026-01-15T10:30:00.000Z"])
+    details: list[FieldProblem] | None = Field(None, description="With ValidationError: each field at fault.")
+
+
+def errors(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI ``responses`` of a route with these errors, and with those that every route has."""
+    documented: dict[int | str, dict[str, Any]] = {}
+    everywhere: tuple[type[ServiceError], ...] = (MethodNotAllowedError, InternalError)
+    for kind in kinds + everywhere:
+        sentence = f"`{kind.__name__}`: {kind.default_message}"
+        entry = documented.setdefault(kind.status, {"model": ErrorBody, "description": ""})
+        entry["description"] = " ".join(filter(None, (entry["description"], sentence)))
+    return documented

@@ -1,0 +1,13 @@
+"""What the lifespan hands to each request."""
+
+from typing import TypedDict
+
+from service.services.auth import Authenticator
+from service.services.generation import Generation
+
+
+class State(TypedDict):
+    """The use cases, opened once per process."""
+
+    auth: Authenticator
+    generation: Generation

@@ -1,0 +1,92 @@
+"""Our own metric, attribute and event names, declared once; dashboards, documents and tests read them here.
+
+Standard names come from the OpenTelemetry semantic-convention packages. Units are UCUM. An attribute of a
+metric has a closed set of values, given here where it is known before the first request.
+"""
+
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from service.errors import PUBLIC_ERRORS
+
+OTHER_MODEL: Final = "other"
+"""The value of ``model`` for a name that the upstream does not list: no caller can make a new series."""
+
+UPSTREAM_LISTED: Final = "whatever the upstream lists, else other"
+ERROR_NAMES: Final = tuple(error.__name__ for error in PUBLIC_ERRORS)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of our own.
+
+    ``attributes`` maps each attribute to its closed set of values, or to a sentence where the set is known
+    only at run time. ``buckets`` are a histogram's upper bounds.
+    """
+
+    name: str
+    kind: Literal["counter", "histogram"]
+    unit: str
+    description: str
+    attributes: dict[str, tuple[str, ...] | str] = field(default_factory=dict)
+    buckets: tuple[float, ...] = ()
+
+
+LLM_CALLS: Final = Metric(
+    "llmops.llm.calls",
+    "counter",
+    "{call}",
+    "Model calls by how they ended",
+    {
+        "model": UPSTREAM_LISTED,
+        "outcome": ("success", "error", "cancelled"),
+        "error.type": ERROR_NAMES,
+    },
+)
+LLM_COST: Final = Metric(
+    "llmops.llm.cost",
+    "counter",
+    "USD",
+    "What the model calls cost, as LiteLLM reports it",
+    {"model": UPSTREAM_LISTED},
+)
+AUTH_ATTEMPTS: Final = Metric(
+    "llmops.auth.attempts",
+    "counter",
+    "{attempt}",
+    "Sign-ins by how they ended",
+    {"outcome": ("success", "wrong_credentials", "rate_limited")},
+)
+REQUESTS_REJECTED: Final = Metric(
+    "llmops.requests.rejected",
+    "counter",
+    "{request}",
+    "Requests turned away before any work was done for them",
+    {"reason": ("too_large",)},
+)
+EVENT_LOOP_LAG: Final = Metric(
+    "llmops.event_loop.lag",
+    "histogram",
+    "s",
+    "How much later than asked for the event loop woke a sleeper",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+)
+
+METRICS: Final = (LLM_CALLS, LLM_COST, AUTH_ATTEMPTS, REQUESTS_REJECTED, EVENT_LOOP_LAG)
+
+HTTP_DURATION_BUCKETS: Final = (
+    *(0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75),
+    *(1, 2.5, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120),
+)
+"""The standard's advice for ``http.server.request.duration`` ends at 10 s; model calls do not."""
+
+SPAN_LLM_CALL: Final = "llm call"
+ATTR_CLIENT_REQUEST_ID: Final = "client_request_id"
+ATTR_INCIDENT_ID: Final = "llmops.incident_id"
+ATTR_LLM_ATTEMPTS: Final = "llmops.llm.attempts"
+ATTR_LLM_COST: Final = "llmops.llm.cost"
+ATTR_LLM_DEADLINE: Final = "llmops.llm.deadline"
+ATTR_LLM_OUTCOME: Final = "llmops.llm.outcome"
+
+EVENT_SHUTDOWN_COMPLETED: Final = "llmops.shutdown.completed"
+EVENTS: Final = (EVENT_SHUTDOWN_COMPLETED,)

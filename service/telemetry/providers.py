@@ -1,0 +1,221 @@
+"""Builds the tracer, meter and logger providers of a process, and shuts them down under a deadline."""
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from opentelemetry.exporter.otlp.proto.grpc._log_exporter import OTLPLogExporter as GrpcLogExporter
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpanExporter
+from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter as HttpLogExporter
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpMetricExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpSpanExporter
+from opentelemetry.sdk._logs import LoggerProvider
+from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, LogRecordExporter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricExporter, MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.view import DropAggregation, ExplicitBucketHistogramAggregation, View
+from opentelemetry.sdk.resources import OTELResourceDetector, ProcessResourceDetector, Resource
+from opentelemetry.sdk.trace import SpanLimits, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.semconv._incubating.attributes import deployment_attributes, service_attributes
+from opentelemetry.semconv._incubating.metrics.http_metrics import HTTP_SERVER_RESPONSE_BODY_SIZE
+from opentelemetry.semconv.metrics.http_metrics import (
+    HTTP_CLIENT_REQUEST_DURATION,
+    HTTP_SERVER_REQUEST_DURATION,
+)
+
+from service.config.settings import Settings
+from service.telemetry.events import SpanEventProcessor
+from service.telemetry.instruments import Instruments
+from service.telemetry.names import HTTP_DURATION_BUCKETS
+from service.telemetry.sampling import sampler_from
+
+SCOPE = "service"
+MAX_ATTRIBUTE_CHARS = 2_048
+"""Longest string attribute of a span, where ``OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT`` does not say otherwise."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Exporters:
+    """Where the signals go; none of a kind, and nothing of it is exported."""
+
+    spans: SpanExporter | None = None
+    metrics: MetricReader | None = None
+    logs: LogRecordExporter | None = None
+    metric_exporter: MetricExporter | None = None
+
+    def abort(self) -> Iterator[Callable[[], object]]:
+        """For each exporter, what makes an export under way give up."""
+        for exporter in (self.spans, self.logs, self.metric_exporter):
+            if exporter is not None:
+                yield exporter.shutdown
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """The providers of one process, and the instruments made from them."""
+
+    tracer_provider: TracerProvider
+    meter_provider: MeterProvider
+    logger_provider: LoggerProvider | None
+    instruments: Instruments
+    exporters: Exporters
+
+    def shutdown(self, deadline_s: float) -> bool:
+        """Flush and stop all signals at the same time; whether all of it was done within the deadline.
+
+        A provider's own ``shutdown`` waits up to 30 s for a collector that does not answer. Here each signal
+        is flushed in a thread of its own; at the deadline the exporters are stopped, which ends their
+        retries; whatever still hangs then is left to a daemon thread. Never longer than twice the deadline.
+        """
+        finishers = [threading.Thread(target=step, daemon=True) for step in self._finishers(deadline_s)]
+        for thread in finishers:
+            thread.start()
+        flushed = _join(finishers, deadline_s)
+        if not flushed:
+            for give_up in self.exporters.abort():
+                threading.Thread(target=give_up, daemon=True).start()
+            _join(finishers, deadline_s)
+        return flushed
+
+    def _finishers(self, deadline_s: float) -> Iterator[Callable[[], None]]:
+        millis = int(deadline_s * 1_000)
+        if self.exporters.spans is not None:
+            yield lambda: _finish(self.tracer_provider, millis)
+        if self.logger_provider is not None:
+            yield lambda: _finish(self.logger_provider, millis)
+        yield lambda: self.meter_provider.shutdown(timeout_millis=millis)
+
+
+def _finish(provider: TracerProvider | LoggerProvider | None, millis: int) -> None:
+    if provider is not None:
+        provider.force_flush(millis)
+        provider.shutdown()
+
+
+def _join(threads: list[threading.Thread], deadline_s: float) -> bool:
+    end = time.monotonic() + deadline_s
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
+
+
+def build_telemetry(settings: Settings, exporters: Exporters | None = None) -> Telemetry:
+    """Build the providers; without exporters given, those that the standard ``OTEL_*`` settings ask for.
+
+    Ids exist in every case, also when nothing is recorded or exported: the request id is the trace id.
+    """
+    if exporters is None:
+        exporters = exporters_from(settings)
+    resource = _resource(settings)
+    meter_provider = MeterProvider(
+        metric_readers=[exporters.metrics] if exporters.metrics else [],
+        resource=resource,
+        views=_views(),
+        shutdown_on_exit=False,
+    )
+    tracer_provider = TracerProvider(
+        sampler=sampler_from(settings),
+        resource=resource,
+        span_limits=_span_limits(),
+        shutdown_on_exit=False,
+        meter_provider=meter_provider,
+    )
+    if exporters.spans is not None:
+        tracer_provider.add_span_processor(BatchSpanProcessor(exporters.spans, meter_provider=meter_provider))
+    return Telemetry(
+        tracer_provider=tracer_provider,
+        meter_provider=meter_provider,
+        logger_provider=_logger_provider(exporters, resource, meter_provider),
+        instruments=Instruments(meter_provider.get_meter(SCOPE, version("llmops-api"))),
+        exporters=exporters,
+    )
+
+
+def _span_limits() -> SpanLimits:
+    asked = SpanLimits()
+    if asked.max_span_attribute_length is not None:
+        return asked
+    return SpanLimits(max_span_attribute_length=MAX_ATTRIBUTE_CHARS)
+
+
+def _logger_provider(
+    exporters: Exporters, resource: Resource, meter_provider: MeterProvider
+) -> LoggerProvider | None:
+    """The bridge's provider; it serves span events too, so it exists when either signal is exported."""
+    if exporters.spans is None and exporters.logs is None:
+        return None
+    provider = LoggerProvider(resource, shutdown_on_exit=False, meter_provider=meter_provider)
+    provider.add_log_record_processor(SpanEventProcessor())
+    if exporters.logs is not None:
+        provider.add_log_record_processor(
+            BatchLogRecordProcessor(exporters.logs, meter_provider=meter_provider)
+        )
+    return provider
+
+
+def _resource(settings: Settings) -> Resource:
+    """Who this process is; ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_SERVICE_NAME`` have the last word."""
+    own = Resource(
+        {
+            service_attributes.SERVICE_NAME: settings.otel_service_name,
+            service_attributes.SERVICE_NAMESPACE: "llmops",
+            service_attributes.SERVICE_VERSION: version("llmops-api"),
+            service_attributes.SERVICE_INSTANCE_ID: str(uuid.uuid4()),
+            deployment_attributes.DEPLOYMENT_ENVIRONMENT_NAME: settings.environment,
+        }
+    )
+    detected = ProcessResourceDetector().detect().merge(own)
+    return Resource.get_empty().merge(_sdk()).merge(detected).merge(OTELResourceDetector().detect())
+
+
+def _sdk() -> Resource:
+    return Resource(
+        {
+            "telemetry.sdk.language": "python",
+            "telemetry.sdk.name": "opentelemetry",
+            "telemetry.sdk.version": version("opentelemetry-sdk"),
+        }
+    )
+
+
+def _views() -> list[View]:
+    to_two_minutes = ExplicitBucketHistogramAggregation(HTTP_DURATION_BUCKETS)
+    return [
+        View(instrument_name=HTTP_SERVER_REQUEST_DURATION, aggregation=to_two_minutes),
+        View(instrument_name=HTTP_CLIENT_REQUEST_DURATION, aggregation=to_two_minutes),
+        # The contrib middleware keeps this size on itself, shared by all requests, so streams get another's.
+        View(instrument_name=HTTP_SERVER_RESPONSE_BODY_SIZE, aggregation=DropAggregation()),
+    ]
+
+
+def exporters_from(settings: Settings) -> Exporters:
+    """The OTLP exporters of each signal that has an endpoint; the SDK reads headers and time-outs itself."""
+    if settings.otel_sdk_disabled:
+        return Exporters()
+    general = settings.otel_exporter_otlp_protocol
+    spans: SpanExporter | None = None
+    metrics: MetricExporter | None = None
+    logs: LogRecordExporter | None = None
+    if _wanted(settings.otel_traces_exporter, settings.otel_exporter_otlp_traces_endpoint, settings):
+        grpc = (settings.otel_exporter_otlp_traces_protocol or general) == "grpc"
+        spans = GrpcSpanExporter() if grpc else HttpSpanExporter()
+    if _wanted(settings.otel_metrics_exporter, settings.otel_exporter_otlp_metrics_endpoint, settings):
+        grpc = (settings.otel_exporter_otlp_metrics_protocol or general) == "grpc"
+        metrics = GrpcMetricExporter() if grpc else HttpMetricExporter()
+    if _wanted(settings.otel_logs_exporter, settings.otel_exporter_otlp_logs_endpoint, settings):
+        grpc = (settings.otel_exporter_otlp_logs_protocol or general) == "grpc"
+        logs = GrpcLogExporter() if grpc else HttpLogExporter()
+    reader = PeriodicExportingMetricReader(metrics) if metrics else None
+    return Exporters(spans, reader, logs, metrics)
+
+
+def _wanted(exporter: str, endpoint: str, settings: Settings) -> bool:
+    return exporter == "otlp" and bool(endpoint or settings.otel_exporter_otlp_endpoint)

@@ -1,0 +1,58 @@
+"""Fixtures that every layer of tests uses."""
+
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from service.config.settings import PASSED_THROUGH, Settings, export_otel
+from tests.fakes.otlp import OtlpReceiver
+from tests.fakes.upstream import FakeUpstream
+from tests.harness import AppUnderTest, running_app
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _clean_environment() -> None:
+    """No variable of the machine reaches a test, and the OpenTelemetry packages read what they would."""
+    ours = {name.upper() for name in Settings.model_fields} | set(PASSED_THROUGH)
+    for name in [name for name in os.environ if name.upper() in ours or name.startswith("OTEL_")]:
+        del os.environ[name]
+    export_otel()
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Put back what ``configure_logging`` changes for the whole process."""
+    root = logging.getLogger()
+    handlers, level, raising = root.handlers[:], root.level, logging.raiseExceptions
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning
+    yield
+    root.handlers[:], logging.raiseExceptions = handlers, raising
+    root.setLevel(level)
+    logging.captureWarnings(capture=False)
+    sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning = hooks
+
+
+@pytest.fixture
+def upstream() -> Iterator[FakeUpstream]:
+    """A scriptable upstream in LiteLLM's place."""
+    with FakeUpstream() as fake:
+        yield fake
+
+
+@pytest.fixture
+def receiver() -> Iterator[OtlpReceiver]:
+    """A receiver in the collector's place."""
+    with OtlpReceiver() as fake:
+        yield fake
+
+
+@pytest.fixture
+def service(upstream: FakeUpstream) -> Iterator[AppUnderTest]:
+    """The whole app on a real socket, its telemetry in memory."""
+    with running_app(litellm_url=upstream.url) as app:
+        yield app

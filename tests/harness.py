@@ -1,0 +1,319 @@
+"""The service as tests run it: the app in a thread with its telemetry in memory, or the real process."""
+
+import io
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any, Self
+
+import uvicorn
+from fastapi import FastAPI
+from opentelemetry.sdk._logs import ReadableLogRecord
+from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter
+from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader, NumberDataPoint
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import format_trace_id
+
+from service.app import create_app
+from service.config.logging import configure_logging
+from service.config.settings import Settings
+from service.telemetry.providers import Exporters, Telemetry, build_telemetry
+
+START_LIMIT_S = 30.0
+
+
+def new_secrets() -> dict[str, str]:
+    """The required settings, with values that nobody has seen before."""
+    return {
+        "jwt_secret_key": secrets.token_hex(32),
+        "auth_admin_password": f"admin-{secrets.token_hex(8)}",
+        "auth_user_password": f"user-{secrets.token_hex(8)}",
+    }
+
+
+def make_settings(**values: Any) -> Settings:
+    """Settings from these values and the defaults; no ``.env`` is read."""
+    return Settings(_env_file=None, **{**new_secrets(), **values})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One HTTP answer; header names in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    seconds: float
+
+    @property
+    def json(self) -> Any:
+        """The decoded body."""
+        return json.loads(self.body)
+
+    @property
+    def request_id(self) -> str:
+        """The header, which every answer has."""
+        return self.headers["x-request-id"]
+
+
+def request(  # noqa: PLR0913 - a request has so many parts
+    port: int,
+    method: str,
+    path: str,
+    *,
+    body: Any = None,
+    token: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout_s: float = 30,
+) -> Answer:
+    """Send one request on a connection of its own."""
+    sent = dict(headers or {})
+    if body is not None:
+        sent.setdefault("Content-Type", "application/json")
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    if token is not None:
+        sent["Authorization"] = f"Bearer {token}"
+    connection = HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    started = time.perf_counter()
+    try:
+        connection.request(method, path, body, sent)
+        response = connection.getresponse()
+        read = response.read()
+    finally:
+        connection.close()
+    return Answer(
+        response.status,
+        {name.lower(): value for name, value in response.getheaders()},
+        read,
+        time.perf_counter() - started,
+    )
+
+
+class Client:
+    """Talks to a service on a port of this machine."""
+
+    port: int
+    passwords: Mapping[str, str]
+
+    def call(self, method: str, path: str, **options: Any) -> Answer:
+        """Send one request; options as for ``request``."""
+        return request(self.port, method, path, **options)
+
+    def token(self, user: str = "user") -> str:
+        """Sign in."""
+        answer = self.call("POST", "/auth/login", body={"username": user, "password": self.passwords[user]})
+        assert answer.status == 200, answer.body
+        return str(answer.json["access_token"])
+
+
+@dataclass
+class AppUnderTest(Client):
+    """The app, served by a real uvicorn in a thread of this process."""
+
+    app: FastAPI
+    settings: Settings
+    telemetry: Telemetry
+    spans_out: InMemorySpanExporter
+    metrics_out: InMemoryMetricReader
+    logs_out: InMemoryLogRecordExporter
+    stdout: io.StringIO
+    port: int = 0
+    passwords: Mapping[str, str] = field(default_factory=dict)
+
+    def spans(self, trace_id: str | None = None) -> list[ReadableSpan]:
+        """The finished spans, in the order of their start."""
+        self.telemetry.tracer_provider.force_flush()
+        found = [
+            span
+            for span in self.spans_out.get_finished_spans()
+            if trace_id is None or format_trace_id(span.context.trace_id) == trace_id
+        ]
+        return sorted(found, key=lambda span: span.start_time or 0)
+
+    def records(self) -> list[ReadableLogRecord]:
+        """What went over the bridge."""
+        assert self.telemetry.logger_provider is not None
+        self.telemetry.logger_provider.force_flush()
+        return list(self.logs_out.get_finished_logs())
+
+    def lines(self, request_id: str | None = None) -> list[dict[str, Any]]:
+        """The lines on stdout, decoded."""
+        lines = [json.loads(line) for line in self.stdout.getvalue().splitlines()]
+        return [line for line in lines if request_id is None or line.get("request_id") == request_id]
+
+    def points(self, name: str) -> list[NumberDataPoint | HistogramDataPoint]:
+        """The metric's data points now."""
+        data = self.metrics_out.get_metrics_data()
+        return [
+            point  # type: ignore[misc]  # exponential histograms are not in use
+            for resource in (data.resource_metrics if data else ())
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+            if metric.name == name
+            for point in metric.data.data_points
+        ]
+
+    def value(self, name: str, **attributes: str) -> float:
+        """The sum of a counter (of a histogram: its count) over the points with these attributes."""
+        total = 0.0
+        wanted = {key.replace("__", "."): value for key, value in attributes.items()}
+        for point in self.points(name):
+            if wanted.items() <= dict(point.attributes or {}).items():
+                total += point.value if isinstance(point, NumberDataPoint) else point.count
+        return total
+
+
+@contextmanager
+def running_app(app_setup: Any = None, **values: Any) -> Iterator[AppUnderTest]:
+    """Serve the app in a thread until the block ends.
+
+    Args:
+        app_setup: Called with the app before it is served, for routes that only a test has.
+        values: Settings.
+    """
+    settings = make_settings(**values)
+    spans, metrics, logs = InMemorySpanExporter(), InMemoryMetricReader(), _log_exporter()
+    telemetry = build_telemetry(settings, Exporters(spans, metrics, logs))
+    stdout = io.StringIO()
+    configure_logging(settings.log_level, telemetry.logger_provider, stdout)
+    app = create_app(settings, telemetry)
+    if app_setup is not None:
+        app_setup(app)
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=0,
+        http="service.protocol:Protocol",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        reset_contextvars=True,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, name="app under test")
+    thread.start()
+    try:
+        _wait_until(lambda: server.started or not thread.is_alive(), "the app to start")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        passwords = {
+            "admin": settings.auth_admin_password.get_secret_value(),
+            "user": settings.auth_user_password.get_secret_value(),
+        }
+        yield AppUnderTest(
+            app, settings, telemetry, spans, metrics, logs, stdout, port=port, passwords=passwords
+        )
+    finally:
+        server.should_exit = True
+        thread.join(START_LIMIT_S)
+
+
+def _log_exporter() -> InMemoryLogRecordExporter:
+    return InMemoryLogRecordExporter()  # type: ignore[no-untyped-call]  # the SDK left it untyped
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until(condition: Any, what: str, limit_s: float = START_LIMIT_S) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {limit_s} s for {what}")
+        time.sleep(0.01)
+
+
+class ServiceProcess(Client):
+    """``python -m service`` in a folder of its own, with nothing in its environment but what is given.
+
+    Args:
+        variables: Environment variables, over the required ones and a free port.
+        arguments: Arguments after ``python``.
+    """
+
+    def __init__(
+        self, variables: Mapping[str, str] | None = None, arguments: tuple[str, ...] = ("-m", "service")
+    ) -> None:
+        self.port = free_port()
+        required = {name.upper(): value for name, value in new_secrets().items()}
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            **{name: os.environ[name] for name in os.environ if name.startswith("COVERAGE")},
+            **required,
+            "PORT": str(self.port),
+            **(variables or {}),
+        }
+        self.passwords = {
+            "admin": self.environment["AUTH_ADMIN_PASSWORD"],
+            "user": self.environment["AUTH_USER_PASSWORD"],
+        }
+        self._arguments = arguments
+        self._folder = tempfile.TemporaryDirectory()
+        self._stdout = Path(self._folder.name, "stdout")
+        self._stderr = Path(self._folder.name, "stderr")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, *self._arguments],
+                cwd=self._folder.name,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+            )
+        return self
+
+    def wait_ready(self) -> Self:
+        """Wait until ``/health`` answers."""
+        _wait_until(self._answers, "the service to answer /health")
+        return self
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise RuntimeError(f"exit status {self.process.returncode}: {self.text()}")
+        try:
+            return self.call("GET", "/health", timeout_s=2).status == 200
+        except OSError:
+            return False
+
+    def stop(self, with_signal: signal.Signals = signal.SIGTERM, limit_s: float = 40) -> int:
+        """Send the signal and wait for the end; the exit status."""
+        assert self.process is not None
+        self.process.send_signal(with_signal)
+        return self.process.wait(limit_s)
+
+    def text(self) -> str:
+        """Everything written to stdout and stderr so far."""
+        return self._stdout.read_text() + self._stderr.read_text()
+
+    def lines(self, request_id: str | None = None) -> list[dict[str, Any]]:
+        """The lines of stdout and stderr, each of which must be JSON."""
+        lines = [json.loads(line) for line in self.text().splitlines()]
+        return [line for line in lines if request_id is None or line.get("request_id") == request_id]
+
+    def __exit__(self, *_exception: object) -> None:
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._folder.cleanup()
