@@ -3,17 +3,32 @@
 import argparse
 import logging
 import sys
+from typing import NoReturn
 
 from service.config.logging import configure_logging
 
 logger = logging.getLogger("service")
 
 
+class JsonParser(argparse.ArgumentParser):
+    """A command line whose help and complaints are JSON lines too."""
+
+    def print_help(self, file: object = None) -> None:
+        """Log the help."""
+        del file
+        logger.info("%s", self.format_help())
+
+    def error(self, message: str) -> NoReturn:
+        """Log what is wrong with the command, and exit with status 2."""
+        logger.error("Error: %s", message)
+        raise SystemExit(2)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the process's exit status: 0, 1 for a refused configuration, 2 for a wrong command."""
     # Before anything else is imported: whatever happens from here on comes out as JSON.
     configure_logging()
-    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
+    parser = JsonParser(prog="python -m service", description=__doc__)
     parser.add_argument(
         "command",
         nargs="?",

@@ -1,7 +1,7 @@
 """Every setting of the service, and the only place where the environment is read.
 
-Units stand in the names. A field's default and description are what ``.env.example`` says; a test keeps the
-two equal. Whether the values are safe and fit together is ``env_validator``'s business.
+Units stand in the names; ``.env.example`` says what each one means, and a test keeps names and defaults there
+and here equal. Whether the values are safe and fit together is ``env_validator``'s business.
 """
 
 import os

@@ -1,0 +1,82 @@
+# .venv holds the service with its tools and tests, and runs the demo; LiteLLM pins other versions of the same
+# packages and has an environment of its own. A stamp in each says what was installed from which lock.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lock clean
+
+COVERAGE_FLOOR := 90
+UV_VERSION := 0.13.9
+ARGS :=
+
+VENV := .venv/.project
+LITELLM := .venv-litellm/.packages
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+# A caller's warning filters or module path would break pip and change the demo.
+unexport PYTHONHOME PYTHONPATH PYTHONWARNINGS
+
+# Nothing of the caller's shell reaches the tools and the tests, except what is named here.
+RUN = env -i CI="$$CI" HOME="$$HOME" LANG=C.UTF-8 PATH="$(CURDIR)/.venv/bin:$$PATH" TMPDIR="$${TMPDIR:-/tmp}"
+
+# $(call new_venv,folder): the first interpreter that runs; a version manager's name for an absent one fails.
+define new_venv
+@for python in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
+	if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		exec $$python -m venv --clear $(1); \
+	fi; \
+done; \
+echo "No Python >= 3.11 with its venv module found. Name one: make PYTHON=/path/to/python3" >&2; \
+exit 1
+endef
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s%s\n", $$1, $$2}' Makefile
+
+demo: $(VENV) $(LITELLM) ## Start the whole thing, without Docker or an API key
+	@.venv/bin/python -m deploy.demo $(ARGS)
+
+test: $(VENV) $(LITELLM) ## Run the tests, with branch coverage and its floor; ARGS="-k name" runs some, without
+	$(RUN) LITELLM_BIN="$(CURDIR)/.venv-litellm/bin/litellm" pytest $(or $(ARGS),--cov --cov-fail-under=$(COVERAGE_FLOOR))
+
+check: $(VENV) ## Lint, check formatting, types and import rules, then test
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) mypy
+	$(RUN) lint-imports
+	$(MAKE) test
+
+UV_COMPILE = .venv-lock/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 \
+	--prerelease if-necessary-or-explicit --generate-hashes --no-header --no-annotate \
+	--no-emit-index-url --no-emit-find-links $(if $(UPGRADE),--upgrade)
+
+lock: .venv-lock/.packages ## Write the lock files; UPGRADE=1 takes newer versions
+	$(UV_COMPILE) --output-file requirements.lock pyproject.toml
+	$(UV_COMPILE) --constraint requirements.lock --group dev --output-file requirements-dev.lock pyproject.toml
+	$(UV_COMPILE) --output-file deploy/litellm/requirements.lock deploy/litellm/requirements.in
+
+clean: ## Remove everything that make made; .env stays
+	rm -rf .venv .venv-litellm .venv-lock .demo .coverage .coverage.* htmlcov
+	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find deploy service tests -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.packages: requirements-dev.lock
+	@echo "Installing the service's packages into .venv (once, about half a minute)"
+	$(call new_venv,.venv)
+	@.venv/bin/python $(PIP_INSTALL) --require-hashes -r requirements-dev.lock
+	@touch $@
+
+$(VENV): .venv/.packages pyproject.toml
+	@.venv/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(LITELLM): deploy/litellm/requirements.lock
+	@echo "Installing LiteLLM into .venv-litellm (once, about a minute)"
+	$(call new_venv,.venv-litellm)
+	@.venv-litellm/bin/python $(PIP_INSTALL) --require-hashes -r deploy/litellm/requirements.lock
+	@touch $@
+
+.venv-lock/.packages: Makefile
+	$(call new_venv,.venv-lock)
+	@.venv-lock/bin/python $(PIP_INSTALL) uv==$(UV_VERSION)
+	@touch $@

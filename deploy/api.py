@@ -1,0 +1,74 @@
+"""The few HTTP calls of the demo, to this machine only and past any proxy."""
+
+import json
+import shlex
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
+from typing import Any, Final, NamedTuple
+
+from deploy.child import DemoError
+
+HOST: Final = "127.0.0.1"
+PROMPT: Final = "Say hello in one sentence."
+
+_TIMEOUT_S: Final = 60  # the service itself gives up on a model after 30
+
+
+class Answer(NamedTuple):
+    """A decoded answer and the id that the service gave the request."""
+
+    body: Any
+    request_id: str
+
+
+def is_up(port: int, path: str) -> bool:
+    """Tell whether the path is answered with 200."""
+    connection = HTTPConnection(HOST, port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == HTTPStatus.OK
+    except (HTTPException, OSError):
+        return False
+    finally:
+        connection.close()
+
+
+def sign_in(port: int, username: str, password: str) -> str:
+    """Return an access token."""
+    token: str = _post(port, "/auth/login", {"username": username, "password": password}).body["access_token"]
+    return token
+
+
+def generate(port: int, token: str) -> Answer:
+    """Make the demo's one model call."""
+    return _post(port, "/llm/generate", {"prompt": PROMPT}, token)
+
+
+def curl_line(port: int, token: str) -> str:
+    """Return the same call as one line for a shell."""
+    return shlex.join(
+        [
+            *("curl", "-s", f"http://{HOST}:{port}/llm/generate"),
+            *("-H", f"Authorization: Bearer {token}"),
+            *("-H", "Content-Type: application/json"),
+            *("-d", json.dumps({"prompt": PROMPT})),
+        ]
+    )
+
+
+def _post(port: int, path: str, body: object, token: str | None = None) -> Answer:
+    headers = {"Content-Type": "application/json"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    connection = HTTPConnection(HOST, port, timeout=_TIMEOUT_S)
+    try:
+        connection.request("POST", path, json.dumps(body), headers)
+        response = connection.getresponse()
+        text = response.read().decode()
+        if response.status != HTTPStatus.OK:
+            raise DemoError(f"POST {path} was answered with {response.status}: {text}")
+        return Answer(json.loads(text), response.headers["X-Request-ID"])
+    except (HTTPException, OSError, ValueError) as error:
+        raise DemoError(f"POST {path} failed: {error}") from error
+    finally:
+        connection.close()

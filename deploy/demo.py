@@ -1,0 +1,200 @@
+"""`make demo`: the service and a real LiteLLM proxy on this machine, and one model call through both."""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final, NoReturn
+
+from deploy import api, env_file
+from deploy.api import HOST
+from deploy.child import Child, DemoError
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+LOGS: Final = ROOT / ".demo"
+
+_SIGNALS: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+_START_LIMIT_S: Final = 120
+_POLL_S: Final = 0.2
+# LiteLLM sees no more of the caller's shell: a DATABASE_URL or NUM_WORKERS meant for others would change it.
+_LITELLM_INHERITS: Final = {"HOME", "LANG", "PATH", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"}
+_LITELLM_INHERITS_ENDING: Final = ("_API_KEY", "_PROXY", "_proxy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; return 0 when it did what it was asked or was told to stop, 1 when something failed."""
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument("--once", action="store_true", help="stop after the one call")
+    parser.add_argument("--port", type=int, help="the service's port, when free (default: PORT, or 8000)")
+    arguments = parser.parse_args(argv)
+    for number in _SIGNALS:
+        signal.signal(number, _leave)
+    try:
+        _run(arguments.port, once=arguments.once)
+    except DemoError as error:
+        print(f"\nThe demo failed: {error}\nBoth logs are in .demo/", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read the output is gone; what Python still holds for them goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _leave(*_: object) -> NoReturn:
+    """End the demo by way of its context managers, which stop the children; more signals change nothing."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(0)
+
+
+def _run(port: int | None, *, once: bool) -> None:
+    if added := env_file.complete(ROOT / ".env"):
+        _say(f"Wrote new secrets to .env: {', '.join(added)}")
+    settings = env_file.read(ROOT / ".env") | {name: value for name, value in os.environ.items() if value}
+    if settings["AUTH_USER_PASSWORD"].startswith("$argon2"):
+        settings["AUTH_USER_PASSWORD"] = env_file.REQUIRED["AUTH_USER_PASSWORD"]()
+        _say(f"AUTH_USER_PASSWORD is a hash; for this run it is {settings['AUTH_USER_PASSWORD']}")
+    settings["PORT"] = str(free_port(port or int(settings.get("PORT", "8000"))))
+    litellm_port = free_port(4000)
+    settings["LITELLM_URL"] = f"http://{HOST}:{litellm_port}"
+    LOGS.mkdir(exist_ok=True)
+
+    with ExitStack() as stack:
+        _say(f"Starting LiteLLM on {settings['LITELLM_URL']} (about 10 seconds; log: .demo/litellm.log)")
+        litellm = stack.enter_context(_litellm(settings, litellm_port))
+        _say(f"Starting the service on http://{HOST}:{settings['PORT']} (log: .demo/service.log)")
+        service = stack.enter_context(_service(settings))
+        stack.callback(_say, "\nStopping the service and LiteLLM")
+        children = (service, litellm)
+        _wait_until_up(service, int(settings["PORT"]), "/health", children)
+        _wait_until_up(litellm, litellm_port, "/health/readiness", children)
+        _show_one_call(int(settings["PORT"]), settings["AUTH_USER_PASSWORD"], service.log)
+        if not once:
+            _say(f"\nAll routes: http://{HOST}:{settings['PORT']}/docs (passwords: .env)")
+            _say("Running until Ctrl-C")
+            while True:
+                _look_at(children)
+                time.sleep(_POLL_S)
+
+
+def _litellm(settings: Mapping[str, str], port: int) -> Child:
+    command = [str(ROOT / ".venv-litellm/bin/litellm"), "--config", str(ROOT / "deploy/litellm/config.yaml")]
+    return Child(
+        "LiteLLM",
+        [*command, "--host", HOST, "--port", str(port)],
+        env=litellm_environment(settings),
+        log=LOGS / "litellm.log",
+        stop_timeout_s=10,
+    )
+
+
+def _service(settings: Mapping[str, str]) -> Child:
+    decided = {*env_file.REQUIRED, "LITELLM_URL", "PORT"}
+    return Child(
+        "The service",
+        [sys.executable, "-m", "service"],
+        env={
+            **os.environ,
+            **_past_proxies(settings),
+            **{name: settings[name] for name in decided},
+            "HOST": HOST,
+        },
+        log=LOGS / "service.log",
+        stop_timeout_s=40,  # it may wait 30 seconds for the requests in flight
+    )
+
+
+def litellm_environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return what LiteLLM may know: the keys, and the way out to the network."""
+    return {
+        **{
+            name: value
+            for name, value in settings.items()
+            if name in _LITELLM_INHERITS or name.endswith(_LITELLM_INHERITS_ENDING)
+        },
+        **_past_proxies(settings),
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # its own price list, not one fetched at each start
+        "LITELLM_MODE": "PRODUCTION",  # in its other mode it reads the .env above its own folder
+    }
+
+
+def _past_proxies(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that keep calls to this machine off a proxy."""
+    exceptions = settings.get("NO_PROXY") or settings.get("no_proxy")
+    value = f"{exceptions},{HOST}" if exceptions else HOST
+    return {"NO_PROXY": value, "no_proxy": value}
+
+
+def free_port(preferred: int) -> int:
+    """Return the preferred port of the loopback address or, when it is taken, a free one."""
+    try:
+        with socket.create_server((HOST, preferred)):
+            return preferred
+    except OSError:
+        with socket.create_server((HOST, 0)) as server:
+            port: int = server.getsockname()[1]
+        _say(f"Port {preferred} is taken; using {port}")
+        return port
+
+
+def _wait_until_up(child: Child, port: int, path: str, children: Sequence[Child]) -> None:
+    limit = time.monotonic() + _START_LIMIT_S
+    while not api.is_up(port, path):
+        _look_at(children)
+        if time.monotonic() > limit:
+            raise DemoError(f"{child.name} is not ready after {_START_LIMIT_S} s. {child.last_lines()}")
+        time.sleep(_POLL_S)
+    _say(f"{child.name} is ready")
+
+
+def _look_at(children: Sequence[Child]) -> None:
+    for child in children:
+        child.raise_if_ended()
+
+
+def _show_one_call(port: int, password: str, log: Path) -> None:
+    token = api.sign_in(port, "user", password)
+    _say(f"\nA call that you can make, signed in as `user`:\n\n{api.curl_line(port, token)}")
+    answer = api.generate(port, token)
+    _say(f"\nIts answer, just now:\n\n{json.dumps(answer.body, indent=2, ensure_ascii=False)}")
+    _say(f"\nX-Request-ID: {answer.request_id}\n\nThe service's log lines of that request:\n")
+    _say("\n".join(_settled_log_lines(log, answer.request_id)))
+
+
+def _settled_log_lines(log: Path, request_id: str) -> list[str]:
+    """Return the request's lines once no more of them come: the last may be written after the answer."""
+    lines: list[str] = []
+    for _ in range(10):
+        earlier, lines = lines, log_lines(log, request_id)
+        if lines and lines == earlier:
+            break
+        time.sleep(_POLL_S)
+    return lines
+
+
+def log_lines(log: Path, request_id: str) -> list[str]:
+    """Return the lines of a JSON log that belong to one request, as they stand in it."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line for line in lines if _request_id(line) == request_id]
+
+
+def _request_id(line: str) -> object:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record.get("request_id") if isinstance(record, dict) else None
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
