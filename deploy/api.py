@@ -48,7 +48,7 @@ def curl_line(port: int, token: str) -> str:
     """Return the same call as one line for a shell."""
     return shlex.join(
         [
-            *("curl", "-s", f"http://{HOST}:{port}/llm/generate"),
+            *("curl", "-si", f"http://{HOST}:{port}/llm/generate"),
             *("-H", f"Authorization: Bearer {token}"),
             *("-H", "Content-Type: application/json"),
             *("-d", json.dumps({"prompt": PROMPT})),

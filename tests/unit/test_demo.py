@@ -126,7 +126,7 @@ def test_litellm_gets_the_keys_and_the_proxy_but_not_the_rest_of_the_shell() -> 
 def test_the_curl_line_is_one_command_for_a_shell() -> None:
     words = shlex.split(curl_line(8123, "a.b.c"))
 
-    assert words[:3] == ["curl", "-s", "http://127.0.0.1:8123/llm/generate"]
+    assert words[:3] == ["curl", "-si", "http://127.0.0.1:8123/llm/generate"]
     assert "Authorization: Bearer a.b.c" in words
     assert words[-1] == '{"prompt": "Say hello in one sentence."}'
 
