@@ -53,9 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     # Imported last: the OpenTelemetry packages read the environment when they are imported.
-    from service.config.settings import export_otel  # noqa: PLC0415
+    from service.config.settings import prepare_environment  # noqa: PLC0415
 
-    export_otel()
+    prepare_environment()
     from service.server import serve  # noqa: PLC0415
 
     return serve(report.settings)

@@ -20,7 +20,15 @@ from service.routers import auth, llm, system
 from service.telemetry.providers import Telemetry
 from service.telemetry.server import instrument_server
 
-EXPOSED = ("X-Request-ID", "traceresponse", "Retry-After")
+EXPOSED = (
+    "X-Request-ID",
+    "traceresponse",
+    "Retry-After",
+    "RateLimit",
+    "RateLimit-Policy",
+    "Server-Timing",
+    "X-LLM-Attempts",
+)
 
 
 class LlmApi(FastAPI):
@@ -66,7 +74,7 @@ def _middleware(settings: Settings, telemetry: Telemetry) -> list[Middleware]:
     """Outermost first."""
     return [
         # Everything inside may log and answer: context and header come first.
-        Middleware(RequestIdMiddleware),
+        Middleware(RequestIdMiddleware, server_timing=settings.server_timing),
         # Answers of every kind, errors included, must be readable for a permitted browser.
         Middleware(
             CORSMiddleware,
@@ -77,10 +85,6 @@ def _middleware(settings: Settings, telemetry: Telemetry) -> list[Middleware]:
         ),
         # What is raised further in, by middleware too, becomes an answer here.
         Middleware(ErrorMiddleware),
-        # Nothing is read beyond the limit.
-        Middleware(
-            RequestLimitsMiddleware,
-            max_body_bytes=settings.max_body_bytes,
-            rejected=telemetry.instruments.requests_rejected,
-        ),
+        # Nothing further in is reached without a place, nor with a body beyond the limits.
+        Middleware(RequestLimitsMiddleware, settings=settings, instruments=telemetry.instruments),
     ]

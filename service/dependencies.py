@@ -1,5 +1,6 @@
 """What a route asks for, as annotated aliases; the one cast from ASGI's untyped state stands here."""
 
+import time
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
@@ -12,6 +13,7 @@ from service.errors import AuthenticationError, PermissionDeniedError
 from service.services.auth import Authenticator, User
 from service.services.generation import Generation
 from service.state import State
+from service.utils.deadline import Deadline
 
 ENDUSER_ROLE = "enduser.role"
 
@@ -37,10 +39,12 @@ async def current_user(
     """The signed-in caller; their name goes into the log context, name and role onto the server span."""
     if credentials is None:
         raise AuthenticationError
+    started = time.monotonic()
     user = _state(request)["auth"].identify(credentials.credentials)
     context = current_request.get()
     if context is not None:
         context.user = user.username
+        context.auth_s = time.monotonic() - started
     trace.get_current_span().set_attributes({ENDUSER_ID: user.username, ENDUSER_ROLE: user.role})
     return user
 
@@ -52,6 +56,19 @@ async def admin_user(user: Annotated[User, Depends(current_user)]) -> User:
     return user
 
 
+async def model_caller(request: Request, user: Annotated[User, Depends(current_user)]) -> User:
+    """The signed-in caller, with this model call counted against their rate."""
+    await _state(request)["rate_limiter"].count(user.username)
+    return user
+
+
+async def _deadline(request: Request) -> Deadline:
+    """When the call must be over; it began when the request entered, not when its body was there."""
+    context = current_request.get()
+    since = context.entered_s if context else None
+    return Deadline.after(_state(request)["generation"].timeout_s, since=since)
+
+
 async def _request_id() -> str:
     context = current_request.get()
     return context.request_id if context else ""
@@ -61,4 +78,6 @@ RequestId = Annotated[str, Depends(_request_id)]
 AuthDep = Annotated[Authenticator, Depends(_auth)]
 GenerationDep = Annotated[Generation, Depends(_generation)]
 CurrentUser = Annotated[User, Depends(current_user)]
+ModelCaller = Annotated[User, Depends(model_caller)]
+CallDeadline = Annotated[Deadline, Depends(_deadline)]
 AdminUser = Annotated[User, Depends(admin_user)]

@@ -38,6 +38,8 @@ class ServiceError(Exception):
             no secret, no prompt and nothing internal. Without it, the class's own sentence.
         retry_after_s: Seconds until a retry makes sense; becomes ``Retry-After``, rounded up.
         retryable: Whether the caller is advised to try again, where it differs from the class's advice.
+        transient: Whether this service itself may try again at once.
+        label: What happened in two or three words, for the log lines of attempts.
         details: One entry for each field at fault: ``field``, ``message``, ``type``.
         headers: More header fields for the answer.
     """
@@ -46,18 +48,22 @@ class ServiceError(Exception):
     default_message: ClassVar[str] = "The service could not handle the request."
     retry: ClassVar[bool] = False
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but the message have defaults
         self,
         message: str | None = None,
         *,
         retry_after_s: float | None = None,
         retryable: bool | None = None,
+        transient: bool = True,
+        label: str | None = None,
         details: Sequence[Mapping[str, str]] = (),
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.message = message or self.default_message
         self.retry_after_s = retry_after_s
         self.retryable = self.retry if retryable is None else retryable
+        self.transient = transient
+        self.label = label or type(self).__name__
         self.details = tuple(details)
         self.headers = dict(headers or {})
         super().__init__(self.message)
@@ -118,12 +124,20 @@ class RequestTimeoutError(CallerError):
     default_message = "The request's body did not arrive in time. Try again."
     retry = True
 
+    def __init__(self, message: str | None = None) -> None:
+        # The rest of the body may still come, and is no request.
+        super().__init__(message, headers={"Connection": "close"})
+
 
 class PayloadTooLargeError(CallerError):
     """The caller's body is over the limit."""
 
     status = 413
     default_message = "The request's body is too large."
+
+    def __init__(self, message: str | None = None) -> None:
+        # The rest of the body is not read, so the connection cannot serve another request.
+        super().__init__(message, headers={"Connection": "close"})
 
 
 class ValidationError(CallerError):

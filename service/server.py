@@ -10,7 +10,7 @@ from opentelemetry import metrics, trace
 from service.app import create_app
 from service.config.env_validator import read_settings
 from service.config.logging import configure_logging
-from service.config.settings import Settings, export_otel
+from service.config.settings import Settings, prepare_environment
 from service.telemetry.providers import build_telemetry
 
 
@@ -23,7 +23,7 @@ def build() -> FastAPI:
     settings = read_settings().settings
     if settings is None:
         raise SystemExit(1)
-    export_otel()
+    prepare_environment()
     telemetry = build_telemetry(settings)
     configure_logging(settings.log_level, telemetry.logger_provider)
     # For libraries that ask for the process's providers instead of being handed ours.

@@ -4,6 +4,7 @@ from typing import TypedDict
 
 from service.services.auth import Authenticator
 from service.services.generation import Generation
+from service.services.rate_limit import RateLimiter
 
 
 class State(TypedDict):
@@ -11,3 +12,4 @@ class State(TypedDict):
 
     auth: Authenticator
     generation: Generation
+    rate_limiter: RateLimiter

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.config.settings import PASSED_THROUGH, Settings, export_otel
+from service.config.settings import PASSED_THROUGH, Settings, prepare_environment
 from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import FakeUpstream
 from tests.harness import AppUnderTest, running_app
@@ -21,7 +21,7 @@ def _clean_environment() -> None:
     ours = {name.upper() for name in Settings.model_fields} | set(PASSED_THROUGH)
     for name in [name for name in os.environ if name.upper() in ours or name.startswith("OTEL_")]:
         del os.environ[name]
-    export_otel()
+    prepare_environment()
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,7 @@ from service.config.settings import Settings
 from service.telemetry.providers import Exporters, Telemetry, build_telemetry
 
 START_LIMIT_S = 30.0
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def new_secrets() -> dict[str, str]:
@@ -45,8 +46,12 @@ def new_secrets() -> dict[str, str]:
 
 
 def make_settings(**values: Any) -> Settings:
-    """Settings from these values and the defaults; no ``.env`` is read."""
-    return Settings(_env_file=None, **{**new_secrets(), **values})
+    """Settings from these values and the defaults; no ``.env`` is read.
+
+    Retries and breaker stay out of the way unless a test asks for them.
+    """
+    quiet = {"retry_max": 0, "breaker_failure_threshold": 1_000}
+    return Settings(_env_file=None, **{**new_secrets(), **quiet, **values})
 
 
 @dataclass(frozen=True)
@@ -255,6 +260,8 @@ class ServiceProcess(Client):
         required = {name.upper(): value for name, value in new_secrets().items()}
         self.environment = {
             "PATH": os.environ["PATH"],
+            # The package that these tests stand beside, whichever one is installed.
+            "PYTHONPATH": str(ROOT),
             **{name: os.environ[name] for name in os.environ if name.startswith("COVERAGE")},
             **required,
             "PORT": str(self.port),

@@ -16,18 +16,25 @@ from opentelemetry.util.genai.handler import TelemetryHandler
 from opentelemetry.util.genai.invocation import InferenceInvocation
 from opentelemetry.util.genai.types import Error as SpanError
 
+from service.clients.bounded_transport import BoundedTransport
 from service.clients.llm_errors import nonsense, read_json, timed_out, translate
 from service.config.settings import Settings
 from service.errors import ServiceError
 from service.telemetry.names import ATTR_LLM_COST, OTHER_MODEL
 from service.telemetry.providers import Telemetry
+from service.utils.deadline import Deadline
 
 PROVIDER = "litellm"
 MAX_KNOWN_MODELS = 200
 """A metric gets at most so many values of ``model``, however many the upstream lists."""
 
 MAX_NAME_CHARS = 256
+MAX_COUNT = 2**53
+MAX_COST = 1e9
 COST_HEADERS = ("x-litellm-response-cost", "x-litellm-response-cost-original")
+SPARE_CONNECTIONS = 8
+"""For what no request asks for: the list of models, the health checks."""
+
 NO_KEY = "none"
 """Sent where no key is configured: the SDK insists on one."""
 
@@ -47,11 +54,14 @@ class Completion:
 @asynccontextmanager
 async def open_llm(settings: Settings, telemetry: Telemetry) -> AsyncIterator["LlmClient"]:
     """Open the process's one pooled client; nothing is sent until it is asked, and leaving closes it."""
-    limits = httpx2.Limits(
-        max_connections=settings.llm_max_connections, max_keepalive_connections=settings.llm_max_connections
-    )
+    # A connection for each request that may be in flight: waiting for one would be a hidden queue.
+    most = settings.max_in_flight + SPARE_CONNECTIONS
+    limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
     # No redirects: the key goes to the configured proxy and nowhere else. No proxies from the environment.
-    http = httpx2.AsyncClient(limits=limits, follow_redirects=False, trust_env=False)
+    transport = BoundedTransport(
+        httpx2.AsyncHTTPTransport(limits=limits, trust_env=False), settings.llm_max_answer_bytes
+    )
+    http = httpx2.AsyncClient(transport=transport, follow_redirects=False, trust_env=False)
     HTTPX2ClientInstrumentor.instrument_client(
         cast("Any", http),  # annotated for httpx, made for httpx2 too
         tracer_provider=telemetry.tracer_provider,
@@ -75,6 +85,7 @@ class LlmClient:
     def __init__(self, client: AsyncOpenAI, telemetry: Telemetry, settings: Settings) -> None:
         self._client = client
         self._timeout_s = settings.llm_timeout_s
+        self._connect_timeout_s = settings.llm_connect_timeout_s
         self._instruments = telemetry.instruments
         self._spans = TelemetryHandler(
             telemetry.tracer_provider, telemetry.meter_provider, instrumentation_scope_name=__name__
@@ -85,11 +96,12 @@ class LlmClient:
         self._known: set[str] = set()
         self._remember((settings.default_model,))
 
-    async def complete(self, body: Mapping[str, Any]) -> Completion:
-        """Ask for one chat completion.
+    async def complete(self, body: Mapping[str, Any], deadline: Deadline) -> Completion:
+        """Ask for one chat completion, in one attempt.
 
         Args:
             body: The request in OpenAI's shape, with ``model`` and ``messages``.
+            deadline: When the answer must be there, whole.
 
         Raises:
             BadRequestError: The upstream refused the request.
@@ -101,7 +113,14 @@ class LlmClient:
         span = self._start(model, body)
         try:
             response = await self._guard(
-                self._client.post("/chat/completions", body=body, cast_to=httpx2.Response), body
+                self._client.post(
+                    "/chat/completions",
+                    body=body,
+                    cast_to=httpx2.Response,
+                    options={"timeout": self._limits(deadline)},
+                ),
+                deadline,
+                body,
             )
             payload = read_json(response)
             completion = _completion(payload, model, response.headers)
@@ -119,7 +138,10 @@ class LlmClient:
 
     async def models(self) -> tuple[str, ...]:
         """The models that the upstream lists now, in its order; raises as ``complete`` does."""
-        payload = read_json(await self._guard(self._client.get("/models", cast_to=httpx2.Response), {}))
+        deadline = Deadline.after(self._timeout_s)
+        payload = read_json(
+            await self._guard(self._client.get("/models", cast_to=httpx2.Response), deadline, {})
+        )
         entries = payload.get("data")
         if not isinstance(entries, list):
             raise nonsense()
@@ -150,17 +172,23 @@ class LlmClient:
                 self._known.add(name)
                 self._instruments.expect_model(name)
 
-    async def _guard(self, sending: Awaitable[httpx2.Response], body: Mapping[str, Any]) -> httpx2.Response:
-        """Await the SDK under the total time limit; what it raises comes out as this service's errors."""
+    async def _guard(
+        self, sending: Awaitable[httpx2.Response], deadline: Deadline, body: Mapping[str, Any]
+    ) -> httpx2.Response:
+        """Await the SDK until the deadline; what it raises comes out as this service's errors."""
         try:
             # The SDK's own limits are for each read: a drip of one byte a second never reaches them.
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(deadline.left_s):
                 return await sending
         except TimeoutError:
-            raise timed_out(self._timeout_s) from None
+            raise timed_out(deadline.limit_s) from None
         except APIError as error:
             # The SDK's error holds the request, with its key and prompt: it is not chained on.
             raise translate(error, body, known_model=body.get("model") in self._known) from None
+
+    def _limits(self, deadline: Deadline) -> httpx2.Timeout:
+        left_s = deadline.left_s
+        return httpx2.Timeout(left_s, connect=min(self._connect_timeout_s, left_s))
 
     def _start(self, model: str, body: Mapping[str, Any]) -> InferenceInvocation:
         span = self._spans.inference(
@@ -215,7 +243,8 @@ def _completion(payload: Mapping[str, Any], model: str, headers: httpx2.Headers)
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    # One number beyond what OTLP can encode would end the export of all metrics for good.
+    return value if type(value) is int and 0 <= value <= MAX_COUNT else None
 
 
 def _cost(headers: httpx2.Headers) -> float | None:
@@ -225,6 +254,6 @@ def _cost(headers: httpx2.Headers) -> float | None:
             cost = float(headers.get(name, ""))
         except ValueError:
             continue
-        if 0 <= cost < float("inf"):
+        if 0 <= cost <= MAX_COST:
             return cost
     return None

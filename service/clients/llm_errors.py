@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 import openai
 
+from service.clients.bounded_transport import AnswerTooLargeError
 from service.errors import (
     BadRequestError,
     RateLimitError,
@@ -18,12 +19,17 @@ from service.errors import (
     UpstreamTimeoutError,
 )
 
+CONFLICT = 409
+SERVER_ERRORS = 500
+TIMEOUT = "Timeout"
+CONNECTION = "Connection error"
 MAX_REASON_CHARS = 300
 MAX_RETRY_AFTER_S = 3_600.0
 ECHO_CHARS = 8
 """A piece of the caller's text of this length in an upstream's message counts as an echo of the prompt."""
 
 UNKNOWN_MODEL = re.compile(r"invalid model name|model.{0,200}(not found|does not exist)", re.IGNORECASE)
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 NO_DEPLOYMENT = "no healthy deployments"
 INTERNALS = re.compile(
     r"traceback|https?://|/[\w.-]+/[\w.-]+/|\.py\b|bearer|api[_ -]?key|sk-\w", re.IGNORECASE
@@ -33,12 +39,16 @@ PREFIXES = re.compile(r"^(/[\w/]+: |litellm\.\w+: |\w+(Error|Exception)( -|:) )+
 
 def timed_out(timeout_s: float) -> UpstreamTimeoutError:
     """The error for a call that reached its time limit."""
-    return UpstreamTimeoutError(f"The model did not answer within {timeout_s:g} s. Try again.")
+    return UpstreamTimeoutError(f"The model did not answer within {timeout_s:g} s. Try again.", label=TIMEOUT)
 
 
 def nonsense() -> UpstreamError:
     """The error for an answer that is none."""
-    return UpstreamError("The model's side answered with something that is not an answer. Try again.")
+    return UpstreamError(
+        "The model's side answered with something that is not an answer. Try again.",
+        transient=False,
+        label="Invalid answer",
+    )
 
 
 def read_json(response: httpx2.Response) -> dict[str, Any]:
@@ -49,6 +59,12 @@ def read_json(response: httpx2.Response) -> dict[str, Any]:
         raise nonsense() from None
     if not isinstance(payload, dict):
         raise nonsense()
+    if SURROGATE.search(response.content):
+        # Half an emoji, cut off by the model: valid JSON that no answer and no exporter could encode.
+        cleaned: dict[str, Any] = json.loads(
+            json.dumps(payload, ensure_ascii=False).encode("utf-8", "replace")
+        )
+        return cleaned
     return payload
 
 
@@ -64,11 +80,19 @@ def translate(error: openai.APIError, request: Mapping[str, Any], *, known_model
         case openai.APIStatusError():
             return _from_status(error, request, known_model=known_model)
         case openai.APITimeoutError():
-            return UpstreamTimeoutError()
+            return UpstreamTimeoutError(label=TIMEOUT)
         case openai.APIConnectionError() if isinstance(error.__cause__, httpx2.ConnectError):
-            return UpstreamTimeoutError("The model's side cannot be reached. Try again.")
+            return UpstreamTimeoutError("The model's side cannot be reached. Try again.", label=CONNECTION)
+        case openai.APIConnectionError() if isinstance(error.__cause__, AnswerTooLargeError):
+            return UpstreamError(
+                "The model's answer is larger than this service accepts.",
+                transient=False,
+                label="Answer too large",
+            )
         case openai.APIConnectionError():
-            return UpstreamError("The model's side broke the connection before a whole answer. Try again.")
+            return UpstreamError(
+                "The model's side broke the connection before a whole answer. Try again.", label=CONNECTION
+            )
         case _:
             return nonsense()
 
@@ -83,9 +107,10 @@ def _from_status(
             return RateLimitError(
                 "The model's rate limit is reached. Wait for the seconds in Retry-After, then try again.",
                 retry_after_s=wait_s or 1.0,
+                label="Rate limit",
             )
         case 408:
-            return UpstreamTimeoutError()
+            return UpstreamTimeoutError(label=TIMEOUT)
         case 401 | 402 | 403 | 407:
             return _our_credentials()
         # LiteLLM without a database answers a wrong key with 400 and this type.
@@ -93,8 +118,10 @@ def _from_status(
             return _our_credentials()
         case 400 | 404 | 413 | 415 | 422:
             return _refused(body, request, known_model=known_model)
-        case _:
-            return UpstreamError()
+        case status:
+            wait_s = retry_after(error.response.headers.get("retry-after"))
+            again = status == CONFLICT or status >= SERVER_ERRORS
+            return UpstreamError(retry_after_s=wait_s, transient=again, label=f"HTTP {status}")
 
 
 def _our_credentials() -> UpstreamError:
@@ -102,7 +129,8 @@ def _our_credentials() -> UpstreamError:
 
 
 def _refused(body: Mapping[str, Any], request: Mapping[str, Any], *, known_model: bool) -> ServiceError:
-    text = str(body.get("message") or "")
+    said = body.get("message")
+    text = said.encode("utf-8", "replace").decode() if isinstance(said, str) else ""
     if NO_DEPLOYMENT in text and known_model:
         return UpstreamError("The model has no healthy deployment at the moment. Try again.")
     if body.get("code") == "model_not_found" or UNKNOWN_MODEL.search(text) or NO_DEPLOYMENT in text:

@@ -118,6 +118,14 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
     yield from _secret_problems(settings.jwt_secret_key)
     yield from _password_problems("AUTH_ADMIN_PASSWORD", settings.auth_admin_password)
     yield from _password_problems("AUTH_USER_PASSWORD", settings.auth_user_password)
+    if not re.fullmatch(r"[\x21-\x7e]*", settings.litellm_api_key.get_secret_value()):
+        yield (
+            "LITELLM_API_KEY",
+            (
+                "LITELLM_API_KEY contains a space, a line end or a character beyond ASCII: "
+                "a header cannot carry it."
+            ),
+        )
     yield from _origin_problems(settings.cors_origins)
     for name in (
         "litellm_url",
@@ -128,9 +136,11 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
         "otel_exporter_otlp_logs_endpoint",
     ):
         yield from _url_problems(name.upper(), getattr(settings, name))
-    for name in ("login_failures_per_name", "login_failures_per_address"):
+    for name in ("login_failures_per_name", "login_failures_per_address", "rate_limit"):
         yield from _rate_problems(name.upper(), getattr(settings, name))
-    if settings.llm_connect_timeout_s >= settings.llm_timeout_s:
+    # The default gives way to a shorter call by itself; two values that somebody chose must agree.
+    chosen = "llm_connect_timeout_s" in settings.model_fields_set
+    if chosen and settings.llm_connect_timeout_s >= settings.llm_timeout_s:
         yield (
             "LLM_CONNECT_TIMEOUT_S",
             (

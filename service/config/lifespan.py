@@ -15,6 +15,7 @@ from service.config.logging import detach_bridge
 from service.config.settings import Settings
 from service.services.auth import Authenticator
 from service.services.generation import Generation
+from service.services.rate_limit import RateLimiter
 from service.state import State
 from service.telemetry.events import emit
 from service.telemetry.names import EVENT_SHUTDOWN_COMPLETED
@@ -43,7 +44,11 @@ def lifespan_of(
                 tasks.create_task(measure_lag(telemetry.instruments.event_loop_lag)),
                 tasks.create_task(_keep_models_known(llm, settings.models_ttl_s)),
             )
-            yield {"auth": auth, "generation": Generation(llm, telemetry, settings)}
+            yield {
+                "auth": auth,
+                "generation": Generation(llm, telemetry, settings),
+                "rate_limiter": RateLimiter(settings.rate_limit, telemetry.instruments),
+            }
             stopping = time.perf_counter()
             for task in background:
                 task.cancel()
@@ -58,7 +63,7 @@ def _say_completed(since: float) -> None:
         logger,
         EVENT_SHUTDOWN_COMPLETED,
         f"Graceful shutdown completed in {took_s:.1f}s",
-        duration_s=round(took_s, 3),
+        {"duration_s": round(took_s, 3)},
     )
 
 
@@ -79,5 +84,10 @@ async def measure_lag(histogram: Histogram, interval_s: float = LAG_INTERVAL_S) 
 
 async def _keep_models_known(llm: LlmClient, ttl_s: float) -> None:
     while True:
-        learned = await llm.learn_models()
+        learned = False
+        try:
+            learned = await llm.learn_models()
+        except Exception:
+            # A bug here must not take the lifespan down with it, and the requests in flight.
+            logger.exception("The list of models could not be read")
         await asyncio.sleep(ttl_s if learned else min(MODELS_RETRY_S, ttl_s))

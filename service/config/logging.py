@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, TextIO
@@ -31,6 +31,8 @@ NOT_EXPORTED = ("opentelemetry", *QUIET)
 """What an exporter uses or says itself: sent over OTLP, it would feed itself while the collector is down."""
 
 EVENT_NAME = "otel.event.name"
+CONTEXT_FIELDS = frozenset({"request_id", "client_request_id", "user"})
+"""What a record gets from the request that it was made in; a span has these already."""
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 _LEVELS = {"WARN": "WARNING", "FATAL": "CRITICAL"}
@@ -40,16 +42,27 @@ _LEVELS = {"WARN": "WARNING", "FATAL": "CRITICAL"}
 class RequestContext:
     """What is known of the request at hand; made when it enters, completed on the way.
 
-    ``request_id`` is the trace id (32 hex digits), ``incident_id`` is ``inc_`` and the server span's id,
-    ``client_request_id`` the caller's own ``X-Request-ID`` where it is harmless, ``error`` the name of the
-    error that the request was answered with.
+    Args:
+        request_id: The trace id, 32 hex digits.
+        incident_id: ``inc_`` and the server span's id.
+        entered_s: When it arrived, on the monotonic clock.
+        client_request_id: The caller's own ``X-Request-ID``, where it is harmless.
+        user: The caller's name, once known.
+        error: The name of the error that it was answered with.
+        auth_s: Seconds that the token's check took.
+        headers: More header fields for the answer, whatever it is.
+        timings_s: Seconds by what they were spent on; filled in for a model call only.
     """
 
     request_id: str
     incident_id: str
+    entered_s: float = 0.0
     client_request_id: str | None = None
     user: str | None = None
     error: str | None = None
+    auth_s: float = 0.0
+    headers: dict[str, str] = field(default_factory=dict)
+    timings_s: dict[str, float] = field(default_factory=dict)
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("current_request", default=None)

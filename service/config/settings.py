@@ -29,7 +29,7 @@ PASSED_THROUGH = (
     "OTEL_BLRP_MAX_QUEUE_SIZE",
     "OTEL_BLRP_SCHEDULE_DELAY",
 )
-"""Standard variables that the OpenTelemetry SDK reads itself; ``.env`` reaches it through ``export_otel``."""
+"""Standard variables that the OpenTelemetry SDK reads itself; ``.env`` reaches it, too."""
 
 
 class Settings(BaseSettings):
@@ -52,6 +52,10 @@ class Settings(BaseSettings):
     forwarded_allow_ips: str = ""
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     max_body_bytes: int = Field(1_048_576, ge=1_024, le=104_857_600)
+    request_body_timeout_s: float = Field(10.0, gt=0, le=3_600)
+    max_in_flight: int = Field(200, ge=1, le=10_000)
+    rate_limit: str = "6000/minute"
+    server_timing: bool = True
     shutdown_timeout_s: float = Field(30.0, ge=0, le=3_600)
 
     # Sign-in
@@ -71,8 +75,18 @@ class Settings(BaseSettings):
     default_model: str = Field("demo", min_length=1, max_length=200)
     llm_timeout_s: float = Field(30.0, gt=0, le=3_600)
     llm_connect_timeout_s: float = Field(5.0, gt=0, le=300)
-    llm_max_connections: int = Field(100, ge=1, le=10_000)
+    llm_max_answer_bytes: int = Field(33_554_432, ge=1_024, le=1_073_741_824)
     models_ttl_s: float = Field(300.0, ge=1, le=86_400)
+
+    # Resilience
+    retry_max: int = Field(3, ge=0, le=10)
+    retry_base_delay_s: float = Field(1.0, gt=0, le=60)
+    retry_jitter: float = Field(0.25, ge=0, le=1)
+    retry_budget_ratio: float = Field(0.2, ge=0, le=1)
+    retry_budget_floor: int = Field(30, ge=0, le=10_000)
+    retry_budget_window_s: float = Field(10.0, gt=0, le=3_600)
+    breaker_failure_threshold: int = Field(5, ge=1, le=1_000)
+    breaker_timeout_s: float = Field(30.0, gt=0, le=3_600)
 
     # The vector store
     qdrant_url: str = ""
@@ -127,14 +141,17 @@ def variable_names() -> set[str]:
     return set(os.environ) | set(env_file_values())
 
 
-def export_otel() -> None:
-    """Make the process's environment say what the OpenTelemetry packages read there by themselves.
+def prepare_environment() -> None:
+    """Make the process's environment say what libraries should read there, and nothing else.
 
-    Called once, before the first of them is used: HTTP semantic conventions in their stable form, the SDK's
-    own metrics, no raw lines from gRPC's C core on stderr, and the ``OTEL_*`` variables of ``.env``.
-    ``OTEL_SDK_DISABLED`` is taken out: with it the SDK makes no ids, and the request id is the trace id. The
-    providers obey the setting by recording and exporting nothing.
+    Called once, before the first of them is used. The OpenAI SDK's own variables are taken out: they would
+    change where calls go and what they carry, past our settings. For OpenTelemetry there stand then: HTTP
+    semantic conventions in their stable form, the SDK's own metrics, no raw lines from gRPC's C core on
+    stderr, and the ``OTEL_*`` variables of ``.env``. ``OTEL_SDK_DISABLED`` is taken out: with it the SDK
+    makes no ids, and the request id is the trace id. The providers obey the setting by recording nothing.
     """
+    for name in [name for name in os.environ if name.startswith("OPENAI_")]:
+        del os.environ[name]
     for name, value in env_file_values().items():
         if name.startswith("OTEL_"):
             os.environ.setdefault(name, value)

@@ -46,12 +46,23 @@ def as_service_error(error: Exception) -> ServiceError:
             return error
         case RequestValidationError():
             return _from_validation(error)
+        # FastAPI wraps whatever goes wrong while the body is read.
+        case HTTPException() if isinstance(error.__cause__, ServiceError):
+            return error.__cause__
+        # FastAPI's word for a body that is no JSON at all.
+        case HTTPException(status_code=400):
+            return _unreadable()
         case HTTPException() if 400 <= error.status_code < 500:  # noqa: PLR2004 - the callers' range
             found = BY_STATUS.get(error.status_code, BadRequestError)()
             found.headers.update(error.headers or {})
             return found
         case _:
             return InternalError()
+
+
+def _unreadable() -> ValidationError:
+    problem = {"field": "body", "message": "cannot be read as JSON", "type": "json_invalid"}
+    return ValidationError("The request is not valid: body: cannot be read as JSON", details=[problem])
 
 
 def _from_validation(error: RequestValidationError) -> ValidationError:

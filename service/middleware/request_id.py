@@ -27,8 +27,11 @@ class RequestIdMiddleware:
     our own, right inside the instrumentation that starts the server span.
     """
 
-    def __init__(self, app: ASGIApp, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, app: ASGIApp, *, server_timing: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._app = app
+        self._server_timing = server_timing
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,17 +39,20 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        await _Responder(self._app, scope, send, self._clock)(receive)
+        await _Responder(self._app, scope, send, self._clock, server_timing=self._server_timing)(receive)
 
 
 class _Responder:
     """One request on its way."""
 
-    def __init__(self, app: ASGIApp, scope: Scope, send: Send, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, app: ASGIApp, scope: Scope, send: Send, clock: Callable[[], float], *, server_timing: bool
+    ) -> None:
         self._app = app
         self._scope = scope
         self._send = send
         self._clock = clock
+        self._server_timing = server_timing
         self._span = trace.get_current_span()
         self._status: int | None = None
         span = self._span.get_span_context()
@@ -59,6 +65,7 @@ class _Responder:
         self._context = RequestContext(
             request_id=trace_id,
             incident_id=f"inc_{span_id}",
+            entered_s=clock(),
             client_request_id=offered if HARMLESS_ID.fullmatch(offered) else None,
         )
 
@@ -69,11 +76,12 @@ class _Responder:
         self._span.set_attribute(ATTR_INCIDENT_ID, self._context.incident_id)
         if self._context.client_request_id is not None:
             self._span.set_attribute(ATTR_CLIENT_REQUEST_ID, self._context.client_request_id)
-        started = self._clock()
         try:
             await self._app(self._scope, receive, self._send_with_ids)
         finally:
-            self._write_line(self._clock() - started)
+            # Once more: what broke an answer that had begun came after the first time.
+            self._mark_error()
+            self._write_line(self._clock() - self._context.entered_s)
 
     async def _send_with_ids(self, message: Message) -> None:
         if message["type"] != "http.response.start":
@@ -81,12 +89,22 @@ class _Responder:
             return
         self._status = message["status"]
         headers = MutableHeaders(scope=message)
-        for name, value in self._headers.items():
+        for name, value in (self._headers | self._context.headers).items():
             headers[name] = value
+        if self._server_timing and self._context.timings_s:
+            headers["Server-Timing"] = self._timing()
         await self._send(message)
         # After the instrumentation has put the bare status there.
-        if self._context.error is not None:
+        self._mark_error()
+
+    def _mark_error(self) -> None:
+        if self._context.error is not None and self._span.is_recording():
             self._span.set_attribute(ERROR_TYPE, self._context.error)
+
+    def _timing(self) -> str:
+        """Where the time went so far, in milliseconds: the W3C's Server-Timing."""
+        spent = {**self._context.timings_s, "total": self._clock() - self._context.entered_s}
+        return ", ".join(f"{name};dur={seconds * 1_000:.1f}" for name, seconds in spent.items())
 
     def _write_line(self, duration_s: float) -> None:
         route = self._scope.get("route")

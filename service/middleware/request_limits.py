@@ -1,50 +1,128 @@
-"""Bounds what a request may bring: it must be HTTP, and its body of a bounded size."""
+"""Bounds what a request may bring and take: HTTP only, a body of bounded size and time, a place in flight."""
+
+import asyncio
 
 from opentelemetry.metrics import Counter
 from starlette.datastructures import Headers
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.config.logging import current_request
-from service.errors import BadRequestError, PayloadTooLargeError
+from service.config.settings import Settings
+from service.errors import BadRequestError, OverloadedError, PayloadTooLargeError, RequestTimeoutError
+from service.middleware.errors import answer
+from service.telemetry.instruments import Instruments
+from service.telemetry.sampling import PROBES
 
 MALFORMED = "llmops.malformed"
 """Set in the scope by our HTTP protocol when what came in is no HTTP request."""
 
+OVERLOADED_RETRY_AFTER_S = 1.0
+LINGER_BYTES = 262_144
+LINGER_S = 1.0
+"""So much of a refused body, and for so long, is still read after the answer: a connection closed with unread
+data in it is reset, and a caller who is still sending would never see why (RFC 9112, section 9.6)."""
+
 
 class RequestLimitsMiddleware:
-    """Refuses a body over the limit: a declared one before any of it is read, any other as it arrives.
+    """Turns away what is malformed, too much at once, too large, or too slow in coming.
 
-    Starlette's own middleware counts what arrives. It would answer a declared size with a body of its own
-    shape, so that is looked at here.
+    Health routes are never turned away. Starlette's own middleware counts a body as it arrives; it would
+    answer a declared size with a body of its own shape, so that is looked at here.
 
     Args:
         app: What is protected.
-        max_body_bytes: The largest body that passes.
-        rejected: The counter ``llmops.requests.rejected``.
+        settings: The limits.
+        instruments: Where requests in flight and rejections are counted.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, rejected: Counter) -> None:
-        self._app = RequestBodyLimitMiddleware(app, max_body_bytes)
-        self._max_body_bytes = max_body_bytes
-        self._rejected = rejected
+    def __init__(self, app: ASGIApp, settings: Settings, instruments: Instruments) -> None:
+        self._app = RequestBodyLimitMiddleware(app, settings.max_body_bytes)
+        self._max_body_bytes = settings.max_body_bytes
+        self._body_timeout_s = settings.request_body_timeout_s
+        self._max_in_flight = settings.max_in_flight
+        self._in_flight = 0
+        self._in_flight_gauge = instruments.requests_in_flight
+        self._rejected = instruments.requests_rejected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"] in PROBES:
             await self._app(scope, receive, send)
             return
         if MALFORMED in scope:
             raise BadRequestError("This is not a valid HTTP request.")
+        if self._in_flight >= self._max_in_flight:
+            self._rejected.add(1, {"reason": "overloaded"})
+            raise OverloadedError(retry_after_s=OVERLOADED_RETRY_AFTER_S)
+        self._in_flight += 1
+        self._in_flight_gauge.add(1)
+        try:
+            await self._within_limits(scope, receive, send)
+        finally:
+            self._in_flight -= 1
+            self._in_flight_gauge.add(-1)
+
+    async def _within_limits(self, scope: Scope, receive: Receive, send: Send) -> None:
+        lingering = _LingeringSend(receive, send, self._rejected)
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared) > self._max_body_bytes:
-            self._rejected.add(1, {"reason": "too_large"})
-            # The body is not read, so the connection cannot serve another request.
-            raise PayloadTooLargeError(
-                f"The request's body is {declared} bytes long; the limit is {self._max_body_bytes}.",
-                headers={"Connection": "close"},
+            error = PayloadTooLargeError(
+                f"The request's body is {declared} bytes long; the limit is {self._max_body_bytes}."
             )
-        await self._app(scope, receive, send)
-        request = current_request.get()
-        if request is not None and request.error == PayloadTooLargeError.__name__:
-            self._rejected.add(1, {"reason": "too_large"})
+            await answer(error)(scope, receive, lingering)
+        else:
+            in_time = _TimedReceive(receive, self._body_timeout_s)
+            await self._app(scope, in_time, lingering)
+
+
+class _TimedReceive:
+    """An ASGI receive whose body must be complete in time; what follows the body may take for ever."""
+
+    def __init__(self, receive: Receive, limit_s: float) -> None:
+        self._receive = receive
+        self._until = asyncio.get_running_loop().time() + limit_s
+        self._complete = False
+
+    async def __call__(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
+        except TimeoutError:
+            raise RequestTimeoutError from None
+        self._complete = not message.get("more_body", False)
+        return message
+
+
+class _LingeringSend:
+    """An ASGI send that counts a 413, and after it reads a little more before the connection is closed."""
+
+    def __init__(self, receive: Receive, send: Send, rejected: Counter) -> None:
+        self._rejected = rejected
+        self._receive = receive
+        self._send = send
+        self._lingers = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._lingers = message["status"] == PayloadTooLargeError.status
+            if self._lingers:
+                self._rejected.add(1, {"reason": "too_large"})
+        elif self._lingers and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._read_a_little()
+            message = {"type": "http.response.body", "body": b""}
+        await self._send(message)
+
+    async def _read_a_little(self) -> None:
+        seen = 0
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while seen < LINGER_BYTES:
+                    message = await self._receive()
+                    if not message.get("more_body", False):
+                        return
+                    seen += len(message.get("body", b""))
+        except TimeoutError:
+            return

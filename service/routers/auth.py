@@ -3,14 +3,29 @@
 from fastapi import APIRouter, Request
 
 from service.dependencies import AuthDep, CurrentUser
-from service.errors import AuthenticationError, PayloadTooLargeError, RateLimitError, ValidationError
+from service.errors import (
+    AuthenticationError,
+    OverloadedError,
+    PayloadTooLargeError,
+    RateLimitError,
+    RequestTimeoutError,
+    ValidationError,
+)
 from service.routers.schemas import LoginRequest, LoginResponse, UserBody, errors
 
 router = APIRouter(prefix="/auth", tags=["auth"])
 
 
 @router.post(
-    "/login", responses=errors(AuthenticationError, PayloadTooLargeError, ValidationError, RateLimitError)
+    "/login",
+    responses=errors(
+        AuthenticationError,
+        RequestTimeoutError,
+        PayloadTooLargeError,
+        ValidationError,
+        RateLimitError,
+        OverloadedError,
+    ),
 )
 async def login(body: LoginRequest, request: Request, auth: AuthDep) -> LoginResponse:
     """Sign in with name and password; the token goes into `Authorization: Bearer …`."""
@@ -23,7 +38,7 @@ async def login(body: LoginRequest, request: Request, auth: AuthDep) -> LoginRes
     )
 
 
-@router.get("/me", responses=errors(AuthenticationError))
+@router.get("/me", responses=errors(AuthenticationError, OverloadedError))
 async def me(user: CurrentUser) -> UserBody:
     """The user whom the token belongs to."""
     return UserBody(username=user.username, role=user.role)

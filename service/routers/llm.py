@@ -2,38 +2,44 @@
 
 from fastapi import APIRouter, Request
 
-from service.dependencies import CurrentUser, GenerationDep, RequestId
+from service.dependencies import CallDeadline, GenerationDep, ModelCaller, RequestId
 from service.errors import (
     AuthenticationError,
     BadRequestError,
+    CircuitOpenError,
+    OverloadedError,
     PayloadTooLargeError,
     RateLimitError,
+    RequestTimeoutError,
     UpstreamError,
     UpstreamTimeoutError,
     ValidationError,
 )
 from service.routers.schemas import GenerateRequest, GenerateResponse, ModelsResponse, errors
+from service.services.generation import Call
 from service.utils.disconnect import unless_caller_left
 
 router = APIRouter(prefix="/llm", tags=["llm"])
 
 UPSTREAM_ERRORS = (BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError)
+BODY_ERRORS = (RequestTimeoutError, PayloadTooLargeError, ValidationError)
 
 
 @router.post(
     "/generate",
-    responses=errors(AuthenticationError, PayloadTooLargeError, ValidationError, *UPSTREAM_ERRORS),
+    responses=errors(AuthenticationError, *BODY_ERRORS, *UPSTREAM_ERRORS, CircuitOpenError, OverloadedError),
 )
 async def generate(
     body: GenerateRequest,
     request: Request,
-    user: CurrentUser,
+    user: ModelCaller,
     generation: GenerationDep,
+    deadline: CallDeadline,
     request_id: RequestId,
 ) -> GenerateResponse:
     """Send a prompt to a model; a caller who closes the connection stops the model's work."""
-    work = generation.generate(body.as_chat(), user.username)
-    completion = await unless_caller_left(request.receive, work)
+    call = Call(body.as_chat(), user.username, deadline)
+    completion = await unless_caller_left(request.receive, generation.generate(call))
     return GenerateResponse(
         response=completion.text,
         model=completion.model,
@@ -46,7 +52,7 @@ async def generate(
     )
 
 
-@router.get("/models", responses=errors(AuthenticationError, *UPSTREAM_ERRORS))
-async def models(_user: CurrentUser, generation: GenerationDep) -> ModelsResponse:
+@router.get("/models", responses=errors(AuthenticationError, *UPSTREAM_ERRORS, OverloadedError))
+async def models(_user: ModelCaller, generation: GenerationDep) -> ModelsResponse:
     """The models that LiteLLM offers."""
     return ModelsResponse(models=list(await generation.models()), default_model=generation.default_model)

@@ -1,10 +1,30 @@
 """The wire models of the routes outside ``/v1``, and how their errors are documented."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, StringConstraints
 
 from service.errors import InternalError, MethodNotAllowedError, ServiceError
+
+
+def _encodable(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what Python's parser takes and no JSON can say: NaN, infinity, half a surrogate pair."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError:
+        raise ValueError("must be plain JSON") from None
+    return value
+
+
+def _plain_text(value: SecretStr) -> SecretStr:
+    """Refuse half a surrogate pair, which pydantic does not look for in a secret."""
+    try:
+        value.get_secret_value().encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be plain text") from None
+    return value
+
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+ -]*$", max_length=200)]
 
@@ -19,7 +39,7 @@ class LoginRequest(Inbound):
     """Who signs in."""
 
     username: str = Field(min_length=1, max_length=256, examples=["user"])
-    password: SecretStr = Field(min_length=1, max_length=1_024)
+    password: Annotated[SecretStr, AfterValidator(_plain_text)] = Field(min_length=1, max_length=1_024)
 
 
 class UserBody(BaseModel):
@@ -46,7 +66,9 @@ class GenerateRequest(Inbound):
     system_prompt: str | None = Field(None, min_length=1)
     temperature: float | None = Field(None, ge=0, le=2)
     max_tokens: int | None = Field(None, ge=1, le=10_000_000)
-    response_format: dict[str, Any] | None = Field(None, examples=[{"type": "json_object"}])
+    response_format: Annotated[dict[str, Any], AfterValidator(_encodable)] | None = Field(
+        None, examples=[{"type": "json_object"}]
+    )
     stream: Literal[False] = Field(default=False, description="Streaming is not offered on this route yet.")
 
     def as_chat(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from limits import parse as parse_limit
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import MovingWindowRateLimiter
 
+from service.config.logging import current_request
 from service.config.settings import Settings
 from service.errors import AuthenticationError, RateLimitError
 from service.telemetry.instruments import Instruments
@@ -120,6 +121,9 @@ class Authenticator:
             logger.warning("login_failed")
             raise AuthenticationError("The user name or the password is wrong.")
         self._attempts.add(1, {"outcome": "success"})
+        request = current_request.get()
+        if request is not None:
+            request.user = user.username
         logger.info("login_succeeded", extra={"user": user.username})
         return self._session(user)
 

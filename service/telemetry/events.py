@@ -1,21 +1,22 @@
 """One emission, seen three times: as JSON line, as OTLP log record, and as event of the span at hand."""
 
 import logging
+from collections.abc import Mapping
 
 from opentelemetry import trace
 from opentelemetry.sdk._logs import LogRecordProcessor, ReadWriteLogRecord
 from opentelemetry.util.types import AttributeValue
 
-from service.config.logging import EVENT_NAME
+from service.config.logging import CONTEXT_FIELDS, EVENT_NAME
 
 
 def emit(
     logger: logging.Logger,
     event: str,
     message: str,
+    fields: Mapping[str, AttributeValue],
     *,
     level: int = logging.INFO,
-    **fields: AttributeValue,
 ) -> None:
     """Emit an event.
 
@@ -23,8 +24,8 @@ def emit(
         logger: The logger of the module where it happens.
         event: A name of ``telemetry.names.EVENTS``.
         message: The line that people search for, verbatim.
-        level: The severity, a level of ``logging``.
         fields: The event's attributes.
+        level: The severity, a level of ``logging``.
     """
     logger.log(level, message, extra={EVENT_NAME: event, **fields})
 
@@ -51,7 +52,7 @@ class SpanEventProcessor(LogRecordProcessor):
         attributes = {
             name: value
             for name, value in (record.attributes or {}).items()
-            if isinstance(value, (str, bool, int, float))
+            if name not in CONTEXT_FIELDS and isinstance(value, (str, bool, int, float))
         }
         span.add_event(record.event_name, attributes, timestamp=record.timestamp)
 

@@ -1,6 +1,10 @@
 """Every instrument of our own, made once from its declaration in ``names``."""
 
-from opentelemetry.metrics import Counter, Histogram, Meter
+import itertools
+from collections.abc import Callable, Iterator
+
+from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Meter, Observation, UpDownCounter
+from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 
 from service.telemetry import names
 
@@ -9,17 +13,36 @@ class Instruments:
     """The instruments; counters stand at 0 from the start where their attributes are known."""
 
     def __init__(self, meter: Meter) -> None:
+        self._meter = meter
         self.llm_calls = _counter(meter, names.LLM_CALLS)
         self.llm_cost = _counter(meter, names.LLM_COST)
-        self.auth_attempts = _counter(meter, names.AUTH_ATTEMPTS)
+        self.retry_attempts = _counter(meter, names.RETRY_ATTEMPTS)
+        self.breaker_transitions = _counter(meter, names.BREAKER_TRANSITIONS)
+        self.breaker_rejections = _counter(meter, names.BREAKER_REJECTIONS)
+        self.requests_in_flight = _up_down_counter(meter, names.REQUESTS_IN_FLIGHT)
         self.requests_rejected = _counter(meter, names.REQUESTS_REJECTED)
+        self.auth_attempts = _counter(meter, names.AUTH_ATTEMPTS)
         self.event_loop_lag = _histogram(meter, names.EVENT_LOOP_LAG)
-        for counter, metric, attribute in (
-            (self.auth_attempts, names.AUTH_ATTEMPTS, "outcome"),
-            (self.requests_rejected, names.REQUESTS_REJECTED, "reason"),
+        for counter, metric in (
+            (self.retry_attempts, names.RETRY_ATTEMPTS),
+            (self.breaker_transitions, names.BREAKER_TRANSITIONS),
+            (self.breaker_rejections, names.BREAKER_REJECTIONS),
+            (self.requests_rejected, names.REQUESTS_REJECTED),
+            (self.auth_attempts, names.AUTH_ATTEMPTS),
         ):
-            for value in metric.attributes[attribute]:
-                counter.add(0, {attribute: value})
+            _start_at_zero(counter, metric)
+        self.requests_in_flight.add(0)
+
+    def show_breaker(self, breaker: str, state: Callable[[], str]) -> None:
+        """Show a breaker's state as one series per state, 1 for the one it is in; read at each collection."""
+
+        def observe(_options: CallbackOptions) -> Iterator[Observation]:
+            now = state()
+            for value in names.BREAKER_STATE.attributes["state"]:
+                yield Observation(int(value == now), {"breaker": breaker, "state": value})
+
+        metric = names.BREAKER_STATE
+        self._meter.create_observable_gauge(metric.name, [observe], metric.unit, metric.description)
 
     def expect_model(self, model: str) -> None:
         """Let the model's series start at 0, so that ``rate()`` sees its first call."""
@@ -27,6 +50,21 @@ class Instruments:
             if outcome != "error":
                 self.llm_calls.add(0, {"model": model, "outcome": outcome})
         self.llm_cost.add(0, {"model": model})
+
+
+def _start_at_zero(counter: Counter, metric: names.Metric) -> None:
+    """Add 0 for each combination of known values; an error's name is only there when there is an error."""
+    closed = {
+        name: values
+        for name, values in metric.attributes.items()
+        if not isinstance(values, str) and name != ERROR_TYPE
+    }
+    for values in itertools.product(*closed.values()):
+        counter.add(0, dict(zip(closed, values, strict=True)))
+
+
+def _up_down_counter(meter: Meter, metric: names.Metric) -> UpDownCounter:
+    return meter.create_up_down_counter(metric.name, metric.unit, metric.description)
 
 
 def _counter(meter: Meter, metric: names.Metric) -> Counter:

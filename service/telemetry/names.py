@@ -25,7 +25,7 @@ class Metric:
     """
 
     name: str
-    kind: Literal["counter", "histogram"]
+    kind: Literal["counter", "up_down_counter", "gauge", "histogram"]
     unit: str
     description: str
     attributes: dict[str, tuple[str, ...] | str] = field(default_factory=dict)
@@ -50,6 +50,44 @@ LLM_COST: Final = Metric(
     "What the model calls cost, as LiteLLM reports it",
     {"model": UPSTREAM_LISTED},
 )
+RETRY_ATTEMPTS: Final = Metric(
+    "llmops.retry.attempts",
+    "counter",
+    "{attempt}",
+    "Attempts at an upstream by what came after them",
+    {
+        "operation": ("chat",),
+        "outcome": ("success", "retried", "exhausted", "not_retryable", "deadline", "budget"),
+        "error.type": ERROR_NAMES,
+    },
+)
+BREAKER_STATE: Final = Metric(
+    "llmops.circuit_breaker.state",
+    "gauge",
+    "1",
+    "1 for the state that the breaker is in, 0 for the others",
+    {"breaker": ("litellm",), "state": ("closed", "open", "half_open")},
+)
+BREAKER_TRANSITIONS: Final = Metric(
+    "llmops.circuit_breaker.transitions",
+    "counter",
+    "{transition}",
+    "Changes of the breaker's state",
+    {"breaker": ("litellm",), "to": ("closed", "open", "half_open")},
+)
+BREAKER_REJECTIONS: Final = Metric(
+    "llmops.circuit_breaker.rejections",
+    "counter",
+    "{call}",
+    "Attempts that the breaker turned away",
+    {"breaker": ("litellm",)},
+)
+REQUESTS_IN_FLIGHT: Final = Metric(
+    "llmops.requests.in_flight",
+    "up_down_counter",
+    "{request}",
+    "Requests being handled now, health routes aside",
+)
 AUTH_ATTEMPTS: Final = Metric(
     "llmops.auth.attempts",
     "counter",
@@ -62,7 +100,7 @@ REQUESTS_REJECTED: Final = Metric(
     "counter",
     "{request}",
     "Requests turned away before any work was done for them",
-    {"reason": ("too_large",)},
+    {"reason": ("overloaded", "rate_limited", "too_large")},
 )
 EVENT_LOOP_LAG: Final = Metric(
     "llmops.event_loop.lag",
@@ -72,7 +110,18 @@ EVENT_LOOP_LAG: Final = Metric(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
 )
 
-METRICS: Final = (LLM_CALLS, LLM_COST, AUTH_ATTEMPTS, REQUESTS_REJECTED, EVENT_LOOP_LAG)
+METRICS: Final = (
+    LLM_CALLS,
+    LLM_COST,
+    RETRY_ATTEMPTS,
+    BREAKER_STATE,
+    BREAKER_TRANSITIONS,
+    BREAKER_REJECTIONS,
+    REQUESTS_IN_FLIGHT,
+    REQUESTS_REJECTED,
+    AUTH_ATTEMPTS,
+    EVENT_LOOP_LAG,
+)
 
 HTTP_DURATION_BUCKETS: Final = (
     *(0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75),
@@ -86,7 +135,21 @@ ATTR_INCIDENT_ID: Final = "llmops.incident_id"
 ATTR_LLM_ATTEMPTS: Final = "llmops.llm.attempts"
 ATTR_LLM_COST: Final = "llmops.llm.cost"
 ATTR_LLM_DEADLINE: Final = "llmops.llm.deadline"
+ATTR_LLM_DEADLINE_LEFT: Final = "llmops.llm.deadline_left"
+ATTR_RETRY_OUTCOME: Final = "llmops.retry.outcome"
 ATTR_LLM_OUTCOME: Final = "llmops.llm.outcome"
 
 EVENT_SHUTDOWN_COMPLETED: Final = "llmops.shutdown.completed"
-EVENTS: Final = (EVENT_SHUTDOWN_COMPLETED,)
+EVENT_RETRY_SCHEDULED: Final = "llmops.retry.scheduled"
+EVENT_RETRY_SUCCEEDED: Final = "llmops.retry.succeeded"
+EVENT_RETRY_EXHAUSTED: Final = "llmops.retry.exhausted"
+EVENT_BREAKER_STATE_CHANGED: Final = "llmops.circuit_breaker.state_changed"
+EVENT_BREAKER_REJECTED: Final = "llmops.circuit_breaker.rejected"
+EVENTS: Final = (
+    EVENT_RETRY_SCHEDULED,
+    EVENT_RETRY_SUCCEEDED,
+    EVENT_RETRY_EXHAUSTED,
+    EVENT_BREAKER_STATE_CHANGED,
+    EVENT_BREAKER_REJECTED,
+    EVENT_SHUTDOWN_COMPLETED,
+)

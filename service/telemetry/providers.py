@@ -36,6 +36,7 @@ from service.telemetry.names import HTTP_DURATION_BUCKETS
 from service.telemetry.sampling import sampler_from
 
 SCOPE = "service"
+ABORT_S = 0.5
 MAX_ATTRIBUTE_CHARS = 2_048
 """Longest string attribute of a span, where ``OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT`` does not say otherwise."""
 
@@ -73,7 +74,7 @@ class Telemetry:
 
         A provider's own ``shutdown`` waits up to 30 s for a collector that does not answer. Here each signal
         is flushed in a thread of its own; at the deadline the exporters are stopped, which ends their
-        retries; whatever still hangs then is left to a daemon thread. Never longer than twice the deadline.
+        retries; whatever still hangs half a second later is left to a daemon thread.
         """
         finishers = [threading.Thread(target=step, daemon=True) for step in self._finishers(deadline_s)]
         for thread in finishers:
@@ -82,7 +83,7 @@ class Telemetry:
         if not flushed:
             for give_up in self.exporters.abort():
                 threading.Thread(target=give_up, daemon=True).start()
-            _join(finishers, deadline_s)
+            _join(finishers, ABORT_S)
         return flushed
 
     def _finishers(self, deadline_s: float) -> Iterator[Callable[[], None]]:

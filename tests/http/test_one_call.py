@@ -4,6 +4,7 @@ from opentelemetry.trace import SpanKind
 
 from tests.fakes.upstream import FakeUpstream
 from tests.harness import AppUnderTest
+from tests.http.support import trace_of
 
 
 def test_one_call_is_one_trace(service: AppUnderTest, upstream: FakeUpstream) -> None:
@@ -22,7 +23,7 @@ def test_one_call_is_one_trace(service: AppUnderTest, upstream: FakeUpstream) ->
         "cache": "bypass",
         "request_id": answer.request_id,
     }
-    spans = service.spans(answer.request_id)
+    spans = trace_of(service, answer.request_id)
     assert [(span.name, span.kind) for span in spans] == [
         ("POST /llm/generate", SpanKind.SERVER),
         ("llm call", SpanKind.INTERNAL),

@@ -1,0 +1,61 @@
+"""How many model calls a user may make, and what the answer's header fields say about it."""
+
+import time
+from collections.abc import Callable
+
+from limits import parse as parse_limit
+from limits.aio.storage import MemoryStorage, Storage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
+
+from service.config.logging import current_request
+from service.errors import RateLimitError
+from service.telemetry.instruments import Instruments
+
+POLICY = "per-user"
+
+
+class RateLimiter:
+    """Counts calls per user in a sliding window: two counters a user, and there are few users.
+
+    Args:
+        rate: A number and a period, like ``60/minute``.
+        instruments: Where rejections are counted.
+        storage: Where the counters are kept; this process's memory, or one that several processes share.
+        now: Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        rate: str,
+        instruments: Instruments,
+        storage: Storage | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._limit = parse_limit(rate)
+        self._limiter = SlidingWindowCounterRateLimiter(storage or MemoryStorage())
+        self._rejected = instruments.requests_rejected
+        self._now = now
+
+    async def count(self, user: str) -> None:
+        """Count one call; the answer gets ``RateLimit-Policy`` and ``RateLimit``.
+
+        The header fields are those of draft-ietf-httpapi-ratelimit-headers-10: quota and window of the
+        policy; calls remaining, and seconds until there are more.
+
+        Raises:
+            RateLimitError: The user has made as many calls as they may.
+        """
+        allowed = await self._limiter.hit(self._limit, "calls", user)
+        stats = await self._limiter.get_window_stats(self._limit, "calls", user)
+        reset_s = max(1, round(stats.reset_time - self._now()))
+        request = current_request.get()
+        if request is not None:
+            window_s = self._limit.get_expiry()
+            request.headers["RateLimit-Policy"] = f'"{POLICY}";q={self._limit.amount};w={window_s}'
+            request.headers["RateLimit"] = f'"{POLICY}";r={max(0, stats.remaining)};t={reset_s}'
+        if not allowed:
+            self._rejected.add(1, {"reason": "rate_limited"})
+            raise RateLimitError(
+                "You have made too many calls. Wait for the seconds in Retry-After, then try again.",
+                retry_after_s=reset_s,
+            )

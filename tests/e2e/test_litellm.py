@@ -1,0 +1,172 @@
+"""The service in front of a real LiteLLM proxy, with the configuration that the demo runs."""
+
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.support import generate, stopped
+from tests.e2e.tap import Tap
+from tests.harness import ServiceProcess, free_port, request
+
+pytestmark = pytest.mark.e2e
+
+CONFIG = Path(__file__).parents[2] / "deploy/litellm/config.yaml"
+START_LIMIT_S = 120.0
+STOP_LIMIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class LiteLlm:
+    """A running proxy."""
+
+    port: int
+    key: str
+
+    def variables(self, port: int | None = None, key: str | None = None) -> dict[str, str]:
+        """What the service must know to use it."""
+        return {"LITELLM_URL": f"http://127.0.0.1:{port or self.port}", "LITELLM_API_KEY": key or self.key}
+
+
+@pytest.fixture(scope="session")
+def litellm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiteLlm]:
+    binary = os.environ.get("LITELLM_BIN")
+    if not binary:
+        pytest.fail(
+            "LITELLM_BIN must name LiteLLM's executable; `make test` installs it and sets the variable"
+        )
+    folder = tmp_path_factory.mktemp("litellm")
+    proxy = LiteLlm(free_port(), new_key())
+    output = folder / "output"
+    with output.open("wb") as stream:
+        process = subprocess.Popen(
+            [binary, "--config", str(CONFIG), "--host", "127.0.0.1", "--port", str(proxy.port)],
+            cwd=folder,
+            env={
+                "PATH": os.environ["PATH"],
+                "HOME": str(folder),
+                "LITELLM_API_KEY": proxy.key,
+                "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+                "LITELLM_MODE": "PRODUCTION",
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _wait_ready(proxy.port, process, output)
+        yield proxy
+    finally:
+        _stop(process)
+
+
+def new_key() -> str:
+    """A master key that LiteLLM takes for a strong one."""
+    return f"sk-{secrets.token_hex(24)}"
+
+
+def _wait_ready(port: int, process: subprocess.Popen[bytes], output: Path) -> None:
+    end = time.monotonic() + START_LIMIT_S
+    while True:
+        with suppress(OSError):
+            if request(port, "GET", "/health/readiness", timeout_s=5).status == 200:
+                return
+        if process.poll() is not None or time.monotonic() > end:
+            tail = output.read_text(errors="replace")[-2_000:]
+            pytest.fail(f"LiteLLM did not get ready within {START_LIMIT_S} s; the end of its output:\n{tail}")
+        time.sleep(0.1)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def service_and_tap(litellm: LiteLlm) -> Iterator[tuple[ServiceProcess, Tap]]:
+    with Tap(litellm.port) as tap, ServiceProcess(litellm.variables(tap.port)) as process:
+        yield process.wait_ready(), tap
+        stopped(process)
+
+
+def test_a_call_through_both_is_answered_counted_and_priced(
+    service_and_tap: tuple[ServiceProcess, Tap],
+) -> None:
+    process, _ = service_and_tap
+    answer = generate(process, process.token())
+
+    assert answer.status == 200, answer.body
+    body = answer.json
+    assert body["response"].startswith("Hello from the demo model!")
+    assert body["model"]
+    assert min(body["prompt_tokens"], body["completion_tokens"]) > 0
+    assert body["total_tokens"] == body["prompt_tokens"] + body["completion_tokens"]
+    assert body["cost"] > 0
+    assert body["request_id"] == answer.request_id
+
+
+def test_the_proxy_gets_our_trace(service_and_tap: tuple[ServiceProcess, Tap], litellm: LiteLlm) -> None:
+    process, tap = service_and_tap
+    answer = generate(process, process.token())
+
+    assert answer.status == 200
+    sent = tap.sent.lower()
+    assert f"traceparent: 00-{answer.request_id}-".encode() in sent
+    assert f"authorization: bearer {litellm.key}".encode() in sent
+
+
+def test_an_unknown_model_is_the_callers_error(service_and_tap: tuple[ServiceProcess, Tap]) -> None:
+    process, _ = service_and_tap
+    answer = generate(process, process.token(), body={"prompt": "hi", "model": "invalid"})
+
+    assert answer.status == 400
+    assert answer.json["error"] == "BadRequestError"
+    assert answer.json["message"] == "Model 'invalid' not found"
+
+
+def test_the_models_of_the_configuration_are_offered(service_and_tap: tuple[ServiceProcess, Tap]) -> None:
+    process, _ = service_and_tap
+    answer = process.call("GET", "/llm/models", token=process.token())
+
+    assert answer.status == 200
+    assert "demo" in answer.json["models"]
+    assert answer.json["default_model"] == "demo"
+
+
+def test_a_model_without_its_providers_key_blames_nobody_outside(
+    service_and_tap: tuple[ServiceProcess, Tap],
+) -> None:
+    process, _ = service_and_tap
+    body = {"prompt": "hi", "model": "gpt-5.4-mini"}
+    answer = generate(process, process.token(), body=body)
+
+    assert answer.status == 502
+    assert answer.json["error"] == "UpstreamError"
+    assert b"api_key" not in answer.body
+
+
+@pytest.mark.parametrize("path", ["/llm/generate", "/llm/models"])
+def test_a_wrong_key_is_our_fault_and_not_the_callers(litellm: LiteLlm, path: str) -> None:
+    with ServiceProcess(litellm.variables(key=new_key())) as process:
+        process.wait_ready()
+        token = process.token()
+        answer = (
+            generate(process, token) if path == "/llm/generate" else process.call("GET", path, token=token)
+        )
+        stopped(process)
+
+    assert answer.status == 502
+    assert answer.json["error"] == "UpstreamError"
+    assert "credentials" in answer.json["message"]

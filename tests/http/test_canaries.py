@@ -1,0 +1,209 @@
+"""No secret and no prompt in any span, metric, log record, log line or error body, however a request ends."""
+
+import json
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import pytest
+from fastapi import FastAPI
+
+from service.dependencies import CurrentUser
+from service.routers.schemas import GenerateRequest
+from tests.fakes.upstream import Answer as Completion
+from tests.fakes.upstream import Behaviour, Drip, FakeUpstream, Garbage, NotJson, Reset, Silent, Status
+from tests.harness import AppUnderTest
+from tests.http.support import (
+    RawAnswer,
+    as_json,
+    http_request,
+    module_app,
+    raw,
+    trace_of,
+)
+
+
+def add_routes(app: FastAPI) -> None:
+    @app.post("/test/bug")
+    async def bug(body: GenerateRequest, _user: CurrentUser) -> str:
+        raise LookupError(body.prompt + str(body.system_prompt))
+
+
+@dataclass(frozen=True)
+class Planted:
+    """The app with a canary in each place where a secret or a prompt can be."""
+
+    app: AppUnderTest
+    upstream: FakeUpstream
+    token: str
+    key: str
+    wrong_password: str = field(default_factory=lambda: new_canary("wrong-password"))
+    prompt: str = field(default_factory=lambda: new_canary("prompt"))
+    system: str = field(default_factory=lambda: new_canary("system-prompt"))
+    header: str = field(default_factory=lambda: new_canary("header"))
+    cookie: str = field(default_factory=lambda: new_canary("cookie"))
+    basic: str = field(default_factory=lambda: new_canary("basic"))
+    query: str = field(default_factory=lambda: new_canary("query"))
+
+    @property
+    def canaries(self) -> Mapping[str, str]:
+        """What may be found nowhere."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, str)}
+        signature = self.token.rsplit(".", 1)[1]
+        jwt_key = self.app.settings.jwt_secret_key.get_secret_value()
+        return {**own, "signature": signature, "jwt key": jwt_key, **self.app.passwords}
+
+    def send(self, path: str, body: object, authorization: str | None = None) -> RawAnswer:
+        """Send a request with every canary in it."""
+        headers = {
+            "X-Custom": self.header,
+            "X-Api-Key": self.header,
+            "User-Agent": "tests",
+            "Cookie": f"session={self.cookie}",
+            "Authorization": f"Bearer {self.token}" if authorization is None else authorization,
+        }
+        encoded = {name: value.encode() for name, value in headers.items()}
+        target = f"{path}?key={self.query}".encode()
+        data = body if isinstance(body, bytes) else as_json(body)
+        return raw(self.app.port, http_request("POST", target, encoded, data))
+
+    def chat(self, path: str = "/llm/generate", **more: object) -> RawAnswer:
+        """Send prompt and system prompt."""
+        return self.send(path, {"prompt": self.prompt, "system_prompt": self.system, **more})
+
+
+def new_canary(name: str) -> str:
+    """A text that stands nowhere else; it looks like no key and no path, so no pattern removes it by luck."""
+    return (
+        f"canary {name} {secrets.token_hex(8)}"
+        if "prompt" in name
+        else f"canary-{name}-{secrets.token_hex(8)}"
+    )
+
+
+@pytest.fixture(scope="module")
+def planted() -> Iterator[Planted]:
+    key = new_canary("key")
+    values = {
+        "litellm_api_key": key,
+        "llm_timeout_s": 0.3,
+        "llm_connect_timeout_s": 0.2,
+        "log_level": "DEBUG",
+    }
+    with FakeUpstream() as upstream, module_app(add_routes, litellm_url=upstream.url, **values) as app:
+        yield Planted(app, upstream, app.token(), key)
+
+
+def _upstream(behaviour: Callable[[Planted], Behaviour]) -> Callable[[Planted], RawAnswer]:
+    def act(planted: Planted) -> RawAnswer:
+        planted.upstream.script(behaviour(planted))
+        return planted.chat()
+
+    return act
+
+
+def _echo(status: int) -> Callable[[Planted], RawAnswer]:
+    return _upstream(lambda planted: Status(status, _echoed(planted)))
+
+
+def _echoed(planted: Planted) -> dict[str, object]:
+    message = f"cannot say {planted.prompt} with {planted.system} for {planted.key}"
+    return {"error": {"message": message, "type": message, "param": message, "code": message}}
+
+
+ACTS: Mapping[str, tuple[int, Callable[[Planted], RawAnswer]]] = {
+    "signed in": (200, lambda it: it.send("/auth/login", _login(it.app.passwords["user"]))),
+    "wrong password": (401, lambda it: it.send("/auth/login", _login(it.wrong_password))),
+    "password as name": (
+        401,
+        lambda it: it.send("/auth/login", {"username": it.wrong_password, "password": "x"}),
+    ),
+    "password of another type": (422, lambda it: it.send("/auth/login", {"password": [it.wrong_password]})),
+    "bad scheme": (401, lambda it: it.send("/llm/generate", {"prompt": it.prompt}, f"Basic {it.basic}")),
+    "bad token": (401, lambda it: it.send("/llm/generate", {"prompt": it.prompt}, f"Bearer {it.token}x")),
+    "no field": (422, lambda it: it.send("/llm/generate", {"prompt": [it.prompt], "temperature": it.prompt})),
+    "broken json": (422, lambda it: it.send("/llm/generate", f'{{"prompt": "{it.prompt}'.encode())),
+    "no route": (404, lambda it: it.chat("/nowhere")),
+    "bug": (500, lambda it: it.chat("/test/bug")),
+    "too large": (413, lambda it: it.send("/llm/generate", {"prompt": it.prompt * 100_000})),
+    "unknown model": (400, lambda it: it.chat(model="invalid")),
+    "200": (200, lambda it: it.chat()),
+    "200 that echoes": (200, _upstream(lambda it: Completion(content=it.prompt + it.system))),
+    "200 without choices": (
+        502,
+        _upstream(lambda it: Completion(content=it.prompt, choices=False, extra={"x": it.prompt})),
+    ),
+    "400 that echoes": (400, _echo(400)),
+    "401 that echoes": (502, _echo(401)),
+    "404 that echoes": (400, _echo(404)),
+    "422 that echoes": (400, _echo(422)),
+    "429 that echoes": (429, _echo(429)),
+    "500 that echoes": (502, _echo(500)),
+    "echoes as text": (
+        502,
+        _upstream(lambda it: Status(500, json.dumps(_echoed(it)), content_type="text/plain")),
+    ),
+    "echoes in headers": (
+        502,
+        _upstream(lambda it: Status(500, headers={"x-echo": it.key, "Location": f"http://x/{it.key}"})),
+    ),
+    "silent": (504, _upstream(lambda _: Silent())),
+    "drip": (504, _upstream(lambda it: Drip(0.1, answer=Completion(content=it.prompt)))),
+    "not json": (502, _upstream(lambda it: NotJson(it.prompt.encode()))),
+    "garbage": (502, _upstream(lambda _: Garbage())),
+    "reset": (502, _upstream(lambda _: Reset("body"))),
+}
+
+
+def _login(password: str) -> dict[str, str]:
+    return {"username": "user", "password": password}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_no_canary_comes_out(planted: Planted, act: str) -> None:
+    status, run = ACTS[act]
+    _forget(planted.app)
+    answer = run(planted).answer
+    assert answer.status == status, answer.body
+    trace_of(planted.app, answer.request_id)
+
+    said = answer.body.decode() if status >= 400 else ""
+    places = {"the error's body and header": said + str(answer.headers), **_telemetry(planted.app)}
+    leaks = [
+        (name, place, text[max(0, text.index(canary) - 200) : text.index(canary) + 100])
+        for name, canary in planted.canaries.items()
+        for place, text in places.items()
+        if canary in text
+    ]
+    assert not leaks
+
+
+def test_the_search_would_find_a_canary(planted: Planted) -> None:
+    """What is searched holds what it should: the traces, the lines, the records and the metrics."""
+    planted.chat(model="invalid")
+    places = _telemetry(planted.app)
+
+    assert "gen_ai.request.model" in places["the spans"]
+    assert "llm_request_failed" in places["stdout"]
+    assert "llm_request_failed" in places["the records"]
+    assert "llmops.llm.calls" in places["the metrics"]
+
+
+def _forget(app: AppUnderTest) -> None:
+    """Drop what earlier requests left, so that a leak is found with the request that caused it."""
+    app.spans()
+    app.records()
+    app.spans_out.clear()
+    app.logs_out.clear()
+    app.stdout.seek(0)
+    app.stdout.truncate()
+
+
+def _telemetry(app: AppUnderTest) -> dict[str, str]:
+    data = app.metrics_out.get_metrics_data()
+    return {
+        "the spans": "\n".join(span.to_json() for span in app.spans()),
+        "the metrics": data.to_json() if data else "",
+        "the records": "\n".join(record.to_json() for record in app.records()),
+        "stdout": app.stdout.getvalue(),
+    }

@@ -1,0 +1,89 @@
+"""Liveness, and documentation that is complete and needs no other host."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.fakes.upstream import FakeUpstream
+from tests.harness import AppUnderTest
+from tests.http.support import module_app
+
+EVERYWHERE = {405, 500}
+ERRORS = {
+    ("post", "/auth/login"): {401, 408, 413, 422, 429, 503},
+    ("get", "/auth/me"): {401, 503},
+    ("post", "/llm/generate"): {400, 401, 408, 413, 422, 429, 502, 503, 504},
+    ("get", "/llm/models"): {400, 401, 429, 502, 503, 504},
+    ("get", "/health"): set[int](),
+    ("get", "/"): set[int](),
+}
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[AppUnderTest]:
+    with FakeUpstream() as upstream, module_app(litellm_url=upstream.url) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def schema(app: AppUnderTest) -> dict[str, Any]:
+    found: dict[str, Any] = app.call("GET", "/openapi.json").json
+    return found
+
+
+@pytest.mark.parametrize(("method", "body"), [("GET", b'{"status":"alive"}'), ("HEAD", b"")])
+def test_health_answers_while_the_process_serves(app: AppUnderTest, method: str, body: bytes) -> None:
+    answer = app.call(method, "/health")
+
+    assert (answer.status, answer.body) == (200, body)
+    assert re.fullmatch(r"[0-9a-f]{32}", answer.request_id)
+    assert not app.spans(answer.request_id), "a probe leaves no span"
+
+
+def test_the_root_leads_to_the_documentation(app: AppUnderTest) -> None:
+    answer = app.call("GET", "/")
+
+    assert (answer.status, answer.headers["location"]) == (307, "/docs")
+
+
+def test_the_page_and_all_that_it_loads_come_from_here(app: AppUnderTest) -> None:
+    page = app.call("GET", "/docs")
+
+    assert page.status == 200
+    text = page.body.decode()
+    assert not re.findall(r"""(?:https?:)?//[^"'\s<>]+""", text)
+    loaded = re.findall(r"""(?:src|href)=["']([^"']+)["']""", text)
+    assert len(loaded) == 3
+    for path in loaded:
+        asset = app.call("GET", path)
+        assert (asset.status, bool(asset.body)) == (200, True), path
+        assert asset.request_id
+
+
+def test_every_route_is_documented(schema: dict[str, Any]) -> None:
+    documented = {(method, path) for path, methods in schema["paths"].items() for method in methods}
+
+    assert documented == set(ERRORS)
+
+
+@pytest.mark.parametrize(("method", "path"), ERRORS)
+def test_every_error_of_a_route_is_documented_with_its_body(
+    schema: dict[str, Any], method: str, path: str
+) -> None:
+    responses = schema["paths"][path][method]["responses"]
+    errors = {int(status) for status in responses if int(status) >= 400}
+
+    assert errors == ERRORS[method, path] | EVERYWHERE
+    for status in errors:
+        content = responses[str(status)]["content"]["application/json"]
+        assert content["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
+        assert responses[str(status)]["description"]
+
+
+def test_the_error_body_is_described(schema: dict[str, Any]) -> None:
+    body = schema["components"]["schemas"]["ErrorBody"]
+
+    assert set(body["required"]) == {"error", "message", "incident_id", "request_id", "timestamp"}
+    assert "HTTPValidationError" not in schema["components"]["schemas"]

@@ -1,0 +1,141 @@
+"""What a request may bring and take: size, time, a place in flight, a rate."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.fakes.upstream import FakeUpstream, Silent
+from tests.harness import AppUnderTest, running_app
+
+
+@pytest.fixture
+def limited(upstream: FakeUpstream) -> Iterator[AppUnderTest]:
+    with running_app(
+        litellm_url=upstream.url,
+        max_in_flight=3,
+        rate_limit="5/minute",
+        request_body_timeout_s=0.4,
+        llm_timeout_s=2.0,
+        llm_connect_timeout_s=0.5,
+    ) as app:
+        yield app
+
+
+def raw(app: AppUnderTest, head: bytes, *, limit_s: float = 5) -> bytes:
+    """Send these bytes, then read until the server closes."""
+    with socket.create_connection(("127.0.0.1", app.port), timeout=limit_s) as connection:
+        connection.sendall(head)
+        read = b""
+        while piece := connection.recv(65_536):
+            read += piece
+    return read
+
+
+def head(token: str, *fields: str) -> bytes:
+    lines = ("POST /llm/generate HTTP/1.1", "Host: x", f"Authorization: Bearer {token}", *fields)
+    return "\r\n".join((*lines, "", "")).encode()
+
+
+def test_a_body_that_never_comes_is_answered_in_time(limited: AppUnderTest) -> None:
+    started = time.monotonic()
+    answer = raw(limited, head(limited.token(), "Content-Type: application/json", "Content-Length: 100"))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"error":"RequestTimeoutError"' in answer
+    assert b"connection: close" in answer.lower()
+    assert time.monotonic() - started < 3
+    assert limited.value("http.server.request.duration", error__type="RequestTimeoutError") == 1
+
+
+def test_a_body_in_drops_is_answered_in_time(limited: AppUnderTest) -> None:
+    token = limited.token()
+    with socket.create_connection(("127.0.0.1", limited.port), timeout=5) as connection:
+        connection.sendall(head(token, "Content-Type: application/json", "Content-Length: 100"))
+        connection.settimeout(0.1)
+        answer = b""
+        for _ in range(30):
+            connection.sendall(b" ")
+            try:
+                answer = connection.recv(65_536)
+                break
+            except TimeoutError:
+                continue
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_declared_size_is_refused_before_anything_is_sent(limited: AppUnderTest) -> None:
+    answer = raw(limited, head(limited.token(), "Content-Length: 10485760"))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b'"error":"PayloadTooLargeError"' in answer
+    assert limited.value("llmops.requests.rejected", reason="too_large") == 1
+
+
+def test_a_chunked_body_is_refused_when_it_is_too_large(limited: AppUnderTest) -> None:
+    token = limited.token()
+    chunk = b"10000\r\n" + b" " * 65_536 + b"\r\n"
+    sent = 0
+    with socket.create_connection(("127.0.0.1", limited.port), timeout=5) as connection:
+        connection.sendall(head(token, "Content-Type: application/json", "Transfer-Encoding: chunked"))
+        connection.settimeout(0.02)
+        answer = b""
+        while not answer and sent < 10_000_000:
+            connection.sendall(chunk)
+            sent += len(chunk)
+            try:
+                answer = connection.recv(65_536)
+            except TimeoutError:
+                continue
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b'"error":"PayloadTooLargeError"' in answer
+    assert sent < 2_000_000
+    assert limited.value("llmops.requests.rejected", reason="too_large") == 1
+
+
+def test_more_than_the_limit_in_flight_is_turned_away_at_once(
+    limited: AppUnderTest, upstream: FakeUpstream
+) -> None:
+    token = limited.token()
+    upstream.default = Silent()
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [
+            pool.submit(limited.call, "POST", "/llm/generate", body={"prompt": "x"}, token=token)
+            for _ in range(3)
+        ]
+        upstream.wait_for(lambda fake: len(fake.chat_requests) == 3)
+        assert limited.value("llmops.requests.in_flight") == 3
+        refused = limited.call("GET", "/auth/me", token=token)
+        health = limited.call("GET", "/health")
+    assert refused.status == 503
+    assert refused.json["error"] == "OverloadedError"
+    assert refused.headers["retry-after"] == "1"
+    assert health.status == 200
+    assert {call.result().status for call in waiting} == {504}
+    assert limited.value("llmops.requests.in_flight") == 0
+    assert limited.value("llmops.requests.rejected", reason="overloaded") == 1
+
+
+def test_a_user_has_a_rate_and_learns_of_it(limited: AppUnderTest) -> None:
+    token, admin = limited.token(), limited.token("admin")
+    answers = [limited.call("POST", "/llm/generate", body={"prompt": "x"}, token=token) for _ in range(6)]
+    assert [answer.status for answer in answers] == [200, 200, 200, 200, 200, 429]
+    assert answers[0].headers["ratelimit-policy"] == '"per-user";q=5;w=60'
+    assert answers[0].headers["ratelimit"].startswith('"per-user";r=4;t=')
+    last = answers[-1]
+    assert last.json["error"] == "RateLimitError"
+    assert 1 <= int(last.headers["retry-after"]) <= 60
+    assert last.headers["ratelimit"].startswith('"per-user";r=0;t=')
+    assert limited.call("GET", "/auth/me", token=token).status == 200
+    assert limited.call("POST", "/llm/generate", body={"prompt": "x"}, token=admin).status == 200
+    assert limited.value("llmops.requests.rejected", reason="rate_limited") == 1
+
+
+def test_a_refused_upload_leaves_no_thread_and_no_place_behind(limited: AppUnderTest) -> None:
+    token = limited.token()
+    before = threading.active_count()
+    for _ in range(10):
+        raw(limited, head(token, "Content-Length: 10485760"))
+    assert limited.value("llmops.requests.in_flight") == 0
+    assert threading.active_count() <= before

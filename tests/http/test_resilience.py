@@ -1,0 +1,178 @@
+"""A call with retries and breaker, as its caller and its trace show it."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace import SpanKind
+
+from tests.fakes.upstream import Answer, FakeUpstream, Silent, Status
+from tests.harness import Answer as Reply
+from tests.harness import AppUnderTest, running_app
+from tests.http.support import trace_of
+
+
+@pytest.fixture
+def resilient(upstream: FakeUpstream) -> Iterator[AppUnderTest]:
+    with running_app(
+        litellm_url=upstream.url,
+        retry_max=3,
+        retry_base_delay_s=0.02,
+        llm_timeout_s=2.0,
+        llm_connect_timeout_s=0.5,
+        breaker_failure_threshold=5,
+        breaker_timeout_s=60.0,
+    ) as app:
+        yield app
+
+
+def ask(app: AppUnderTest, token: str) -> Reply:
+    return app.call("POST", "/llm/generate", body={"prompt": "What is a retry?"}, token=token)
+
+
+def timings(answer: Reply) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in re.findall(r"(\w+);dur=([0-9.]+)", answer.headers["server-timing"])
+    }
+
+
+def named(spans: list[ReadableSpan], name: str) -> list[ReadableSpan]:
+    return [span for span in spans if span.name == name]
+
+
+def test_a_retried_call_tells_it_attempt_by_attempt(resilient: AppUnderTest, upstream: FakeUpstream) -> None:
+    token = resilient.token()
+    upstream.script(Status(503), Status(500), Answer())
+    answer = ask(resilient, token)
+
+    assert answer.status == 200
+    assert answer.headers["x-llm-attempts"] == "3"
+    spent = timings(answer)
+    assert set(spent) == {"auth", "llm", "retry", "total"}
+    assert spent["retry"] >= 20 + 40
+    assert spent["total"] >= spent["retry"] + spent["llm"]
+    assert len(upstream.chat_requests) == 3
+
+    spans = trace_of(resilient, answer.request_id)
+    attempts = named(spans, "chat demo")
+    assert [dict(span.attributes or {}).get("error.type") for span in attempts] == [
+        "UpstreamError",
+        "UpstreamError",
+        None,
+    ]
+    assert len([span for span in spans if span.kind is SpanKind.SERVER]) == 1
+    (call,) = named(spans, "llm call")
+    assert {span.parent.span_id for span in attempts if span.parent} == {call.context.span_id}
+    assert [event.name for event in call.events] == [
+        "llmops.retry.scheduled",
+        "llmops.retry.scheduled",
+        "llmops.retry.succeeded",
+    ]
+    first = dict(call.events[0].attributes or {})
+    assert first["attempt"] == 1
+    assert first["error.type"] == "UpstreamError"
+    assert isinstance(first["delay_s"], float)
+    assert isinstance(first["remaining_s"], float)
+    assert 0 < first["remaining_s"] <= 2.0
+    attributes = dict(call.attributes or {})
+    assert attributes["llmops.llm.attempts"] == 3
+    assert attributes["llmops.llm.outcome"] == "success"
+    assert [line["message"] for line in resilient.lines(answer.request_id)] == [
+        "llm_request_started",
+        "Attempt 1: HTTP 503",
+        "Retrying in 0.0s...",
+        "Attempt 2: HTTP 500",
+        "Retrying in 0.0s...",
+        "Attempt 3: Success",
+        "llm_request_completed",
+        "http_request_completed",
+    ]
+    assert resilient.value("llmops.retry.attempts", outcome="retried", operation="chat") == 2
+    assert resilient.value("llmops.retry.attempts", outcome="success", operation="chat") == 1
+    exported = [record.log_record.event_name for record in resilient.records()]
+    assert exported.count("llmops.retry.scheduled") == 2
+    assert exported.count("llmops.retry.succeeded") == 1
+
+
+def test_a_call_that_succeeds_at_once_says_one_attempt_and_no_retry(
+    resilient: AppUnderTest, upstream: FakeUpstream
+) -> None:
+    del upstream
+    answer = ask(resilient, resilient.token())
+    assert answer.headers["x-llm-attempts"] == "1"
+    assert set(timings(answer)) == {"auth", "llm", "total"}
+
+
+def test_server_timing_can_be_switched_off(upstream: FakeUpstream) -> None:
+    with running_app(litellm_url=upstream.url, server_timing=False) as app:
+        answer = ask(app, app.token())
+    assert answer.headers["x-llm-attempts"] == "1"
+    assert "server-timing" not in answer.headers
+
+
+def test_the_fifth_failure_opens_the_breaker_and_the_call_keeps_its_own_error(
+    resilient: AppUnderTest, upstream: FakeUpstream
+) -> None:
+    token = resilient.token()
+    upstream.default = Status(500)
+    first, second, third = (ask(resilient, token) for _ in range(3))
+
+    assert [answer.status for answer in (first, second, third)] == [502, 502, 503]
+    assert [answer.headers["x-llm-attempts"] for answer in (first, second, third)] == ["4", "1", "0"]
+    assert len(upstream.chat_requests) == 5
+    assert third.json["error"] == "CircuitOpenError"
+    assert 55 <= int(third.headers["retry-after"]) <= 60
+
+    (call,) = named(trace_of(resilient, second.request_id), "llm call")
+    assert [event.name for event in call.events] == [
+        "llmops.circuit_breaker.state_changed",
+        "llmops.retry.exhausted",
+    ]
+    changed = dict(call.events[0].attributes or {})
+    assert changed == {"breaker": "litellm", "from": "closed", "to": "open", "failures": 5}
+    spans = trace_of(resilient, third.request_id)
+    assert named(spans, "chat demo") == []
+    (call,) = named(spans, "llm call")
+    assert [event.name for event in call.events] == ["llmops.circuit_breaker.rejected"]
+    assert resilient.value("llmops.circuit_breaker.state", state="open") == 1
+    assert resilient.value("llmops.circuit_breaker.rejections") == 1
+    assert resilient.value("llmops.llm.calls", outcome="error", error__type="CircuitOpenError") == 1
+
+
+def test_the_deadline_covers_attempts_and_waits_together(upstream: FakeUpstream) -> None:
+    upstream.default = Status(500)
+    with running_app(
+        litellm_url=upstream.url,
+        retry_max=3,
+        retry_base_delay_s=0.4,
+        llm_timeout_s=1.0,
+        llm_connect_timeout_s=0.5,
+    ) as app:
+        answer = ask(app, app.token())
+        assert answer.status == 502
+        assert answer.headers["x-llm-attempts"] == "2"
+        assert answer.seconds < 1.5
+        (call,) = named(trace_of(app, answer.request_id), "llm call")
+        assert [event.name for event in call.events] == ["llmops.retry.scheduled", "llmops.retry.exhausted"]
+        assert dict(call.events[1].attributes or {})["reason"] == "deadline"
+        assert dict(call.attributes or {})["llmops.retry.outcome"] == "deadline"
+
+
+def test_a_silent_upstream_spends_the_deadline_in_one_attempt(
+    resilient: AppUnderTest, upstream: FakeUpstream
+) -> None:
+    upstream.default = Silent()
+    answer = ask(resilient, resilient.token())
+    assert answer.status == 504
+    assert answer.headers["x-llm-attempts"] == "1"
+    assert answer.seconds < 2.5
+
+
+def test_retry_after_of_a_503_is_waited_for(upstream: FakeUpstream) -> None:
+    upstream.script(Status(503, headers={"Retry-After": "1"}), Answer())
+    with running_app(litellm_url=upstream.url, retry_max=3, retry_base_delay_s=0.01) as app:
+        answer = ask(app, app.token())
+    assert answer.status == 200
+    assert timings(answer)["retry"] >= 1_000

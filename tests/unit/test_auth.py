@@ -1,0 +1,269 @@
+"""Signing in: who may, how often one may be wrong, and what a stranger can learn or use up."""
+
+import asyncio
+import logging
+import secrets
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import jwt
+import pytest
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoint
+
+from service.config.settings import Settings
+from service.errors import AuthenticationError, RateLimitError
+from service.services.auth import COUNTER_SLOTS, HASHING_THREADS, Authenticator, _Failures
+from service.telemetry.providers import Exporters, build_telemetry
+from tests.harness import make_settings, new_secrets
+from tests.unit.conftest import Lines
+
+ADDRESS = "192.0.2.1"
+WRONG = secrets.token_hex(8)
+
+
+class Desk:
+    """An authenticator, its users' passwords and its counters."""
+
+    def __init__(self, hashed: Callable[[str], str] | None, **values: Any) -> None:
+        made = new_secrets()
+        self.passwords = {"admin": made["auth_admin_password"], "user": made["auth_user_password"]}
+        if hashed is not None:
+            made |= {f"auth_{name}_password": hashed(word) for name, word in self.passwords.items()}
+        self.settings = make_settings(**{**made, **values})
+        self._reader = InMemoryMetricReader()
+        telemetry = build_telemetry(self.settings, Exporters(metrics=self._reader))
+        self.auth = Authenticator(self.settings, telemetry.instruments)
+
+    async def fails(self, username: str = "user", address: str = ADDRESS) -> str | float:
+        """Sign in with a wrong password: the name of the error, or the seconds to wait."""
+        with pytest.raises((AuthenticationError, RateLimitError)) as caught:
+            await self.auth.login(username, WRONG, address)
+        return caught.value.retry_after_s or caught.value.name
+
+    def attempts(self) -> dict[object, float]:
+        """The counter's values by outcome."""
+        data = self._reader.get_metrics_data()
+        assert data is not None
+        return {
+            (point.attributes or {})["outcome"]: point.value
+            for scope in data.resource_metrics[0].scope_metrics
+            for metric in scope.metrics
+            if metric.name == "llmops.auth.attempts"
+            for point in metric.data.data_points
+            if isinstance(point, NumberDataPoint)
+        }
+
+
+Open = Callable[..., Desk]
+
+
+@pytest.fixture
+def desk(cheap_hash: Callable[[str], str]) -> Open:
+    """Open a desk with passwords that are quick to check."""
+
+    def opened(**values: Any) -> Desk:
+        return Desk(cheap_hash, **values)
+
+    return opened
+
+
+@pytest.mark.parametrize("name", ["admin", "user"])
+def test_the_right_password_gives_a_token_that_says_who_one_is(desk: Open, name: str) -> None:
+    here = desk(jwt_ttl_s=120)
+    session = asyncio.run(here.auth.login(name, here.passwords[name], ADDRESS))
+    assert session.expires_in_s == 120
+    assert (session.user.username, session.user.role) == (name, name)
+    assert here.auth.identify(session.token) == session.user
+
+
+def test_a_password_in_plain_works_like_its_hash() -> None:
+    here = Desk(hashed=None)
+    session = asyncio.run(here.auth.login("admin", here.passwords["admin"], ADDRESS))
+    assert session.user.role == "admin"
+
+
+def test_a_token_holds_the_standard_claims_and_no_password(desk: Open) -> None:
+    here = desk(jwt_ttl_s=120, jwt_issuer="us", jwt_audience="them")
+    tokens = [asyncio.run(here.auth.login("user", here.passwords["user"], ADDRESS)).token for _ in range(2)]
+    claims = [jwt.decode(token, options={"verify_signature": False}) for token in tokens]
+    assert set(claims[0]) == {"sub", "role", "iat", "exp", "iss", "aud", "jti"}
+    assert (claims[0]["sub"], claims[0]["iss"], claims[0]["aud"]) == ("user", "us", "them")
+    assert claims[0]["exp"] - claims[0]["iat"] == 120
+    assert claims[0]["jti"] != claims[1]["jti"]
+
+
+@pytest.mark.parametrize(
+    ("name", "password"),
+    [
+        ("user", "wrong"),
+        ("user", ""),
+        ("nobody", "user's"),
+        ("", "user's"),
+        ("User", "user's"),
+        ("user ", "user's"),
+        ("admin", "user's"),
+        ("user", "admin's"),
+        ("user", "user's and more"),
+        ("ünïcode", "\x00"),
+        ("x" * 100_000, "y" * 100_000),
+    ],
+)
+def test_anything_else_is_refused_with_the_same_words(
+    desk: Open, lines: Lines, name: str, password: str
+) -> None:
+    here = desk()
+    given = {
+        "user's": here.passwords["user"],
+        "admin's": here.passwords["admin"],
+        "user's and more": here.passwords["user"] + "x",
+    }.get(password, password)
+    with pytest.raises(AuthenticationError) as caught:
+        asyncio.run(here.auth.login(name, given, ADDRESS))
+    assert caught.value.message == "The user name or the password is wrong."
+    assert here.attempts() == {"success": 0, "wrong_credentials": 1, "rate_limited": 0}
+    ours = [line for line in lines.all if line["logger"] == "service.services.auth"]
+    assert [line["message"] for line in ours] == ["login_failed"]
+    assert "user" not in ours[0]
+
+
+def test_a_hash_is_no_password(desk: Open) -> None:
+    here = desk()
+    with pytest.raises(AuthenticationError):
+        asyncio.run(here.auth.login("user", here.settings.auth_user_password.get_secret_value(), ADDRESS))
+
+
+def test_every_name_costs_the_same_work() -> None:
+    """With the real hash; a name looked up first would cost nothing, and a user's own hash alone half."""
+    here = Desk(hashed=None, login_failures_per_name="1000/minute", login_failures_per_address="1000/minute")
+
+    async def cost(name: str) -> float:
+        taken = []
+        for _ in range(5):
+            started = time.perf_counter()
+            await here.fails(name)
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken)
+
+    async def main() -> tuple[float, float]:
+        return await cost("user"), await cost("nobody-of-this-name")
+
+    known, unknown = asyncio.run(main())
+    assert known / 3 < unknown < known * 3
+    assert unknown > 0.005
+
+
+def _limited(
+    main: Callable[[Desk], Awaitable[list[str | float]]], here: Desk
+) -> tuple[list[str | float], list[float]]:
+    """What the attempts came to, and the waits among it."""
+
+    async def attempts() -> list[str | float]:
+        return await main(here)
+
+    outcomes = asyncio.run(attempts())
+    return outcomes, [outcome for outcome in outcomes if isinstance(outcome, float)]
+
+
+def test_a_name_is_limited_whatever_the_address(desk: Open) -> None:
+    here = desk(login_failures_per_name="3/minute")
+
+    async def main(here: Desk) -> list[str | float]:
+        return [await here.fails(address=f"192.0.2.{number}") for number in range(5)]
+
+    outcomes, waits = _limited(main, here)
+    assert outcomes[:3] == ["AuthenticationError"] * 3
+    assert len(waits) == 2
+    assert all(1 <= wait <= 60 for wait in waits)
+    assert here.attempts() == {"success": 0, "wrong_credentials": 3, "rate_limited": 2}
+
+
+def test_an_address_is_limited_whatever_the_name(desk: Open) -> None:
+    here = desk(login_failures_per_address="3/minute")
+
+    async def main(here: Desk) -> list[str | float]:
+        tried = [await here.fails(f"name {number}") for number in range(5)]
+        return [*tried, await here.fails("user", "198.51.100.1")]
+
+    outcomes, waits = _limited(main, here)
+    assert outcomes[:3] == ["AuthenticationError"] * 3
+    assert len(waits) == 2
+    assert outcomes[5] == "AuthenticationError"
+
+
+def test_who_is_limited_is_not_let_in_with_the_right_password(desk: Open, lines: Lines) -> None:
+    here = desk(login_failures_per_name="1/minute")
+
+    async def main() -> None:
+        await here.fails()
+        await here.auth.login("user", here.passwords["user"], ADDRESS)
+
+    with pytest.raises(RateLimitError) as caught:
+        asyncio.run(main())
+    assert caught.value.status == 429
+    assert "Retry-After" in caught.value.message
+    assert "login_rate_limited" in {line["message"] for line in lines.all}
+
+
+def test_a_limit_ends_when_it_was_said_to(desk: Open) -> None:
+    here = desk(login_failures_per_name="1/second")
+
+    async def main() -> None:
+        await here.fails()
+        wait_s = await here.fails()
+        assert isinstance(wait_s, float)
+        # The limiter reads the machine's clock; this is the wait that the caller is told, no guess.
+        await asyncio.sleep(wait_s + 0.05)
+        await here.auth.login("user", here.passwords["user"], ADDRESS)
+
+    asyncio.run(main())
+
+
+def test_success_is_never_counted_against_a_limit(desk: Open) -> None:
+    here = desk(login_failures_per_name="1/minute", login_failures_per_address="1/minute")
+
+    async def main() -> str | float:
+        for _ in range(10):
+            await here.auth.login("user", here.passwords["user"], ADDRESS)
+        return await here.fails()
+
+    assert asyncio.run(main()) == "AuthenticationError"
+    assert here.attempts()["success"] == 10
+
+
+def test_guesses_at_the_same_time_cannot_outrun_the_limit(desk: Open) -> None:
+    here = desk(login_failures_per_name="3/minute")
+
+    async def main(here: Desk) -> list[str | float]:
+        return list(await asyncio.gather(*(here.fails() for _ in range(40))))
+
+    outcomes, waits = _limited(main, here)
+    tried = outcomes.count("AuthenticationError")
+    assert 3 <= tried <= 3 + HASHING_THREADS - 1
+    assert len(waits) == 40 - tried
+
+
+def test_a_hundred_thousand_names_take_no_more_memory_than_the_counters(settings: Settings) -> None:
+    failures = _Failures(settings)
+
+    async def main() -> None:
+        for number in range(100_000):
+            await failures.count(f"name-{number}", f"address-{number}")
+
+    asyncio.run(main())
+    events = failures._limiter.storage.events  # type: ignore[attr-defined]  # noqa: SLF001 - memory has no other face
+    assert COUNTER_SLOTS < len(events) <= 2 * COUNTER_SLOTS
+    assert max(len(entries) for entries in events.values()) <= 50
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return make_settings()
+
+
+def test_the_log_of_a_success_names_the_user(desk: Open, lines: Lines) -> None:
+    here = desk()
+    lines.configure(logging.getLevelName(logging.INFO))
+    asyncio.run(here.auth.login("admin", here.passwords["admin"], ADDRESS))
+    assert (lines.one["message"], lines.one["user"]) == ("login_succeeded", "admin")

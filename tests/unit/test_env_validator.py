@@ -1,0 +1,252 @@
+"""What the validator refuses, value by value, and what its sentence tells the operator to do."""
+
+import secrets
+from collections.abc import Callable
+
+import pytest
+
+from tests.unit.conftest import Read
+
+JWT_LINE = "JWT_SECRET_KEY must be set and different from default"
+GREEK = "αβγδεζηθικλμνξοπρστυφχψω"
+
+
+def _greek(bytes_: int) -> str:
+    """A secret of two bytes a character, closed with one byte where the size is odd."""
+    letters = secrets.SystemRandom().sample(GREEK, bytes_ // 2)
+    return "".join(letters) + "x" * (bytes_ % 2)
+
+
+def test_a_configuration_of_secrets_alone_is_valid(read: Read) -> None:
+    report = read()
+    assert report.errors == ()
+    assert report.settings is not None
+    assert report.settings.port == 8000
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "",
+        " " * 40,
+        "\t",
+        "changeme",
+        "CHANGE_ME",
+        "change-this-secret-before-you-go-live",
+        "please_change_it_0123456789abcdefghijk",
+        "change-in-production-0123456789abcdef",
+        "replace-with-a-secret-of-32-bytes-or-more",
+        "REPLACE_ME_0123456789abcdefghijklmnop",
+        "your-secret-key-0123456789abcdefghijk",
+        "your_super_secret_0123456789abcdefghij",
+        "your-own.secret 0123456789abcdefghijkl",
+        "YOUR_JWT_SECRET_0123456789abcdefghijkl",
+        "a placeholder of at least thirty-two bytes",
+        "insecure-development-key-0123456789ab",
+        "do-not-use-this-one-0123456789abcdefg",
+        "not-for-production-0123456789abcdefghi",
+        "<openssl rand -hex 32 goes in this place>",
+        "09d25e094faa6ca2556c818166b7a9563b93f7099f6f0f4caa6cf63b88e8d3e7",
+        "09D25E094FAA6CA2556C818166B7A9563B93F7099F6F0F4CAA6CF63B88E8D3E7",
+        "  09d25e094faa6ca2556c818166b7a9563b93f7099f6f0f4caa6cf63b88e8d3e7 ",
+        "a-string-secret-at-least-256-bits-long",
+        "your-256-bit-secret",
+        "super-secret-jwt-token-with-at-least-32-characters-long",
+        "thisisasecretkeythatshouldbechanged",
+    ],
+)
+def test_a_default_or_absent_jwt_secret_is_refused(read: Read, value: str | None) -> None:
+    report = read(JWT_SECRET_KEY=value)
+    assert report.settings is None
+    assert report.errors == (JWT_LINE,)
+
+
+@pytest.mark.parametrize("size", [1, 8, 31])
+def test_a_short_jwt_secret_is_refused_with_its_length(read: Read, size: int) -> None:
+    (error,) = read(JWT_SECRET_KEY=secrets.token_hex(16)[:size]).errors
+    assert error.startswith(f"{JWT_LINE}: it is {size} bytes long and needs at least 32.")
+    assert error.endswith("openssl rand -hex 32")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a" * 32,
+        "abc" * 11,
+        "abcabc" * 20 + "ab",
+        "0123456789" * 4,
+        "0123456789abcdef" * 2,
+        "correct-horse-12" * 2,
+        "ab" * 15 + "cdefg",  # seven different characters
+        " " * 31 + "x",
+    ],
+)
+def test_a_jwt_secret_of_one_repeated_pattern_is_refused(read: Read, value: str) -> None:
+    (error,) = read(JWT_SECRET_KEY=value).errors
+    assert error == f"{JWT_LINE}: it repeats one pattern. Make one with: openssl rand -hex 32"
+
+
+def test_a_random_piece_written_twice_is_refused(read: Read) -> None:
+    (error,) = read(JWT_SECRET_KEY=secrets.token_hex(16) * 2).errors
+    assert "it repeats one pattern" in error
+
+
+def test_the_length_is_counted_in_bytes(read: Read) -> None:
+    (error,) = read(JWT_SECRET_KEY=_greek(31)).errors
+    assert "it is 31 bytes long" in error
+    assert read(JWT_SECRET_KEY=_greek(32)).errors == ()
+
+
+@pytest.mark.parametrize("make", [secrets.token_hex, secrets.token_urlsafe, _greek])
+def test_random_jwt_secrets_are_accepted(read: Read, make: Callable[[int], str]) -> None:
+    for _ in range(20):
+        assert read(JWT_SECRET_KEY=make(32)).errors == ()
+
+
+PASSWORDS = ["AUTH_ADMIN_PASSWORD", "AUTH_USER_PASSWORD"]
+
+
+@pytest.mark.parametrize("name", PASSWORDS)
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (None, "must be set: a password of your own, or its argon2 hash"),
+        ("", "must be set: a password of your own, or its argon2 hash"),
+        ("   ", "must be set: a password of your own, or its argon2 hash"),
+        ("admin", "different from published defaults: choose a password of your own"),
+        ("Admin123", "different from published defaults: choose a password of your own"),
+        (" password123 ", "different from published defaults: choose a password of your own"),
+        ("12345678", "different from published defaults: choose a password of your own"),
+        ("changeme", "different from published defaults: choose a password of your own"),
+        ("Change_Me_Now", "different from published defaults: choose a password of your own"),
+        ("<your password>", "different from published defaults: choose a password of your own"),
+        ("aZ5!xx9", "too short: it needs at least 8 characters"),
+        ("$argon2id$v=19$broken", "starts like an argon2 hash and is none. Put it in single quotes"),
+        ("$argon2", "starts like an argon2 hash and is none. Put it in single quotes"),
+    ],
+)
+def test_a_bad_password_is_refused(read: Read, name: str, value: str | None, sentence: str) -> None:
+    (error,) = read(**{name: value}).errors
+    assert error.startswith(f"{name} ")
+    assert sentence in error
+
+
+@pytest.mark.parametrize("name", PASSWORDS)
+def test_a_password_of_ones_own_or_its_hash_is_accepted(
+    read: Read, cheap_hash: Callable[[str], str], name: str
+) -> None:
+    password = secrets.token_hex(4)
+    assert read(**{name: password}).errors == ()
+    assert read(**{name: cheap_hash(password)}).errors == ()
+
+
+@pytest.mark.parametrize(
+    ("origins", "told"),
+    [
+        ("*", ["must not contain '*'"]),
+        ("https://*.example.com", ["must not contain '*'"]),
+        ("https://a.example/path", ["'https://a.example/path'"]),
+        ("https://a.example/", ["'https://a.example/'"]),
+        ("a.example", ["'a.example'"]),
+        ("ftp://a.example", ["'ftp://a.example'"]),
+        ("null", ["'null'"]),
+        ("https://", ["'https://'"]),
+        ("https://a.example:port", ["'https://a.example:port'"]),
+        ("https://a.example?x=1", ["'https://a.example?x=1'"]),
+        ("https://me@a.example", ["'https://me@a.example'"]),
+        (
+            "https://ok.example, *, b.example,https://c.example/",
+            ["'*'", "'b.example'", "'https://c.example/'"],
+        ),
+    ],
+)
+def test_a_bad_origin_is_refused(read: Read, origins: str, told: list[str]) -> None:
+    errors = read(CORS_ORIGINS=origins).errors
+    assert len(errors) == len(told)
+    for error, part in zip(errors, told, strict=True):
+        assert error.startswith("CORS_ORIGINS ")
+        assert part in error
+        assert "list each origin" in error or "scheme://host[:port]" in error
+
+
+def test_good_origins_are_accepted(read: Read) -> None:
+    origins = ("https://a.example", "http://localhost:3000", "http://[::1]:8080", "https://b-c.example:8443")
+    settings = read(CORS_ORIGINS=" , ".join(origins) + ",").settings
+    assert settings is not None
+    assert settings.cors_origins == origins
+
+
+URLS = [
+    "LITELLM_URL",
+    "QDRANT_URL",
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT",
+]
+
+
+@pytest.mark.parametrize("name", URLS)
+@pytest.mark.parametrize(
+    "value",
+    [
+        "host:4000",
+        "host",
+        "ftp://host",
+        "http://",
+        "http://host:99999",
+        "http://a b",
+        "http://[::1",
+        "//host",
+    ],
+)
+def test_what_is_no_url_is_refused(read: Read, name: str, value: str) -> None:
+    assert read(**{name: value}).errors == (
+        f"{name} is not a URL: write http://host:port or https://host:port.",
+    )
+
+
+@pytest.mark.parametrize("name", URLS)
+def test_a_url_with_credentials_is_refused_and_does_not_show_them(read: Read, name: str) -> None:
+    secret = secrets.token_hex(8)
+    for value in (f"https://someone:{secret}@host", f"https://{secret}@host:4000/path"):
+        (error,) = read(**{name: value}).errors
+        assert error == f"{name} must not contain a user name or password: put the key in its own variable."
+
+
+@pytest.mark.parametrize("name", URLS)
+def test_urls_are_accepted_and_empty_is_unset(read: Read, name: str) -> None:
+    for value in ("http://host:4000", "https://host.example/v1", "http://[::1]:4317", ""):
+        assert read(**{name: value}).errors == ()
+
+
+@pytest.mark.parametrize("name", ["LOGIN_FAILURES_PER_NAME", "LOGIN_FAILURES_PER_ADDRESS", "RATE_LIMIT"])
+@pytest.mark.parametrize("value", ["10", "often", "10/fortnight", "-1/minute", "/minute", "x/minute"])
+def test_a_bad_rate_is_refused(read: Read, name: str, value: str) -> None:
+    assert read(**{name: value}).errors == (
+        f"{name} is not a rate: write a number and a period, like 10/minute.",
+    )
+    assert read(**{name: "3 per hour"}).errors == ()
+
+
+@pytest.mark.parametrize(("connect", "whole"), [("5", "5"), ("30", "10.5")])
+def test_connecting_must_take_less_than_the_whole_call(read: Read, connect: str, whole: str) -> None:
+    (error,) = read(LLM_CONNECT_TIMEOUT_S=connect, LLM_TIMEOUT_S=whole).errors
+    assert error.startswith(f"LLM_CONNECT_TIMEOUT_S ({connect}) must be less than LLM_TIMEOUT_S ({whole})")
+
+
+@pytest.mark.parametrize("odd", [" ", "\n", "\r\nX-More: 1", "ü", "\x7f", "\t"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(read: Read, odd: str) -> None:
+    key = secrets.token_hex(8)
+    (error,) = read(LITELLM_API_KEY=f"{key}{odd}{key}").errors
+    assert error.startswith("LITELLM_API_KEY ")
+    assert "ASCII" in error
+    assert "header" in error
+    assert key not in error
+
+
+def test_several_workers_need_a_qdrant_server(read: Read) -> None:
+    (error,) = read(WORKERS="2").errors
+    assert error.startswith("WORKERS=2 needs a Qdrant server: set QDRANT_URL, or WORKERS=1.")
+    assert read(WORKERS="2", QDRANT_URL="http://qdrant:6333").errors == ()
