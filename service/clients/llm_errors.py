@@ -28,11 +28,15 @@ MAX_RETRY_AFTER_S = 3_600.0
 ECHO_CHARS = 8
 """A piece of the caller's text of this length in an upstream's message counts as an echo of the prompt."""
 
-UNKNOWN_MODEL = re.compile(r"invalid model name|model.{0,200}(not found|does not exist)", re.IGNORECASE)
+UNKNOWN_MODEL = re.compile(
+    r"invalid model name|model( [`'\"]?[^\s`'\"]+[`'\"]?)? (was )?(not found|does not exist)", re.IGNORECASE
+)
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 NO_DEPLOYMENT = "no healthy deployments"
 INTERNALS = re.compile(
-    r"traceback|https?://|/[\w.-]+/[\w.-]+/|\.py\b|bearer|api[_ -]?key|sk-\w", re.IGNORECASE
+    r"traceback|\w://|/[\w.-]+/[\w.-]+/|[a-z]:\\|\.py\b| at 0x|\b[\w-]+(\.[\w-]+)+:\d|\bhost\b|bearer|basic "
+    r"|authorization|api[_ -]?key|\b(sk|gsk|xai|pk)[-_]\w|\b(key|password|secret|token)\s*[=:]",
+    re.IGNORECASE,
 )
 PREFIXES = re.compile(r"^(/[\w/]+: |litellm\.\w+: |\w+(Error|Exception)( -|:) )+")
 
@@ -140,7 +144,8 @@ def _refused(body: Mapping[str, Any], request: Mapping[str, Any], *, known_model
 
 def _reason(text: str, request: Mapping[str, Any]) -> str:
     """The upstream's reason in one line; a general sentence where it shows internals or echoes the prompt."""
-    reason = PREFIXES.sub("", text.strip().split("\n", 1)[0]).strip()[:MAX_REASON_CHARS]
+    line = "".join(char if char.isprintable() else " " for char in text.strip().split("\n", 1)[0])
+    reason = PREFIXES.sub("", line).strip()[:MAX_REASON_CHARS]
     if not reason or INTERNALS.search(reason) or _echoes(reason, request):
         return "The model refused the request."
     return f"The model refused the request: {reason}"
@@ -148,12 +153,16 @@ def _reason(text: str, request: Mapping[str, Any]) -> str:
 
 def _echoes(reason: str, request: Mapping[str, Any]) -> bool:
     texts = [text for message in request.get("messages", ()) for text in _strings(message)]
+    # Upstreams quote with JSON's or Python's escapes too.
+    texts += [json.dumps(text)[1:-1] for text in texts if not text.isascii()]
     # Pieces side by side: an echo of twice their length contains one whole, wherever it starts.
     pieces = [
         reason[at : at + ECHO_CHARS] for at in range(0, max(1, len(reason) - ECHO_CHARS + 1), ECHO_CHARS)
     ]
     return any(
-        piece in text or (len(text) < 2 * ECHO_CHARS and text in reason) for text in texts for piece in pieces
+        piece in text or (0 < len(text) < 2 * ECHO_CHARS and text in reason)
+        for text in texts
+        for piece in pieces
     )
 
 
@@ -182,7 +191,7 @@ def retry_after(value: str | None, now: datetime | None = None) -> float | None:
         return min(float(text[:9]), MAX_RETRY_AFTER_S)
     try:
         moment = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)

@@ -5,72 +5,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-import argon2
-from limits import parse as parse_limit
+from limits import parse_many as parse_limits
 from pydantic import SecretStr
 from pydantic import ValidationError as PydanticError
 from rapidfuzz.distance import OSA
 
+from service.config.secret_rules import is_utf8, password_problems, secret_problems
 from service.config.settings import PASSED_THROUGH, Settings, variable_names
 
-JWT_PROBLEM = "JWT_SECRET_KEY must be set and different from default"
-MIN_SECRET_BYTES = 32
-MIN_SECRET_DISTINCT = 8
-MIN_PASSWORD_CHARS = 8
 REQUIRED = ("JWT_SECRET_KEY", "AUTH_ADMIN_PASSWORD", "AUTH_USER_PASSWORD")
-
-PUBLISHED_SECRETS = frozenset(
-    {
-        # FastAPI's security tutorial, jwt.io's front page, and the literals of widely copied examples.
-        "09d25e094faa6ca2556c818166b7a9563b93f7099f6f0f4caa6cf63b88e8d3e7",
-        "a-string-secret-at-least-256-bits-long",
-        "your-256-bit-secret",
-        "django-insecure-key",
-        "super-secret-jwt-token-with-at-least-32-characters-long",
-        "thisisasecretkeythatshouldbechanged",
-    }
-)
-PLACEHOLDER = re.compile(
-    r"change(me|this|it|in|before)|replace(me|this|with|in)|your(super|own|jwt|very|app)?secret|placeholder|"
-    r"insecure|donotuse|notforproduction|^<.*>$"
-)
-PUBLISHED_PASSWORDS = frozenset(
-    {
-        "admin",
-        "admin123",
-        "administrator",
-        "adminadmin",
-        "adminpass",
-        "adminpassword",
-        "default",
-        "letmein",
-        "letmein123",
-        "password",
-        "password1",
-        "password123",
-        "passw0rd",
-        "p@ssw0rd",
-        "qwerty",
-        "qwerty123",
-        "qwertyuiop",
-        "root",
-        "secret",
-        "secret123",
-        "secretpassword",
-        "test",
-        "test1234",
-        "testtest",
-        "user",
-        "user123",
-        "userpass",
-        "userpassword",
-        "useruser",
-        "welcome",
-        "welcome1",
-        "12345678",
-        "123456789",
-        "1234567890",
-    }
+LONG_NAME_CHARS = 8
+HOST = re.compile(
+    r"[0-9a-f]*:[0-9a-f:.]+|[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*\.?"
 )
 ORIGIN = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?")
 
@@ -115,9 +61,14 @@ def _sentence(text: str) -> str:
 
 def problems(settings: Settings) -> Iterator[tuple[str, str]]:
     """Each problem as the variable's name and a sentence that says what to do."""
-    yield from _secret_problems(settings.jwt_secret_key)
-    yield from _password_problems("AUTH_ADMIN_PASSWORD", settings.auth_admin_password)
-    yield from _password_problems("AUTH_USER_PASSWORD", settings.auth_user_password)
+    for name in Settings.model_fields:
+        value = getattr(settings, name)
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if isinstance(text, str) and not is_utf8(text):
+            yield name.upper(), f"{name.upper()} is not valid: it must be UTF-8 text."
+    yield from secret_problems(settings.jwt_secret_key)
+    yield from password_problems("AUTH_ADMIN_PASSWORD", settings.auth_admin_password)
+    yield from password_problems("AUTH_USER_PASSWORD", settings.auth_user_password)
     if not re.fullmatch(r"[\x21-\x7e]*", settings.litellm_api_key.get_secret_value()):
         yield (
             "LITELLM_API_KEY",
@@ -158,53 +109,11 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
         )
 
 
-def _secret_problems(secret: SecretStr) -> Iterator[tuple[str, str]]:
-    value = secret.get_secret_value()
-    how = "Make one with: openssl rand -hex 32"
-    reason = ""
-    if not value.strip() or value.strip().lower() in PUBLISHED_SECRETS or PLACEHOLDER.search(_plain(value)):
-        yield "JWT_SECRET_KEY", JWT_PROBLEM
-        return
-    if (size := len(value.encode())) < MIN_SECRET_BYTES:
-        reason = f"it is {size} bytes long and needs at least {MIN_SECRET_BYTES}"
-    elif _repeats(value) or len(set(value)) < MIN_SECRET_DISTINCT:
-        reason = "it repeats one pattern"
-    if reason:
-        yield "JWT_SECRET_KEY", f"{JWT_PROBLEM}: {reason}. {how}"
-
-
-def _plain(value: str) -> str:
-    return re.sub(r"[-_ .]", "", value.lower())
-
-
-def _repeats(value: str) -> bool:
-    """Whether the value is one shorter piece, written at least twice (the last time perhaps cut short)."""
-    return any(
-        value == (value[:size] * (len(value) // size + 1))[: len(value)]
-        for size in range(1, len(value) // 2 + 1)
-    )
-
-
-def _password_problems(name: str, secret: SecretStr) -> Iterator[tuple[str, str]]:
-    value = secret.get_secret_value()
-    if not value.strip():
-        yield name, f"{name} must be set: a password of your own, or its argon2 hash."
-    elif value.startswith("$argon2"):
-        try:
-            argon2.extract_parameters(value)
-        except argon2.exceptions.InvalidHashError:
-            yield name, f"{name} starts like an argon2 hash and is none. Put it in single quotes in a shell."
-    elif value.strip().lower() in PUBLISHED_PASSWORDS or PLACEHOLDER.search(_plain(value)):
-        yield name, f"{name} must be different from published defaults: choose a password of your own."
-    elif len(value) < MIN_PASSWORD_CHARS:
-        yield name, f"{name} is too short: it needs at least {MIN_PASSWORD_CHARS} characters."
-
-
 def _origin_problems(origins: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     for origin in origins:
         if "*" in origin:
             yield "CORS_ORIGINS", "CORS_ORIGINS must not contain '*': list each origin, separated by commas."
-        elif not ORIGIN.fullmatch(origin):
+        elif not _is_origin(origin):
             yield (
                 "CORS_ORIGINS",
                 (
@@ -214,25 +123,36 @@ def _origin_problems(origins: tuple[str, ...]) -> Iterator[tuple[str, str]]:
             )
 
 
+def _is_origin(origin: str) -> bool:
+    try:
+        url = urlsplit(origin)
+        return bool(ORIGIN.fullmatch(origin) and HOST.fullmatch(url.hostname or "")) and url.port != 0
+    except ValueError:
+        return False
+
+
 def _url_problems(name: str, value: str) -> Iterator[tuple[str, str]]:
     if not value and name != "LITELLM_URL":
         return
     try:
         url = urlsplit(value)
         valid = url.scheme in {"http", "https"} and bool(url.hostname) and url.port != 0
-        valid = valid and not re.search(r"\s", value)
+        valid = valid and bool(HOST.fullmatch(url.hostname or "")) and not re.search(r"[\s?#]", value)
     except ValueError:
         url, valid = None, False
     if not valid or url is None:
         yield name, f"{name} is not a URL: write http://host:port or https://host:port."
-    elif url.username or url.password:
+    elif "@" in url.netloc:
         yield name, f"{name} must not contain a user name or password: put the key in its own variable."
 
 
 def _rate_problems(name: str, value: str) -> Iterator[tuple[str, str]]:
     try:
-        parse_limit(value)
+        rates = parse_limits(value)
+        valid = len(rates) == 1 and rates[0].amount > 0 and rates[0].get_expiry() > 0
     except ValueError:
+        valid = False
+    if not valid:
         yield name, f"{name} is not a rate: write a number and a period, like 10/minute."
 
 
@@ -243,7 +163,7 @@ def _near_misses(names: set[str]) -> Iterator[str]:
         if name.upper() in known:
             continue
         # Two letters are a lot in a short word: PATH is no misspelt PORT.
-        most = 2 if len(name) >= MIN_PASSWORD_CHARS else 1
+        most = 2 if len(name) >= LONG_NAME_CHARS else 1
         likely = min(known, key=lambda candidate: (OSA.distance(name.upper(), candidate), candidate))
         if OSA.distance(name.upper(), likely) <= most:
             yield f"{name} is not a setting. Did you mean {likely}?"

@@ -7,6 +7,7 @@ the user and the caller's own id are added here, once for both outputs.
 import json
 import logging
 import logging.config
+import math
 import sys
 import threading
 import traceback
@@ -24,8 +25,11 @@ from opentelemetry.sdk._logs import LoggerProvider
 MAX_TEXT = 16_384
 """Longest string of a log record, in characters; what is over is cut."""
 
-QUIET = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "asyncio.sslproto", "grpc", "urllib3")
+QUIET = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "grpc", "urllib3")
 """Libraries that log each request below WARNING, with URLs or bodies in it."""
+
+MAX_DEPTH = 8
+"""Deepest nesting of an extra field; what is below is named by its type."""
 
 NOT_EXPORTED = ("opentelemetry", *QUIET)
 """What an exporter uses or says itself: sent over OTLP, it would feed itself while the collector is down."""
@@ -90,7 +94,13 @@ class RecordContext(logging.Filter):
             if request.client_request_id is not None:
                 record.client_request_id = request.client_request_id
         if record.exc_info and record.exc_info[1] is not None:
-            fields = exception_fields(record.exc_info[1], with_messages=request is None)
+            # A task that nobody awaited is logged when it is collected, in anybody's context.
+            lost = record.name == "asyncio"
+            if lost:
+                # The rest is the repr of the task, with that of its exception in it.
+                record.msg, record.args = record.getMessage().split("\n", 1)[0], ()
+            with_messages = request is None and not lost
+            fields = exception_fields(record.exc_info[1], with_messages=with_messages)
             vars(record).update(fields)
             record.exc_info = record.exc_text = None
         return True
@@ -111,8 +121,9 @@ def _type_name(error: BaseException) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _frames_only(error: BaseException) -> Iterator[str]:
-    seen: set[int] = set()
+def _frames_only(error: BaseException, seen: set[int] | None = None) -> Iterator[str]:
+    # Shared with the parts of a group: one that is raised again has its own group as context.
+    seen = set() if seen is None else seen
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -125,7 +136,7 @@ def _frames_only(error: BaseException) -> Iterator[str]:
         yield f"{_type_name(link)}\n"
         if isinstance(link, BaseExceptionGroup):
             for inner in link.exceptions:
-                yield from _frames_only(inner)
+                yield from _frames_only(inner, seen)
 
 
 class JsonFormatter(logging.Formatter):
@@ -136,7 +147,7 @@ class JsonFormatter(logging.Formatter):
         line: dict[str, Any] = {
             "timestamp": timestamp(record.created),
             "level": _LEVELS.get(record.levelname, record.levelname),
-            "message": record.getMessage()[:MAX_TEXT],
+            "message": _message(record)[:MAX_TEXT],
             "logger": record.name,
         }
         span = trace.get_current_span().get_span_context()
@@ -145,18 +156,39 @@ class JsonFormatter(logging.Formatter):
             line["span_id"] = trace.format_span_id(span.span_id)
         for name, value in vars(record).items():
             if name not in _STANDARD:
-                line["event" if name == EVENT_NAME else name] = _bounded(value)
+                # What is there already is required: a library's field of that name does not replace it.
+                line.setdefault("event" if name == EVENT_NAME else name, _plain(value))
         if record.stack_info:
             line["stack"] = record.stack_info[:MAX_TEXT]
-        return json.dumps(line, default=_unknown, ensure_ascii=False, skipkeys=True)
+        # ASCII alone: no encoding of stdout, no lone surrogate and no U+2028 can break or lose the line.
+        return json.dumps(line)
 
 
-def _bounded(value: object) -> object:
-    return value[:MAX_TEXT] if isinstance(value, str) else value
+def _message(record: logging.LogRecord) -> str:
+    """The message; of a call whose arguments do not fit, its constant part: a line is never lost."""
+    try:
+        return record.getMessage()
+    except Exception:  # noqa: BLE001 - formatting runs anybody's code
+        return record.msg if isinstance(record.msg, str) else f"<{type(record.msg).__name__}>"
 
 
-def _unknown(value: object) -> str:
-    return f"<{type(value).__name__}>"
+def _plain(value: object, depth: int = MAX_DEPTH) -> object:
+    """The value as JSON can hold it: texts cut, and what is no JSON, or too deep, named by its type."""
+    match value:
+        case str():
+            return value[:MAX_TEXT]
+        case None | bool() | int():
+            return value
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case dict() if depth:
+            return {
+                str(name): _plain(inner, depth - 1) for name, inner in value.items() if isinstance(name, str)
+            }
+        case list() | tuple() if depth:
+            return [_plain(inner, depth - 1) for inner in value]
+        case _:
+            return f"<{type(value).__name__}>"
 
 
 class ExportFilter(logging.Filter):
