@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lock clean
+.PHONY: help demo test check faults lock clean
 
 COVERAGE_FLOOR := 90
 UV_VERSION := 0.13.9
@@ -45,6 +45,9 @@ check: $(VENV) ## Lint, check formatting, types and import rules, then test
 	$(RUN) mypy
 	$(RUN) lint-imports
 	$(MAKE) test
+
+faults: $(VENV) ## Play the table of upstream faults against a real process; ARGS="429" plays some
+	$(RUN) python -m tests.faults $(ARGS)
 
 UV_COMPILE = .venv-lock/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 \
 	--prerelease if-necessary-or-explicit --generate-hashes --no-header --no-annotate \

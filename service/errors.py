@@ -36,7 +36,8 @@ class ServiceError(Exception):
     Args:
         message: What happened and what to do about it, in plain words; shown to the caller, so it holds
             no secret, no prompt and nothing internal. Without it, the class's own sentence.
-        retry_after_s: Seconds until a retry makes sense; becomes ``Retry-After``, rounded up.
+        retry_after_s: Seconds until a retry makes sense, where somebody said so; becomes ``Retry-After``,
+            rounded up. Without it the class's own, if it has one, stands there.
         retryable: Whether the caller is advised to try again, where it differs from the class's advice.
         transient: Whether this service itself may try again at once.
         label: What happened in two or three words, for the log lines of attempts.
@@ -47,6 +48,7 @@ class ServiceError(Exception):
     status: ClassVar[int] = 500
     default_message: ClassVar[str] = "The service could not handle the request."
     retry: ClassVar[bool] = False
+    default_retry_after_s: ClassVar[float | None] = None
 
     def __init__(  # noqa: PLR0913 - all but the message have defaults
         self,
@@ -153,6 +155,7 @@ class RateLimitError(CallerError):
     status = 429
     default_message = "Too many requests. Wait for the seconds in Retry-After, then try again."
     retry = True
+    default_retry_after_s = 1.0
 
 
 class CallerLeftError(CallerError):
@@ -188,6 +191,7 @@ class UnavailableError(ServiceError):
 
     status = 503
     retry = True
+    default_retry_after_s = 1.0
 
 
 class CircuitOpenError(UnavailableError):

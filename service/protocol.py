@@ -1,6 +1,7 @@
 """uvicorn's HTTP protocol, with this service's answer to bytes that are no HTTP request."""
 
-from typing import Any
+import asyncio
+from typing import Any, ClassVar
 
 from starlette.types import Message
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -11,8 +12,42 @@ from service.middleware.request_limits import MALFORMED
 class Protocol(HttpToolsProtocol):
     """Answers a malformed request through the app, so that it gets an id, a span, and the errors' shape.
 
-    uvicorn's own answer is plain text that no trace knows of.
+    uvicorn's own answer is plain text that no trace knows of. And a caller who does not finish the head of a
+    request in time is left, which uvicorn never does; bodies have a limit of their own further in.
     """
+
+    head_timeout_s: ClassVar[float] = 10.0
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request's head."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def on_message_begin(self) -> None:
+        """Wait for the rest of a head that has begun."""
+        super().on_message_begin()
+        self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        """Wait no more."""
+        self._stop_expecting()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        self._stop_expecting()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_timeout_s, self.transport.close)
+
+    def _stop_expecting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def send_400_response(self, msg: str) -> None:
         """Answer 400 and close the connection; when an answer is under way already, only close."""

@@ -30,6 +30,7 @@ from opentelemetry.trace import format_trace_id
 from service.app import create_app
 from service.config.logging import configure_logging
 from service.config.settings import Settings
+from service.protocol import Protocol
 from service.telemetry.providers import Exporters, Telemetry, build_telemetry
 
 START_LIMIT_S = 30.0
@@ -182,11 +183,14 @@ class AppUnderTest(Client):
 
 
 @contextmanager
-def running_app(app_setup: Any = None, **values: Any) -> Iterator[AppUnderTest]:
+def running_app(
+    app_setup: Any = None, protocol: type[Protocol] = Protocol, **values: Any
+) -> Iterator[AppUnderTest]:
     """Serve the app in a thread until the block ends.
 
     Args:
         app_setup: Called with the app before it is served, for routes that only a test has.
+        protocol: The HTTP protocol, where a test changes its time limit.
         values: Settings.
     """
     settings = make_settings(**values)
@@ -201,7 +205,7 @@ def running_app(app_setup: Any = None, **values: Any) -> Iterator[AppUnderTest]:
         app,
         host="127.0.0.1",
         port=0,
-        http="service.protocol:Protocol",
+        http=protocol,
         ws="none",
         lifespan="on",
         log_config=None,

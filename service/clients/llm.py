@@ -61,7 +61,12 @@ async def open_llm(settings: Settings, telemetry: Telemetry) -> AsyncIterator["L
     transport = BoundedTransport(
         httpx2.AsyncHTTPTransport(limits=limits, trust_env=False), settings.llm_max_answer_bytes
     )
-    http = httpx2.AsyncClient(transport=transport, follow_redirects=False, trust_env=False)
+    http = httpx2.AsyncClient(
+        transport=transport,
+        headers={"Accept-Encoding": "identity"},
+        follow_redirects=False,
+        trust_env=False,
+    )
     HTTPX2ClientInstrumentor.instrument_client(
         cast("Any", http),  # annotated for httpx, made for httpx2 too
         tracer_provider=telemetry.tracer_provider,

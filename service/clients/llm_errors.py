@@ -110,7 +110,7 @@ def _from_status(
             wait_s = retry_after(error.response.headers.get("retry-after"))
             return RateLimitError(
                 "The model's rate limit is reached. Wait for the seconds in Retry-After, then try again.",
-                retry_after_s=wait_s or 1.0,
+                retry_after_s=wait_s,
                 label="Rate limit",
             )
         case 408:
@@ -129,7 +129,9 @@ def _from_status(
 
 
 def _our_credentials() -> UpstreamError:
-    return UpstreamError("The model's side refused this service's credentials.", retryable=False)
+    return UpstreamError(
+        "The model's side refused this service's credentials.", retryable=False, label="Credentials refused"
+    )
 
 
 def _refused(body: Mapping[str, Any], request: Mapping[str, Any], *, known_model: bool) -> ServiceError:

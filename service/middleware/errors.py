@@ -103,8 +103,9 @@ def answer(error: Exception) -> JSONResponse:
     if request is not None:
         request.error = found.name
     headers = dict(found.headers)
-    if found.retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(found.retry_after_s)))
+    wait_s = found.default_retry_after_s if found.retry_after_s is None else found.retry_after_s
+    if wait_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
     return JSONResponse(error_body(found), status_code=found.status, headers=headers)
 
 

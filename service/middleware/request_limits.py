@@ -8,15 +8,15 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.config.settings import Settings
-from service.errors import BadRequestError, OverloadedError, PayloadTooLargeError, RequestTimeoutError
+from service.errors import BadRequestError, PayloadTooLargeError, RequestTimeoutError
 from service.middleware.errors import answer
+from service.middleware.in_flight import InFlight, Place
 from service.telemetry.instruments import Instruments
 from service.telemetry.sampling import PROBES
 
 MALFORMED = "llmops.malformed"
 """Set in the scope by our HTTP protocol when what came in is no HTTP request."""
 
-OVERLOADED_RETRY_AFTER_S = 1.0
 LINGER_BYTES = 262_144
 LINGER_S = 1.0
 """So much of a refused body, and for so long, is still read after the answer: a connection closed with unread
@@ -39,9 +39,7 @@ class RequestLimitsMiddleware:
         self._app = RequestBodyLimitMiddleware(app, settings.max_body_bytes)
         self._max_body_bytes = settings.max_body_bytes
         self._body_timeout_s = settings.request_body_timeout_s
-        self._max_in_flight = settings.max_in_flight
-        self._in_flight = 0
-        self._in_flight_gauge = instruments.requests_in_flight
+        self._in_flight = InFlight(settings.max_in_flight, instruments)
         self._rejected = instruments.requests_rejected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,18 +49,15 @@ class RequestLimitsMiddleware:
             return
         if MALFORMED in scope:
             raise BadRequestError("This is not a valid HTTP request.")
-        if self._in_flight >= self._max_in_flight:
-            self._rejected.add(1, {"reason": "overloaded"})
-            raise OverloadedError(retry_after_s=OVERLOADED_RETRY_AFTER_S)
-        self._in_flight += 1
-        self._in_flight_gauge.add(1)
+        place = Place(self._in_flight)
         try:
-            await self._within_limits(scope, receive, send)
+            if not _has_body(scope):
+                place.take()
+            await self._within_limits(scope, receive, send, place)
         finally:
-            self._in_flight -= 1
-            self._in_flight_gauge.add(-1)
+            place.give_back()
 
-    async def _within_limits(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _within_limits(self, scope: Scope, receive: Receive, send: Send, place: Place) -> None:
         lingering = _LingeringSend(receive, send, self._rejected)
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared) > self._max_body_bytes:
@@ -71,15 +66,24 @@ class RequestLimitsMiddleware:
             )
             await answer(error)(scope, receive, lingering)
         else:
-            in_time = _TimedReceive(receive, self._body_timeout_s)
+            in_time = _TimedReceive(receive, self._body_timeout_s, place)
             await self._app(scope, in_time, lingering)
 
 
-class _TimedReceive:
-    """An ASGI receive whose body must be complete in time; what follows the body may take for ever."""
+def _has_body(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
-    def __init__(self, receive: Receive, limit_s: float) -> None:
+
+class _TimedReceive:
+    """An ASGI receive whose body must be complete in time; what follows the body may take for ever.
+
+    When the body is complete the request takes its place in flight.
+    """
+
+    def __init__(self, receive: Receive, limit_s: float, place: Place) -> None:
         self._receive = receive
+        self._place = place
         self._until = asyncio.get_running_loop().time() + limit_s
         self._complete = False
 
@@ -92,6 +96,8 @@ class _TimedReceive:
         except TimeoutError:
             raise RequestTimeoutError from None
         self._complete = not message.get("more_body", False)
+        if self._complete and message["type"] == "http.request":
+            self._place.take()
         return message
 
 

@@ -111,11 +111,19 @@ class Generation:
                 )
                 raise
             except Exception as error:
-                name = error.name if isinstance(error, ServiceError) else "InternalError"
+                name, reason = "InternalError", "Bug"
+                if isinstance(error, ServiceError):
+                    name, reason = error.name, error.label
                 self._end(span, call, request["model"], "error", name)
                 logger.warning(
                     "llm_request_failed",
-                    extra={**fields, "outcome": "error", "error": name, **self._effort(call, started)},
+                    extra={
+                        **fields,
+                        "outcome": "error",
+                        "error": name,
+                        "reason": reason,
+                        **self._effort(call, started),
+                    },
                 )
                 raise
             self._end(span, call, request["model"], "success")

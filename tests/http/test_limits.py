@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from service.protocol import Protocol
 from tests.fakes.upstream import FakeUpstream, Silent
 from tests.harness import AppUnderTest, running_app
 
@@ -135,7 +136,23 @@ def test_a_user_has_a_rate_and_learns_of_it(limited: AppUnderTest) -> None:
 def test_a_refused_upload_leaves_no_thread_and_no_place_behind(limited: AppUnderTest) -> None:
     token = limited.token()
     before = threading.active_count()
-    for _ in range(10):
-        raw(limited, head(token, "Content-Length: 10485760"))
+    with ThreadPoolExecutor(3) as pool:
+        for answer in pool.map(lambda _: raw(limited, head(token, "Content-Length: 10485760")), range(3)):
+            assert answer.startswith(b"HTTP/1.1 413 ")
     assert limited.value("llmops.requests.in_flight") == 0
     assert threading.active_count() <= before
+
+
+class HastyProtocol(Protocol):
+    """Waits for a head only so long."""
+
+    head_timeout_s = 0.2
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
+def test_a_head_that_never_ends_is_not_waited_for(begun: bytes) -> None:
+    with running_app(protocol=HastyProtocol) as app:
+        assert raw(app, begun) == b""
+        # The second head on a connection, too, and a whole one is in time.
+        request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        assert raw(app, request + begun).startswith(b"HTTP/1.1 200 ")

@@ -11,6 +11,7 @@ import pytest
 
 from service.clients.llm_errors import nonsense, read_json, retry_after, timed_out, translate
 from service.errors import BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError
+from service.middleware.errors import answer
 from tests.unit.llm_answers import failing, sdk_error, translated
 
 NOW = datetime(2026, 1, 15, 10, 30, tzinfo=UTC)
@@ -168,13 +169,13 @@ def test_a_date_is_measured_from_now() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "seconds"), [("7", 7), ("99999", 3_600), (None, 1), ("soon", 1), ("-1", 1), ("0", 1)]
+    ("value", "seconds"), [("7", 7), ("99999", 3_600), (None, None), ("soon", None), ("-1", None), ("0", 0)]
 )
-def test_a_rate_limit_always_says_when(value: str | None, seconds: float) -> None:
+def test_a_rate_limit_waits_as_asked_and_always_says_when(value: str | None, seconds: float | None) -> None:
     error = translated(429, headers={"Retry-After": value} if value is not None else None)
     assert isinstance(error, RateLimitError)
     assert error.retry_after_s == seconds
-    assert "Retry-After" in error.message
+    assert answer(error).headers["Retry-After"] == str(max(1, int(seconds or 0)))
 
 
 @pytest.mark.parametrize("content", [b'{"a": 1}', b"{}", '{"a": "ü"}'.encode()])

@@ -1,0 +1,273 @@
+"""The fault table: what an upstream may do, and what must come back, as data."""
+
+import gzip
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from typing import Literal
+
+from tests.fakes.upstream import (
+    AcceptOnly,
+    Answer,
+    Behaviour,
+    Drip,
+    Endless,
+    Garbage,
+    NotJson,
+    Reset,
+    Silent,
+    Status,
+    WrongLength,
+)
+from tests.fakes.wire import Exchange
+
+DEADLINE_S = 2.0
+ATTEMPTS = 4
+DELAYS_S = (0.05, 0.1, 0.2)
+MAX_ANSWER_BYTES = 65_536
+VARIABLES = {
+    "LLM_TIMEOUT_S": f"{DEADLINE_S}",
+    "LLM_CONNECT_TIMEOUT_S": "0.25",
+    "LLM_MAX_ANSWER_BYTES": f"{MAX_ANSWER_BYTES}",
+    "RETRY_BASE_DELAY_S": f"{DELAYS_S[0]}",
+    "RETRY_JITTER": "0",
+    # One fault does not spend another's budget, nor open the breaker for it.
+    "RETRY_BUDGET_FLOOR": "1000",
+    "BREAKER_FAILURE_THRESHOLD": "1000",
+}
+"""The service's settings under which the table holds: everything happens, in seconds instead of minutes."""
+
+NO_RETRIES_LEFT = "no retries left"
+DEADLINE_FIRST = "the deadline comes first"
+
+Place = Literal["answering", "refusing", "unreachable"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row: what the upstream does, and what must be seen of it on every surface.
+
+    Args:
+        name: Names the row.
+        behaviours: The upstream's, one for each attempt; the last one stands for all that follow.
+        status: Of the answer.
+        error: The answer's error; empty for none.
+        attempts: How many the answer and the telemetry must tell of.
+        outcomes: What ``llmops.retry.attempts`` must count, by outcome.
+        attempt_error: The error of each failed attempt; without it, the answer's.
+        label: The words of the attempts' lines.
+        delays_s: The waits between the attempts; None is one that the clock decides, below 2 s.
+        gives_up: Why there is no further attempt; empty where no line says so.
+        retry_after: The answer's ``Retry-After``.
+        model: The one that is asked.
+        place: Whether anything listens at the upstream's address.
+    """
+
+    name: str
+    behaviours: tuple[Behaviour, ...]
+    status: int
+    error: str
+    attempts: int
+    outcomes: Mapping[str, int]
+    attempt_error: str = ""
+    label: str = ""
+    delays_s: tuple[float | None, ...] = ()
+    gives_up: str = ""
+    retry_after: str | None = None
+    model: str = "demo"
+    place: Place = "answering"
+
+    @property
+    def seen(self) -> int:
+        """Requests that the upstream must really see."""
+        return self.attempts if self.place == "answering" else 0
+
+    @property
+    def failed(self) -> str:
+        """The ``error.type`` of the attempts that fail."""
+        return self.attempt_error or self.error
+
+    @property
+    def messages(self) -> list[str]:
+        """All of the request's log lines in their order, as patterns of ``fnmatch``."""
+        lines = ["llm_request_started"]
+        for number, delay_s in enumerate(self.delays_s, 1):
+            waits = "[01].?" if delay_s is None else f"{delay_s:.1f}"
+            lines += [f"Attempt {number}: {self.label}", f"Retrying in {waits}s..."]
+        if self.gives_up:
+            lines += [
+                f"Attempt {self.attempts}: {self.label}",
+                f"Giving up after attempt {self.attempts}: {self.gives_up}",
+            ]
+        elif not self.error and self.attempts > 1:
+            lines.append(f"Attempt {self.attempts}: Success")
+        return [*lines, f"llm_request_{'failed' if self.error else 'completed'}", "http_request_completed"]
+
+
+@dataclass(frozen=True)
+class UntilDate:
+    """A status whose ``Retry-After`` is an HTTP date, a whole second between 0.2 s and 1.2 s from now."""
+
+    code: int
+
+    async def play(self, exchange: Exchange) -> None:
+        """Answer with the status at once."""
+        moment = datetime.fromtimestamp(math.floor(time.time() + 1.2), UTC)
+        await Status(self.code, headers={"Retry-After": format_datetime(moment, usegmt=True)}).play(exchange)
+
+
+@dataclass(frozen=True)
+class Zipped:
+    """A correct answer, compressed."""
+
+    answer: Answer = field(default_factory=Answer)
+
+    async def play(self, exchange: Exchange) -> None:
+        """Answer at once."""
+        headers = {**self.answer.all_headers(), "Content-Encoding": "gzip"}
+        await exchange.respond(200, headers, gzip.compress(self.answer.body("demo")))
+
+
+def _again_and_again(  # noqa: PLR0913, PLR0917 - as many as there are columns
+    name: str, status: int, error: str, label: str, behaviour: Behaviour | None, place: Place = "answering"
+) -> Fault:
+    """A failure that passes, only it does not: every attempt is made."""
+    return Fault(
+        name,
+        (behaviour or Answer(),),
+        status,
+        error,
+        ATTEMPTS,
+        {"retried": ATTEMPTS - 1, "exhausted": 1},
+        label=label,
+        delays_s=DELAYS_S,
+        gives_up=NO_RETRIES_LEFT,
+        place=place,
+    )
+
+
+def _broken(name: str, behaviour: Behaviour) -> Fault:
+    return _again_and_again(name, 502, "UpstreamError", "Connection error", behaviour)
+
+
+def _failing(code: int) -> Fault:
+    return _again_and_again(f"{code}", 502, "UpstreamError", f"HTTP {code}", Status(code))
+
+
+def _too_late(  # noqa: PLR0913, PLR0917 - as many as there are columns
+    name: str,
+    behaviour: Behaviour,
+    status: int = 504,
+    error: str = "UpstreamTimeoutError",
+    label: str = "Timeout",
+    retry_after: str | None = None,
+) -> Fault:
+    """Another attempt might help, and could not end before the deadline."""
+    return Fault(
+        name,
+        (behaviour,),
+        status,
+        error,
+        1,
+        {"deadline": 1},
+        label=label,
+        gives_up=DEADLINE_FIRST,
+        retry_after=retry_after,
+    )
+
+
+def _once(name: str, behaviour: Behaviour, status: int, error: str, model: str = "demo") -> Fault:
+    """No further attempt would end otherwise, so there is none, and nothing is said about one."""
+    return Fault(name, (behaviour,), status, error, 1, {"not_retryable": 1}, model=model)
+
+
+def _answers(name: str, behaviour: Behaviour) -> Fault:
+    return Fault(name, (behaviour,), 200, "", 1, {"success": 1})
+
+
+def _recovers(  # noqa: PLR0913, PLR0917 - as many as there are columns
+    name: str,
+    behaviour: Behaviour,
+    label: str,
+    failures: int = 1,
+    error: str = "UpstreamError",
+    delays_s: tuple[float | None, ...] = DELAYS_S,
+) -> Fault:
+    return Fault(
+        name,
+        (*[behaviour] * failures, Answer()),
+        200,
+        "",
+        failures + 1,
+        {"retried": failures, "success": 1},
+        attempt_error=error,
+        label=label,
+        delays_s=delays_s[:failures],
+    )
+
+
+def _rate_limited(seconds: int) -> Status:
+    return Status(429, headers={"Retry-After": f"{seconds}"})
+
+
+_LARGE = "x" * MAX_ANSWER_BYTES
+_TIMEOUT = "UpstreamTimeoutError"
+
+FAULTS: tuple[Fault, ...] = (
+    _again_and_again("connection refused", 504, _TIMEOUT, "Connection error", None, "refusing"),
+    _again_and_again("connect gets no answer", 504, _TIMEOUT, "Timeout", None, "unreachable"),
+    _too_late("accepts, says nothing", AcceptOnly()),
+    _too_late("silent after reading", Silent()),
+    _broken("reset before the answer", Reset("before")),
+    _broken("reset within the headers", Reset("headers")),
+    _broken("reset within the body", Reset("body")),
+    _too_late("body byte by byte", Drip(interval_s=0.1)),
+    _too_late("endless body", Endless()),
+    _once("endless flood", Endless(0.0, b" " * 16_384), 502, "UpstreamError"),
+    *(_failing(code) for code in (500, 502, 503)),
+    _recovers(
+        "503, Retry-After fits", Status(503, headers={"Retry-After": "1"}), "HTTP 503", delays_s=(1.0,)
+    ),
+    _too_late(
+        "503, Retry-After too long",
+        Status(503, headers={"Retry-After": "30"}),
+        502,
+        "UpstreamError",
+        "HTTP 503",
+        "30",
+    ),
+    _recovers("429, Retry-After in seconds", _rate_limited(1), "Rate limit", 1, "RateLimitError", (1.0,)),
+    _recovers("429, Retry-After a date", UntilDate(429), "Rate limit", 1, "RateLimitError", (None,)),
+    _too_late("429, Retry-After too long", _rate_limited(30), 429, "RateLimitError", "Rate limit", "30"),
+    Fault(
+        "429 without Retry-After",
+        (Status(429),),
+        429,
+        "RateLimitError",
+        ATTEMPTS,
+        {"retried": ATTEMPTS - 1, "exhausted": 1},
+        label="Rate limit",
+        delays_s=DELAYS_S,
+        gives_up=NO_RETRIES_LEFT,
+        retry_after="1",
+    ),
+    _again_and_again("408", 504, _TIMEOUT, "Timeout", Status(408)),
+    _failing(409),
+    _once("400, unknown model", Answer(), 400, "BadRequestError", "nope"),
+    *(_once(f"{code}", Status(code), 502, "UpstreamError") for code in (401, 403)),
+    *(_once(f"{code}", Status(code), 400, "BadRequestError") for code in (400, 404, 422)),
+    _once("redirect", Status(302, headers={"Location": "http://127.0.0.1:1/"}), 502, "UpstreamError"),
+    _broken("garbage bytes", Garbage()),
+    _once("HTML with 200", NotJson(), 502, "UpstreamError"),
+    _once("JSON, cut off, with 200", NotJson(b'{"choices": [', "application/json"), 502, "UpstreamError"),
+    _broken("wrong length", WrongLength()),
+    _answers("content type is not JSON's", NotJson(Answer().body("demo"), "text/plain")),
+    _once("compressed answer, not asked for", Zipped(), 502, "UpstreamError"),
+    _once("no choices", Answer(choices=False), 502, "UpstreamError"),
+    _once("answer too large", Answer(_LARGE), 502, "UpstreamError"),
+    *(_recovers(f"recovers after {n} x 500", Status(500), "HTTP 500", n) for n in (1, 2, 3)),
+    _recovers("recovers after 2 resets", Reset("body"), "Connection error", 2),
+)
