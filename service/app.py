@@ -16,6 +16,7 @@ from service.middleware.errors import ErrorMiddleware, handle
 from service.middleware.inbound import make_harmless
 from service.middleware.request_id import RequestIdMiddleware
 from service.middleware.request_limits import RequestLimitsMiddleware
+from service.middleware.shutdown import ShutdownMiddleware
 from service.routers import auth, llm, system
 from service.telemetry.providers import Telemetry
 from service.telemetry.server import instrument_server
@@ -85,6 +86,8 @@ def _middleware(settings: Settings, telemetry: Telemetry) -> list[Middleware]:
         ),
         # What is raised further in, by middleware too, becomes an answer here.
         Middleware(ErrorMiddleware),
+        # Who is inside is let out; nobody new comes in while the process drains.
+        Middleware(ShutdownMiddleware, rejected=telemetry.instruments.requests_rejected),
         # Nothing further in is reached without a place, nor with a body beyond the limits.
         Middleware(RequestLimitsMiddleware, settings=settings, instruments=telemetry.instruments),
     ]

@@ -11,7 +11,9 @@ from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDU
 from service.config.logging import current_request
 from service.errors import AuthenticationError, PermissionDeniedError
 from service.services.auth import Authenticator, User
+from service.services.drain import Drain
 from service.services.generation import Generation
+from service.services.health_checker import HealthChecker
 from service.state import State
 from service.utils.deadline import Deadline
 
@@ -74,6 +76,21 @@ async def _request_id() -> str:
     return context.request_id if context else ""
 
 
+async def _drain(request: Request) -> Drain:
+    return _state(request)["drain"]
+
+
+async def _health(request: Request) -> HealthChecker:
+    return _state(request)["health"]
+
+
+async def _required(request: Request) -> frozenset[str]:
+    return _state(request)["health_required"]
+
+
+DrainDep = Annotated[Drain, Depends(_drain)]
+HealthDep = Annotated[HealthChecker, Depends(_health)]
+RequiredDep = Annotated[frozenset[str], Depends(_required)]
 RequestId = Annotated[str, Depends(_request_id)]
 AuthDep = Annotated[Authenticator, Depends(_auth)]
 GenerationDep = Annotated[Generation, Depends(_generation)]

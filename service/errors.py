@@ -211,6 +211,9 @@ class ShuttingDownError(UnavailableError):
 
     default_message = "This process is stopping. Try again; another one will answer."
 
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message, headers={"Connection": "close"})
+
 
 class InternalError(ServiceError):
     """A bug in this service."""

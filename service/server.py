@@ -56,7 +56,8 @@ def serve(settings: Settings) -> int:
         server_header=False,
         proxy_headers=bool(settings.forwarded_allow_ips),
         forwarded_allow_ips=settings.forwarded_allow_ips,
-        timeout_graceful_shutdown=int(settings.shutdown_timeout_s),
+        # The drain has waited already; what is left now are connections that nobody closes.
+        timeout_graceful_shutdown=1,
         # A request's context is its own, whatever the lifespan left in the one it was started from.
         reset_contextvars=True,
     )

@@ -3,7 +3,9 @@
 from typing import TypedDict
 
 from service.services.auth import Authenticator
+from service.services.drain import Drain
 from service.services.generation import Generation
+from service.services.health_checker import HealthChecker
 from service.services.rate_limit import RateLimiter
 
 
@@ -13,3 +15,6 @@ class State(TypedDict):
     auth: Authenticator
     generation: Generation
     rate_limiter: RateLimiter
+    drain: Drain
+    health: HealthChecker
+    health_required: frozenset[str]

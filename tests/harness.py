@@ -51,7 +51,7 @@ def make_settings(**values: Any) -> Settings:
 
     Retries and breaker stay out of the way unless a test asks for them.
     """
-    quiet = {"retry_max": 0, "breaker_failure_threshold": 1_000}
+    quiet = {"retry_max": 0, "breaker_failure_threshold": 1_000, "qdrant_path": ":memory:"}
     return Settings(_env_file=None, **{**new_secrets(), **quiet, **values})
 
 

@@ -95,6 +95,7 @@ class LlmClient:
         self._spans = TelemetryHandler(
             telemetry.tracer_provider, telemetry.meter_provider, instrumentation_scope_name=__name__
         )
+        self._root = settings.litellm_url.rstrip("/").removesuffix("/v1")
         url = urlsplit(settings.litellm_url)
         self._address = url.hostname
         self._port = url.port or (443 if url.scheme == "https" else 80)
@@ -166,6 +167,12 @@ class LlmClient:
             except ServiceError:
                 return False
         return True
+
+    async def ping(self) -> None:
+        """Ask LiteLLM whether it lives and is ready; raises as ``complete`` does. No model is called."""
+        for path in ("/health/liveliness", "/health/readiness"):
+            asking = self._client.get(self._root + path, cast_to=httpx2.Response)
+            await self._guard(asking, Deadline.after(self._timeout_s), {})
 
     def known(self, model: str) -> str:
         """The model's name as it may stand on a metric."""

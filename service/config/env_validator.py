@@ -99,6 +99,23 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
                 f"LLM_TIMEOUT_S ({settings.llm_timeout_s:g}): connecting is a part of the call."
             ),
         )
+    if settings.health_interval_s + settings.health_timeout_s > settings.health_ttl_s:
+        yield (
+            "HEALTH_TTL_S",
+            (
+                f"HEALTH_TTL_S ({settings.health_ttl_s:g}) must be at least HEALTH_INTERVAL_S plus "
+                f"HEALTH_TIMEOUT_S ({settings.health_interval_s + settings.health_timeout_s:g}): a result is "
+                "believed until there is a newer one."
+            ),
+        )
+    if settings.shutdown_grace_s > settings.shutdown_timeout_s:
+        yield (
+            "SHUTDOWN_GRACE_S",
+            (
+                f"SHUTDOWN_GRACE_S ({settings.shutdown_grace_s:g}) must not be more than SHUTDOWN_TIMEOUT_S "
+                f"({settings.shutdown_timeout_s:g}): it is a part of it."
+            ),
+        )
     if settings.workers > 1 and not settings.qdrant_url:
         yield (
             "WORKERS",

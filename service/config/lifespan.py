@@ -2,27 +2,36 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import TypeVar
 
 import anyio.to_thread
 from fastapi import FastAPI
 from opentelemetry.metrics import Histogram
 
 from service.clients.llm import LlmClient, open_llm
+from service.clients.vectors import open_vectors
 from service.config.logging import detach_bridge
 from service.config.settings import Settings
+from service.config.signals import drain_on_signal
 from service.services.auth import Authenticator
+from service.services.drain import Drain
 from service.services.generation import Generation
+from service.services.health_checker import HealthChecker
 from service.services.rate_limit import RateLimiter
 from service.state import State
 from service.telemetry.events import emit
-from service.telemetry.names import EVENT_SHUTDOWN_COMPLETED
-from service.telemetry.providers import Telemetry
+from service.telemetry.names import EVENT_SHUTDOWN_COMPLETED, EVENT_SHUTDOWN_STEP
+from service.telemetry.providers import SCOPE, Telemetry
 
 LAG_INTERVAL_S = 0.5
+STEP_TIMEOUT_S = 1.0
+"""Time limit of closing one client; the whole stop may take five seconds beyond the drain."""
+
 MODELS_RETRY_S = 10.0
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -34,31 +43,63 @@ def lifespan_of(
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
+        drain = Drain(settings.shutdown_grace_s, settings.shutdown_timeout_s)
+        # What is entered first is left last: the order of the stop is this one, read from below.
         async with AsyncExitStack() as stack:
-            # Entered first, so left last: what is logged while the rest closes is exported too.
             stack.push_async_callback(_flush, telemetry, settings.telemetry_flush_timeout_s)
-            llm = await stack.enter_async_context(open_llm(settings, telemetry))
+            stack.callback(_say_completed, drain)
+            llm = await _enter(stack, open_llm(settings, telemetry))
+            vectors = await _enter(stack, open_vectors(settings), "Closing Qdrant connections...")
             auth = await anyio.to_thread.run_sync(Authenticator, settings, telemetry.instruments)
-            tasks = await stack.enter_async_context(asyncio.TaskGroup())
-            background = (
-                tasks.create_task(measure_lag(telemetry.instruments.event_loop_lag)),
-                tasks.create_task(_keep_models_known(llm, settings.models_ttl_s)),
+            health = HealthChecker(
+                {"qdrant": vectors.ping, "litellm": llm.ping},
+                interval_s=settings.health_interval_s,
+                timeout_s=settings.health_timeout_s,
+                ttl_s=settings.health_ttl_s,
+                instruments=telemetry.instruments,
+                tracer=telemetry.tracer_provider.get_tracer(SCOPE),
             )
+            generation = Generation(llm, telemetry, settings, lambda: health.look_again("litellm"))
+            tasks = await stack.enter_async_context(asyncio.TaskGroup())
+            for work in (
+                measure_lag(telemetry.instruments.event_loop_lag),
+                _keep_models_known(llm, settings.models_ttl_s),
+                health.run(),
+            ):
+                stack.callback(tasks.create_task(work).cancel)
+            stack.enter_context(drain_on_signal(drain, tasks))
             yield {
                 "auth": auth,
-                "generation": Generation(llm, telemetry, settings),
+                "generation": generation,
                 "rate_limiter": RateLimiter(settings.rate_limit, telemetry.instruments),
+                "drain": drain,
+                "health": health,
+                "health_required": frozenset(settings.health_required),
             }
-            stopping = time.perf_counter()
-            for task in background:
-                task.cancel()
-            stack.callback(_say_completed, stopping)
 
     return lifespan
 
 
-def _say_completed(since: float) -> None:
-    took_s = time.perf_counter() - since
+async def _enter(stack: AsyncExitStack, context: AbstractAsyncContextManager[T], line: str = "") -> T:
+    """Enter a context, to be left with this line, within a time limit, whatever leaving it raises."""
+    entered = await context.__aenter__()
+
+    async def leave() -> None:
+        if line:
+            emit(logger, EVENT_SHUTDOWN_STEP, line, {})
+        try:
+            async with asyncio.timeout(STEP_TIMEOUT_S):
+                await context.__aexit__(None, None, None)
+        except Exception:
+            # The next step must come all the same.
+            logger.exception("A step of the stop failed")
+
+    stack.push_async_callback(leave)
+    return entered
+
+
+def _say_completed(drain: Drain) -> None:
+    took_s = drain.since_signal_s
     emit(
         logger,
         EVENT_SHUTDOWN_COMPLETED,

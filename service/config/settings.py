@@ -57,6 +57,17 @@ class Settings(BaseSettings):
     rate_limit: str = "6000/minute"
     server_timing: bool = True
     shutdown_timeout_s: float = Field(30.0, ge=0, le=3_600)
+    shutdown_grace_s: float = Field(0.0, ge=0, le=3_600)
+
+    # Health
+    health_ttl_s: float = Field(30.0, gt=0, le=3_600)
+    health_interval_s: float = Field(10.0, gt=0, le=3_600)
+    health_timeout_s: float = Field(3.0, gt=0, le=300)
+    health_required: Annotated[tuple[Literal["qdrant", "litellm", "mlflow"], ...], NoDecode] = (
+        "qdrant",
+        "litellm",
+        "mlflow",
+    )
 
     # Sign-in
     jwt_secret_key: SecretStr = SecretStr("")
@@ -90,6 +101,9 @@ class Settings(BaseSettings):
 
     # The vector store
     qdrant_url: str = ""
+    qdrant_path: str = Field("data/qdrant", min_length=1)
+    qdrant_api_key: SecretStr = SecretStr("")
+    qdrant_timeout_s: int = Field(3, ge=1, le=300)
 
     # Telemetry
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -118,7 +132,7 @@ class Settings(BaseSettings):
     otel_exporter_otlp_metrics_protocol: OtlpProtocol | None = None
     otel_exporter_otlp_logs_protocol: OtlpProtocol | None = None
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("cors_origins", "health_required", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         if isinstance(value, str):

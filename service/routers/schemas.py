@@ -108,6 +108,23 @@ class HealthResponse(BaseModel):
     status: Literal["alive"] = "alive"
 
 
+class DependencyHealth(BaseModel):
+    """What the last check of a dependency found."""
+
+    error: str | None
+    latency_ms: float | None
+    age_s: float | None
+    required: bool
+
+
+class DetailedHealth(BaseModel):
+    """Whether this process is ready to serve, and why not."""
+
+    status: Literal["healthy", "degraded", "draining"]
+    checks: dict[str, bool]
+    details: dict[str, DependencyHealth]
+
+
 class FieldProblem(BaseModel):
     """What is wrong with one field."""
 

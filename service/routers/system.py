@@ -1,12 +1,13 @@
-"""Liveness, and the documentation."""
+"""Liveness, readiness, and the documentation."""
 
 from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from starlette.responses import HTMLResponse, RedirectResponse
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
-from service.routers.schemas import HealthResponse, errors
+from service.dependencies import DrainDep, HealthDep, RequiredDep
+from service.routers.schemas import DependencyHealth, DetailedHealth, HealthResponse, errors
 
 ASSETS = "/docs-assets"
 
@@ -24,6 +25,32 @@ async def root() -> str:
 async def health() -> HealthResponse:
     """Alive while the process serves; looks at no dependency."""
     return HealthResponse()
+
+
+@router.head("/health/detailed", include_in_schema=False)
+@router.get(
+    "/health/detailed",
+    responses={**errors(), 503: {"model": DetailedHealth, "description": "Degraded, or draining."}},
+)
+async def health_detailed(checker: HealthDep, drain: DrainDep, required: RequiredDep) -> JSONResponse:
+    """Ready to serve: what the checks in the background found last; waits for no dependency."""
+    found = checker.health()
+    ready = all(found[name].up for name in required if name in found)
+    status = "draining" if drain.draining else "healthy" if ready else "degraded"
+    body = DetailedHealth(
+        status=status,
+        checks={name: health.up for name, health in found.items()},
+        details={
+            name: DependencyHealth(
+                error=health.error,
+                latency_ms=None if health.latency_s is None else round(health.latency_s * 1_000, 1),
+                age_s=None if health.age_s is None else round(health.age_s, 1),
+                required=name in required,
+            )
+            for name, health in found.items()
+        },
+    )
+    return JSONResponse(body.model_dump(), status_code=200 if status == "healthy" else 503)
 
 
 @router.get("/docs", include_in_schema=False)

@@ -11,9 +11,10 @@ from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.trace import Span, Status, StatusCode
 
 from service.clients.llm import Completion, LlmClient
+from service.clients.llm_errors import CONNECTION
 from service.config.logging import current_request
 from service.config.settings import Settings
-from service.errors import ServiceError
+from service.errors import ServiceError, UpstreamTimeoutError
 from service.services.circuit_breaker import CircuitBreaker
 from service.telemetry import names
 from service.telemetry.providers import SCOPE, Telemetry
@@ -51,6 +52,7 @@ class Generation:
         llm: The models' side.
         telemetry: Where spans and counts go.
         settings: The default model, and the numbers of retry and breaker.
+        on_unreachable: Called when no connection to the models' side could be made.
         clock: For durations, in seconds.
     """
 
@@ -59,10 +61,12 @@ class Generation:
         llm: LlmClient,
         telemetry: Telemetry,
         settings: Settings,
+        on_unreachable: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._llm = llm
         self._clock = clock
+        self._on_unreachable = on_unreachable
         self.default_model = settings.default_model
         self.timeout_s = settings.llm_timeout_s
         self._tracer = telemetry.tracer_provider.get_tracer(SCOPE)
@@ -148,6 +152,10 @@ class Generation:
             started = self._clock()
             try:
                 return await self._llm.complete(request, deadline)
+            except UpstreamTimeoutError as error:
+                if error.label == CONNECTION:
+                    self._on_unreachable()
+                raise
             finally:
                 call.llm_s += self._clock() - started
 

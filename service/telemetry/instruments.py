@@ -1,7 +1,7 @@
 """Every instrument of our own, made once from its declaration in ``names``."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Meter, Observation, UpDownCounter
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
@@ -22,6 +22,7 @@ class Instruments:
         self.requests_in_flight = _up_down_counter(meter, names.REQUESTS_IN_FLIGHT)
         self.requests_rejected = _counter(meter, names.REQUESTS_REJECTED)
         self.auth_attempts = _counter(meter, names.AUTH_ATTEMPTS)
+        self.health_check_duration = _histogram(meter, names.HEALTH_CHECK_DURATION)
         self.event_loop_lag = _histogram(meter, names.EVENT_LOOP_LAG)
         for counter, metric in (
             (self.retry_attempts, names.RETRY_ATTEMPTS),
@@ -43,6 +44,21 @@ class Instruments:
 
         metric = names.BREAKER_STATE
         self._meter.create_observable_gauge(metric.name, [observe], metric.unit, metric.description)
+
+    def show_health(self, statuses: Callable[[], Mapping[str, tuple[bool, float | None]]]) -> None:
+        """Show each dependency's status, and its result's age (None before the first), at each collection."""
+
+        def observe_status(_options: CallbackOptions) -> Iterator[Observation]:
+            for dependency, (up, _age_s) in statuses().items():
+                yield Observation(int(up), {"dependency": dependency})
+
+        def observe_age(_options: CallbackOptions) -> Iterator[Observation]:
+            for dependency, (_up, age_s) in statuses().items():
+                if age_s is not None:
+                    yield Observation(age_s, {"dependency": dependency})
+
+        for metric, observe in ((names.HEALTH_STATUS, observe_status), (names.HEALTH_AGE, observe_age)):
+            self._meter.create_observable_gauge(metric.name, [observe], metric.unit, metric.description)
 
     def expect_model(self, model: str) -> None:
         """Let the model's series start at 0, so that ``rate()`` sees its first call."""

@@ -100,7 +100,29 @@ REQUESTS_REJECTED: Final = Metric(
     "counter",
     "{request}",
     "Requests turned away before any work was done for them",
-    {"reason": ("overloaded", "rate_limited", "too_large")},
+    {"reason": ("overloaded", "draining", "rate_limited", "too_large")},
+)
+HEALTH_STATUS: Final = Metric(
+    "llmops.health.status",
+    "gauge",
+    "1",
+    "1 for a dependency that is up, 0 for one that is down or not checked",
+    {"dependency": ("qdrant", "litellm", "mlflow")},
+)
+HEALTH_AGE: Final = Metric(
+    "llmops.health.age",
+    "gauge",
+    "s",
+    "Time since a dependency was last checked",
+    {"dependency": ("qdrant", "litellm", "mlflow")},
+)
+HEALTH_CHECK_DURATION: Final = Metric(
+    "llmops.health.check.duration",
+    "histogram",
+    "s",
+    "How long the checks of a dependency took",
+    {"dependency": ("qdrant", "litellm", "mlflow")},
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
 EVENT_LOOP_LAG: Final = Metric(
     "llmops.event_loop.lag",
@@ -120,6 +142,9 @@ METRICS: Final = (
     REQUESTS_IN_FLIGHT,
     REQUESTS_REJECTED,
     AUTH_ATTEMPTS,
+    HEALTH_STATUS,
+    HEALTH_AGE,
+    HEALTH_CHECK_DURATION,
     EVENT_LOOP_LAG,
 )
 
@@ -130,6 +155,7 @@ HTTP_DURATION_BUCKETS: Final = (
 """The standard's advice for ``http.server.request.duration`` ends at 10 s; model calls do not."""
 
 SPAN_LLM_CALL: Final = "llm call"
+SPAN_HEALTH_CHECK: Final = "health check"
 ATTR_CLIENT_REQUEST_ID: Final = "client_request_id"
 ATTR_INCIDENT_ID: Final = "llmops.incident_id"
 ATTR_LLM_ATTEMPTS: Final = "llmops.llm.attempts"
@@ -139,6 +165,10 @@ ATTR_LLM_DEADLINE_LEFT: Final = "llmops.llm.deadline_left"
 ATTR_RETRY_OUTCOME: Final = "llmops.retry.outcome"
 ATTR_LLM_OUTCOME: Final = "llmops.llm.outcome"
 
+EVENT_HEALTH_CHANGED: Final = "llmops.health.changed"
+EVENT_SHUTDOWN_STARTED: Final = "llmops.shutdown.started"
+EVENT_SHUTDOWN_WAITING: Final = "llmops.shutdown.waiting"
+EVENT_SHUTDOWN_STEP: Final = "llmops.shutdown.step"
 EVENT_SHUTDOWN_COMPLETED: Final = "llmops.shutdown.completed"
 EVENT_RETRY_SCHEDULED: Final = "llmops.retry.scheduled"
 EVENT_RETRY_SUCCEEDED: Final = "llmops.retry.succeeded"
@@ -151,5 +181,9 @@ EVENTS: Final = (
     EVENT_RETRY_EXHAUSTED,
     EVENT_BREAKER_STATE_CHANGED,
     EVENT_BREAKER_REJECTED,
+    EVENT_HEALTH_CHANGED,
+    EVENT_SHUTDOWN_STARTED,
+    EVENT_SHUTDOWN_WAITING,
+    EVENT_SHUTDOWN_STEP,
     EVENT_SHUTDOWN_COMPLETED,
 )

@@ -17,6 +17,7 @@ ERRORS = {
     ("post", "/llm/generate"): {400, 401, 408, 413, 422, 429, 502, 503, 504},
     ("get", "/llm/models"): {400, 401, 429, 502, 503, 504},
     ("get", "/health"): set[int](),
+    ("get", "/health/detailed"): {503},
     ("get", "/"): set[int](),
 }
 
@@ -78,7 +79,8 @@ def test_every_error_of_a_route_is_documented_with_its_body(
     assert errors == ERRORS[method, path] | EVERYWHERE
     for status in errors:
         content = responses[str(status)]["content"]["application/json"]
-        assert content["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
+        body = "DetailedHealth" if (path, status) == ("/health/detailed", 503) else "ErrorBody"
+        assert content["schema"] == {"$ref": f"#/components/schemas/{body}"}
         assert responses[str(status)]["description"]
 
 

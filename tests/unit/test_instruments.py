@@ -56,6 +56,7 @@ def _after_use() -> dict[str, Metric]:
             case _:
                 assert name.startswith("_"), f"this test does not know how to use {name}"
     instruments.show_breaker("litellm", lambda: "open")
+    instruments.show_health(lambda: {"qdrant": (True, 1.0)})
     return _metrics(reader)
 
 

@@ -1,0 +1,174 @@
+"""The stop: who is inside is served to the end, nobody is lost, and it takes no longer than it may."""
+
+import signal
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from tests.e2e.support import to_collector
+from tests.fakes.otlp import OtlpReceiver
+from tests.fakes.upstream import Answer, FakeUpstream, Silent
+from tests.harness import Answer as Reply
+from tests.harness import ServiceProcess
+
+pytestmark = pytest.mark.e2e
+
+LINES = (
+    "Received shutdown signal",
+    "Waiting for",
+    "Request completed",
+    "Closing Qdrant connections...",
+    "Graceful shutdown completed in",
+)
+
+
+def ask(process: ServiceProcess, token: str) -> Reply:
+    return process.call("POST", "/llm/generate", body={"prompt": "x"}, token=token)
+
+
+def stop_lines(process: ServiceProcess) -> list[str]:
+    ours = [line["message"] for line in process.lines() if line["logger"].startswith("service.")]
+    return [message for message in ours if message.startswith(LINES)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_with_nothing_in_flight_it_ends_at_once(upstream: FakeUpstream, number: signal.Signals) -> None:
+    with ServiceProcess({"LITELLM_URL": upstream.url}) as process:
+        process.wait_ready()
+        started = time.monotonic()
+        assert process.stop(number) == 0
+        assert time.monotonic() - started < 5
+        lines = stop_lines(process)
+    assert lines[0] == "Received shutdown signal"
+    assert lines[1] == "Waiting for 0 in-flight request(s)..."
+    assert lines[2] == "Closing Qdrant connections..."
+    assert lines[3].startswith("Graceful shutdown completed in ")
+
+
+def test_a_slow_call_ends_and_new_ones_are_refused(upstream: FakeUpstream) -> None:
+    upstream.default = Answer(delay_s=1.0)
+    with ServiceProcess({"LITELLM_URL": upstream.url}) as process:
+        process.wait_ready()
+        token = process.token()
+        with ThreadPoolExecutor(1) as pool:
+            slow: Future[Reply] = pool.submit(ask, process, token)
+            upstream.wait_for(lambda fake: len(fake.chat_requests) == 1)
+            assert process.process is not None
+            process.process.send_signal(signal.SIGTERM)
+            _until_draining(process)
+            refused = ask(process, token)
+            alive = process.call("GET", "/health")
+        assert process.process.wait(10) == 0
+        lines = stop_lines(process)
+    assert slow.result().status == 200
+    assert refused.status == 503
+    assert refused.json["error"] == "ShuttingDownError"
+    assert refused.headers["connection"] == "close"
+    assert int(refused.headers["retry-after"]) >= 1
+    assert alive.json == {"status": "alive"}
+    assert lines[:3] == [
+        "Received shutdown signal",
+        "Waiting for 1 in-flight request(s)...",
+        "Request completed",
+    ]
+    assert lines[3] == "Closing Qdrant connections..."
+
+
+def test_in_the_grace_new_requests_are_still_taken(upstream: FakeUpstream) -> None:
+    with ServiceProcess({"LITELLM_URL": upstream.url, "SHUTDOWN_GRACE_S": "1"}) as process:
+        process.wait_ready()
+        token = process.token()
+        assert process.process is not None
+        process.process.send_signal(signal.SIGTERM)
+        _until_draining(process)
+        taken = ask(process, token)
+        assert process.process.wait(10) == 0
+    assert taken.status == 200
+
+
+def test_a_hundred_calls_under_load_are_all_answered(upstream: FakeUpstream) -> None:
+    upstream.default = Answer(delay_s=0.5)
+    with ServiceProcess({"LITELLM_URL": upstream.url}) as process:
+        process.wait_ready()
+        token = process.token()
+        with ThreadPoolExecutor(100) as pool:
+            calls = [pool.submit(ask, process, token) for _ in range(100)]
+            upstream.wait_for(lambda fake: len(fake.chat_requests) == 100, timeout_s=20)
+            assert process.stop() == 0
+        lines = stop_lines(process)
+    assert {call.result().status for call in calls} == {200}
+    assert lines.count("Request completed") == 100
+
+
+def test_a_call_longer_than_the_limit_ends_with_an_error(upstream: FakeUpstream) -> None:
+    upstream.default = Silent()
+    with ServiceProcess({"LITELLM_URL": upstream.url, "SHUTDOWN_TIMEOUT_S": "1"}) as process:
+        process.wait_ready()
+        token = process.token()
+        with ThreadPoolExecutor(1) as pool:
+            slow: Future[Reply] = pool.submit(ask, process, token)
+            upstream.wait_for(lambda fake: len(fake.chat_requests) == 1)
+            started = time.monotonic()
+            assert process.stop() == 0
+            assert time.monotonic() - started < 1 + 5
+    assert slow.result().status == 503
+    assert slow.result().json["error"] == "ShuttingDownError"
+
+
+def test_a_dead_collector_does_not_hold_it_up(upstream: FakeUpstream, receiver: OtlpReceiver) -> None:
+    receiver.hang = True
+    with ServiceProcess({"LITELLM_URL": upstream.url, **to_collector(receiver)}) as process:
+        process.wait_ready()
+        ask(process, process.token())
+        started = time.monotonic()
+        assert process.stop() == 0
+        assert time.monotonic() - started < 5
+
+
+def test_a_second_signal_ends_it_at_once(upstream: FakeUpstream) -> None:
+    upstream.default = Silent()
+    with ServiceProcess({"LITELLM_URL": upstream.url}) as process:
+        process.wait_ready()
+        token = process.token()
+        caller = threading.Thread(target=_ask_and_lose, args=(process, token))
+        caller.start()
+        upstream.wait_for(lambda fake: len(fake.chat_requests) == 1)
+        assert process.process is not None
+        process.process.send_signal(signal.SIGTERM)
+        _until_draining(process)
+        started = time.monotonic()
+        process.process.send_signal(signal.SIGTERM)
+        process.process.wait(10)
+        assert time.monotonic() - started < 5
+        caller.join()
+
+
+def test_two_workers_stop_as_one(upstream: FakeUpstream) -> None:
+    upstream.default = Answer(delay_s=0.7)
+    variables = {"LITELLM_URL": upstream.url, "WORKERS": "2", "QDRANT_URL": "http://127.0.0.1:9"}
+    with ServiceProcess(variables) as process:
+        process.wait_ready()
+        token = process.token()
+        with ThreadPoolExecutor(10) as pool:
+            calls = [pool.submit(ask, process, token) for _ in range(10)]
+            upstream.wait_for(lambda fake: len(fake.chat_requests) == 10)
+            assert process.stop() == 0
+        lines = stop_lines(process)
+    assert {call.result().status for call in calls} == {200}
+    assert lines.count("Received shutdown signal") == 2
+
+
+def _until_draining(process: ServiceProcess) -> None:
+    end = time.monotonic() + 5
+    while process.call("GET", "/health/detailed").json["status"] != "draining":
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def _ask_and_lose(process: ServiceProcess, token: str) -> None:
+    try:
+        ask(process, token)
+    except OSError:
+        return
