@@ -5,7 +5,7 @@ import logging
 import sys
 from typing import NoReturn
 
-from service.config.logging import configure_logging
+from service.config.early import configure_early_logging
 
 logger = logging.getLogger("service")
 
@@ -27,7 +27,7 @@ class JsonParser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the process's exit status: 0, 1 for a refused configuration, 2 for a wrong command."""
     # Before anything else is imported: whatever happens from here on comes out as JSON.
-    configure_logging()
+    configure_early_logging()
     parser = JsonParser(prog="python -m service", description=__doc__)
     parser.add_argument(
         "command",
@@ -40,24 +40,31 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Imported late, so that a wrong command costs nothing.
     from service.config.env_validator import read_settings  # noqa: PLC0415
+    from service.config.logging import configure_logging  # noqa: PLC0415
 
     report = read_settings()
+    configure_logging()
     for warning in report.warnings:
         logger.warning("Warning: %s", warning)
     for error in report.errors:
         logger.error("Error: %s", error)
     if report.settings is None:
         return 1
-    if command == "check":
-        logger.info("The configuration is valid")
-        return 0
 
-    # Imported last: the OpenTelemetry packages read the environment when they are imported.
     from service.config.settings import prepare_environment  # noqa: PLC0415
 
     prepare_environment()
-    from service.server import serve  # noqa: PLC0415
+    # Imported last: the OpenTelemetry packages read the environment when they are imported.
+    from service.server import serve, telemetry_or_problem  # noqa: PLC0415
 
+    if command == "check":
+        # Built to see whether it can be, and gone with this process before anything is sent.
+        problem = telemetry_or_problem(report.settings)
+        if isinstance(problem, str):
+            logger.error("Error: %s", problem)
+            return 1
+        logger.info("The configuration is valid")
+        return 0
     return serve(report.settings)
 
 

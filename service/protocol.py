@@ -8,6 +8,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.middleware.request_limits import MALFORMED
 
+MAX_HEAD_BYTES = 65_536
+
 
 class Protocol(HttpToolsProtocol):
     """Answers a malformed request through the app, so that it gets an id, a span, and the errors' shape.
@@ -19,6 +21,8 @@ class Protocol(HttpToolsProtocol):
     head_timeout_s: ClassVar[float] = 10.0
 
     _head_timer: asyncio.TimerHandle | None = None
+    _head_begun = False
+    _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request's head."""
@@ -28,11 +32,16 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Wait for the rest of a head that has begun."""
         super().on_message_begin()
-        self._expect_head()
+        self._head_begun = True
+        cycle: RequestResponseCycle | None = self.cycle
+        # While an answer is being made, the next head has time.
+        if cycle is None or cycle.response_complete:
+            self._expect_head()
 
     def on_headers_complete(self) -> None:
         """Wait no more."""
         self._stop_expecting()
+        self._head_begun = False
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -45,17 +54,45 @@ class Protocol(HttpToolsProtocol):
             self._head_timer = self.loop.call_later(self.head_timeout_s, self.transport.close)
 
     def _stop_expecting(self) -> None:
+        self._head_bytes = 0
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 
+    def data_received(self, data: bytes) -> None:
+        """Read on, but no head that is larger than anybody's."""
+        super().data_received(data)
+        if self._head_timer is None:
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._stop_expecting()
+            self.send_400_response("")
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request's head, where it has begun already."""
+        super().on_response_complete()
+        if self._head_begun:
+            self._expect_head()
+
     def send_400_response(self, msg: str) -> None:
-        """Answer 400 and close the connection; when an answer is under way already, only close."""
+        """Answer 400 and close the connection; an answer that is under way is not spoilt."""
         del msg
         cycle: RequestResponseCycle | None = self.cycle
-        if cycle is not None and not cycle.response_complete:
+        if cycle is None or cycle.response_complete:
+            self._answer_400()
+        elif not cycle.more_body:
+            # The garbage came behind a whole request, which gets its answer first.
+            cycle.keep_alive = False
+        elif not cycle.response_started:
+            # The request's own body is garbage: whoever waits for the rest of it learns that nobody is there.
+            cycle.disconnected = True
+            cycle.message_event.set()
+            self._answer_400()
+        else:
             self.transport.close()
-            return
+
+    def _answer_400(self) -> None:
         task = self.loop.create_task(self._refuse())
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)

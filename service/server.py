@@ -1,5 +1,6 @@
 """Runs the app under uvicorn, the way this service wants it: JSON lines only, ids on every answer, exit 0."""
 
+import logging
 import signal
 from types import FrameType
 
@@ -11,7 +12,9 @@ from service.app import create_app
 from service.config.env_validator import read_settings
 from service.config.logging import configure_logging
 from service.config.settings import Settings, prepare_environment
-from service.telemetry.providers import build_telemetry
+from service.telemetry.providers import Telemetry, build_telemetry
+
+logger = logging.getLogger(__name__)
 
 
 def build() -> FastAPI:
@@ -24,12 +27,23 @@ def build() -> FastAPI:
     if settings is None:
         raise SystemExit(1)
     prepare_environment()
-    telemetry = build_telemetry(settings)
+    telemetry = telemetry_or_problem(settings)
+    if isinstance(telemetry, str):
+        logger.error("Error: %s", telemetry)
+        raise SystemExit(1)
     configure_logging(settings.log_level, telemetry.logger_provider)
     # For libraries that ask for the process's providers instead of being handed ours.
     trace.set_tracer_provider(telemetry.tracer_provider)
     metrics.set_meter_provider(telemetry.meter_provider)
     return create_app(settings, telemetry)
+
+
+def telemetry_or_problem(settings: Settings) -> Telemetry | str:
+    """The telemetry, or what the SDK has against its own variables, which it reads by itself."""
+    try:
+        return build_telemetry(settings)
+    except Exception as error:  # noqa: BLE001 - the SDK has no one kind of error for this
+        return f"The OTEL_* variables are not valid: {type(error).__name__}: {str(error)[:200]}"
 
 
 def serve(settings: Settings) -> int:

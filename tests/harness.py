@@ -277,6 +277,7 @@ class ServiceProcess(Client):
         }
         self._arguments = arguments
         self._folder = tempfile.TemporaryDirectory()
+        self.folder = self._folder.name
         self._stdout = Path(self._folder.name, "stdout")
         self._stderr = Path(self._folder.name, "stderr")
         self.process: subprocess.Popen[bytes] | None = None

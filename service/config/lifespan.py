@@ -117,10 +117,13 @@ async def _flush(telemetry: Telemetry, deadline_s: float) -> None:
 async def measure_lag(histogram: Histogram, interval_s: float = LAG_INTERVAL_S) -> None:
     """Record for ever how much later than asked for the event loop wakes this task."""
     loop = asyncio.get_running_loop()
+    # The first sample comes at once, so that the series is there from the start.
+    wait_s = 0.0
     while True:
-        due = loop.time() + interval_s
-        await asyncio.sleep(interval_s)
+        due = loop.time() + wait_s
+        await asyncio.sleep(wait_s)
         histogram.record(max(0.0, loop.time() - due))
+        wait_s = interval_s
 
 
 async def _keep_models_known(llm: LlmClient, ttl_s: float) -> None:

@@ -15,12 +15,15 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from types import TracebackType
 from typing import Any, TextIO
 
 from opentelemetry import trace
 from opentelemetry.instrumentation.logging.handler import LoggingHandler
 from opentelemetry.sdk._logs import LoggerProvider
+
+from service.config.line_writer import LineWriter
 
 MAX_TEXT = 16_384
 """Longest string of a log record, in characters; what is over is cut."""
@@ -34,6 +37,7 @@ MAX_DEPTH = 8
 NOT_EXPORTED = ("opentelemetry", *QUIET)
 """What an exporter uses or says itself: sent over OTLP, it would feed itself while the collector is down."""
 
+HEADER_PARSER = "opentelemetry.util.re"
 EVENT_NAME = "otel.event.name"
 CONTEXT_FIELDS = frozenset({"request_id", "client_request_id", "user"})
 """What a record gets from the request that it was made in; a span has these already."""
@@ -85,6 +89,9 @@ class RecordContext(logging.Filter):
         """Drop what a quiet library says below WARNING; complete the rest."""
         if record.levelno < logging.WARNING and record.name.split(".", 1)[0] in QUIET:
             return False
+        if record.name == HEADER_PARSER:
+            # It quotes the header field that it cannot read, credential and all.
+            record.msg, record.args = "A list of header fields in an OTEL_* variable is not valid", ()
         vars(record).pop("color_message", None)
         request = current_request.get()
         if request is not None:
@@ -215,7 +222,7 @@ def configure_logging(
     handlers: dict[str, Any] = {
         "stdout": {
             "()": logging.StreamHandler,
-            "stream": stream or sys.stdout,
+            "stream": stream or _stdout(),
             "formatter": "json",
             "filters": ["context"],
         }
@@ -245,6 +252,11 @@ def configure_logging(
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_thread
     sys.unraisablehook = _log_unraisable
+
+
+@cache
+def _stdout() -> LineWriter:
+    return LineWriter()
 
 
 def detach_bridge() -> None:

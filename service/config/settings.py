@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     workers: int = Field(1, ge=1, le=64)
     forwarded_allow_ips: str = ""
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
-    max_body_bytes: int = Field(1_048_576, ge=1_024, le=104_857_600)
+    max_body_bytes: int = Field(1_048_576, ge=1, le=104_857_600)
     request_body_timeout_s: float = Field(10.0, gt=0, le=3_600)
     max_in_flight: int = Field(200, ge=1, le=10_000)
     rate_limit: str = "6000/minute"
@@ -142,7 +142,7 @@ class Settings(BaseSettings):
     @field_validator("log_level", mode="before")
     @classmethod
     def _upper(cls, value: object) -> object:
-        return value.upper() if isinstance(value, str) else value
+        return {"WARN": "WARNING"}.get(value.upper(), value.upper()) if isinstance(value, str) else value
 
 
 def env_file_values() -> Mapping[str, str]:

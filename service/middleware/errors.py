@@ -9,13 +9,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from opentelemetry import trace
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.config.logging import current_request, timestamp
 from service.errors import (
     AuthenticationError,
     BadRequestError,
+    CallerLeftError,
     InternalError,
     MethodNotAllowedError,
     NotFoundError,
@@ -42,20 +43,20 @@ logger = logging.getLogger(__name__)
 def as_service_error(error: Exception) -> ServiceError:
     """The error of our tree that an exception means; ``InternalError`` where nobody foresaw it."""
     match error:
-        case ServiceError():
-            return error
+        # FastAPI wraps whatever goes wrong while the body is read.
+        case (ServiceError() as found) | HTTPException(__cause__=ServiceError() as found):
+            return found
+        case ClientDisconnect() | HTTPException(__cause__=ClientDisconnect()):
+            return CallerLeftError()
         case RequestValidationError():
             return _from_validation(error)
-        # FastAPI wraps whatever goes wrong while the body is read.
-        case HTTPException() if isinstance(error.__cause__, ServiceError):
-            return error.__cause__
         # FastAPI's word for a body that is no JSON at all.
         case HTTPException(status_code=400):
             return _unreadable()
         case HTTPException() if 400 <= error.status_code < 500:  # noqa: PLR2004 - the callers' range
-            found = BY_STATUS.get(error.status_code, BadRequestError)()
-            found.headers.update(error.headers or {})
-            return found
+            known = BY_STATUS.get(error.status_code, BadRequestError)()
+            known.headers.update(error.headers or {})
+            return known
         case _:
             return InternalError()
 
@@ -126,6 +127,9 @@ class ErrorMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         started = False
 
         async def send_and_note(message: Message) -> None:

@@ -1,9 +1,10 @@
 """Bounds what a request may bring and take: HTTP only, a body of bounded size and time, a place in flight."""
 
 import asyncio
+from collections.abc import Callable
 
 from opentelemetry.metrics import Counter
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,6 +37,7 @@ class RequestLimitsMiddleware:
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, instruments: Instruments) -> None:
+        self._unlimited = app
         self._app = RequestBodyLimitMiddleware(app, settings.max_body_bytes)
         self._max_body_bytes = settings.max_body_bytes
         self._body_timeout_s = settings.request_body_timeout_s
@@ -44,8 +46,14 @@ class RequestLimitsMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
-        if scope["type"] != "http" or scope["path"] in PROBES:
-            await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._unlimited(scope, receive, send)
+            return
+        if scope["path"] in PROBES:
+            # No probe reads a body; where one comes all the same, the connection ends with the answer.
+            unread = _has_body(scope)
+            lingering = _LingeringSend(receive, send, self._rejected, lambda: unread)
+            await self._unlimited(scope, receive, lingering)
             return
         if MALFORMED in scope:
             raise BadRequestError("This is not a valid HTTP request.")
@@ -58,7 +66,9 @@ class RequestLimitsMiddleware:
             place.give_back()
 
     async def _within_limits(self, scope: Scope, receive: Receive, send: Send, place: Place) -> None:
-        lingering = _LingeringSend(receive, send, self._rejected)
+        in_time = _TimedReceive(receive, self._body_timeout_s, place)
+        has_body = _has_body(scope)
+        lingering = _LingeringSend(receive, send, self._rejected, lambda: has_body and not in_time.complete)
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdigit() and int(declared) > self._max_body_bytes:
             error = PayloadTooLargeError(
@@ -66,7 +76,6 @@ class RequestLimitsMiddleware:
             )
             await answer(error)(scope, receive, lingering)
         else:
-            in_time = _TimedReceive(receive, self._body_timeout_s, place)
             await self._app(scope, in_time, lingering)
 
 
@@ -85,36 +94,43 @@ class _TimedReceive:
         self._receive = receive
         self._place = place
         self._until = asyncio.get_running_loop().time() + limit_s
-        self._complete = False
+        self.complete = False
 
     async def __call__(self) -> Message:
-        if self._complete:
+        if self.complete:
             return await self._receive()
         try:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
             raise RequestTimeoutError from None
-        self._complete = not message.get("more_body", False)
-        if self._complete and message["type"] == "http.request":
+        self.complete = not message.get("more_body", False)
+        if self.complete and message["type"] == "http.request":
             self._place.take()
         return message
 
 
 class _LingeringSend:
-    """An ASGI send that counts a 413, and after it reads a little more before the connection is closed."""
+    """An ASGI send for an answer that may come before the body was read.
 
-    def __init__(self, receive: Receive, send: Send, rejected: Counter) -> None:
-        self._rejected = rejected
+    Such an answer closes the connection, or the rest of the body would be read for ever; and a little of it
+    is read after the answer, so that the caller gets to see why. A 413 is counted.
+    """
+
+    def __init__(self, receive: Receive, send: Send, rejected: Counter, unread: Callable[[], bool]) -> None:
         self._receive = receive
         self._send = send
+        self._rejected = rejected
+        self._unread = unread
         self._lingers = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._lingers = message["status"] == PayloadTooLargeError.status
-            if self._lingers:
+            if message["status"] == PayloadTooLargeError.status:
                 self._rejected.add(1, {"reason": "too_large"})
+            self._lingers = self._unread()
+            if self._lingers:
+                MutableHeaders(scope=message)["Connection"] = "close"
         elif self._lingers and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
             await self._read_a_little()

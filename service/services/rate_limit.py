@@ -5,17 +5,18 @@ from collections.abc import Callable
 
 from limits import parse as parse_limit
 from limits.aio.storage import MemoryStorage, Storage
-from limits.aio.strategies import SlidingWindowCounterRateLimiter
+from limits.aio.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
 
 from service.config.logging import current_request
 from service.errors import RateLimitError
 from service.telemetry.instruments import Instruments
 
 POLICY = "per-user"
+EXACT_UP_TO = 1_000
 
 
 class RateLimiter:
-    """Counts calls per user in a sliding window: two counters a user, and there are few users.
+    """Counts calls per user in a moving window; users are few, so memory is bounded.
 
     Args:
         rate: A number and a period, like ``60/minute``.
@@ -32,7 +33,10 @@ class RateLimiter:
         now: Callable[[], float] = time.time,
     ) -> None:
         self._limit = parse_limit(rate)
-        self._limiter = SlidingWindowCounterRateLimiter(storage or MemoryStorage())
+        store = storage or MemoryStorage()
+        # The moving window is exact and keeps a moment for each call; counters approximate many.
+        exact = self._limit.amount <= EXACT_UP_TO
+        self._limiter = MovingWindowRateLimiter(store) if exact else SlidingWindowCounterRateLimiter(store)
         self._rejected = instruments.requests_rejected
         self._now = now
 

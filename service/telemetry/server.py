@@ -7,7 +7,9 @@ from opentelemetry.context import Context
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.metrics import Histogram, Meter, MeterProvider
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
+from opentelemetry.semconv.attributes.server_attributes import SERVER_ADDRESS
 from opentelemetry.semconv.attributes.url_attributes import URL_QUERY
+from opentelemetry.semconv.attributes.user_agent_attributes import USER_AGENT_ORIGINAL
 from opentelemetry.semconv.metrics.http_metrics import HTTP_SERVER_REQUEST_DURATION
 from opentelemetry.trace import Span
 from opentelemetry.util.types import Attributes
@@ -35,9 +37,15 @@ def instrument_server(app: FastAPI, telemetry: Telemetry) -> None:
 
 
 def _redact(span: Span, scope: dict[str, Any]) -> None:
-    """Keep the query string out: people put keys and prompts there."""
+    """Keep out the query string, where people put keys and prompts, and the caller's own words."""
     if scope.get("query_string"):
         span.set_attribute(URL_QUERY, REDACTED)
+    # What a caller writes there is theirs, too.
+    if any(name == b"user-agent" for name, _ in scope["headers"]):
+        span.set_attribute(USER_AGENT_ORIGINAL, REDACTED)
+    # The instrumentation puts the port behind the address.
+    if scope.get("server"):
+        span.set_attribute(SERVER_ADDRESS, scope["server"][0])
 
 
 class _ErrorNames:

@@ -23,6 +23,7 @@ from service.telemetry.instruments import Instruments
 from service.utils.deadline import Deadline
 from service.utils.retry_budget import RetryBudget
 
+OPEN = "the circuit breaker is open"
 MIN_ATTEMPT_S = 0.05
 """An attempt with less time than this cannot finish, so it is not started."""
 
@@ -97,7 +98,6 @@ def retrying(  # noqa: PLR0913 - each is a seam or a part of the policy
     def decorate(attempt: Attempt[P, T]) -> Attempt[P, T]:
         @functools.wraps(attempt)
         async def call(progress: Progress, deadline: Deadline, /, *args: P.args, **kwargs: P.kwargs) -> T:
-            budget.count_call()
             loop = AsyncRetrying(
                 retry=judge.retries,
                 wait=lambda state: state.args[0].delay_s,
@@ -142,20 +142,32 @@ class _Judge:
         progress: Progress = state.args[0]
         deadline: Deadline = state.args[1]
         error = state.outcome.exception() if state.outcome else None
+        if state.attempt_number == 1 and not isinstance(error, CircuitOpenError):
+            # A call that the breaker turned away adds no load, so it earns no retry.
+            self._budget.count_call()
         if error is None:
             self._succeeded(state.attempt_number)
             return False
         if not isinstance(error, Exception):
             return False
         name = error.name if isinstance(error, ServiceError) else "InternalError"
+        if isinstance(error, CircuitOpenError):
+            self._turned_away(state.attempt_number, deadline, progress)
+            return False
         outcome, reason = self._decide(state.attempt_number, error, deadline, progress)
         progress.ended = outcome
-        if not isinstance(error, CircuitOpenError):
-            progress.error = error
-            self._attempts.add(1, {"operation": self._operation, "outcome": outcome, ERROR_TYPE: name})
+        progress.error = error
+        self._attempts.add(1, {"operation": self._operation, "outcome": outcome, ERROR_TYPE: name})
         if reason:
             self._say(state.attempt_number, error, outcome, reason, deadline, progress)
         return outcome == "retried"
+
+    def _turned_away(self, number: int, deadline: Deadline, progress: Progress) -> None:
+        """The breaker opened while this call waited: the retry was not made after all."""
+        progress.ended = "not_retryable"
+        if progress.error is not None:
+            self._budget.give_back()
+            self._say_over(number - 1, progress.error, "circuit_open", OPEN, deadline)
 
     def _decide(
         self, number: int, error: Exception, deadline: Deadline, progress: Progress
@@ -164,7 +176,7 @@ class _Judge:
         if not transient(error):
             return "not_retryable", ""
         if self._hopeless():
-            return "not_retryable", "the circuit breaker is open"
+            return "not_retryable", OPEN
         if number > self._policy.max_retries:
             return "exhausted", "no retries left"
         asked = getattr(error, "retry_after_s", None) or 0.0
@@ -214,16 +226,20 @@ class _Judge:
                 level=logging.WARNING,
             )
             return
+        ended = outcome if outcome != "not_retryable" else "circuit_open"
+        self._say_over(number, error, ended, reason, deadline)
+
+    def _say_over(self, number: int, error: Exception, ended: str, reason: str, deadline: Deadline) -> None:
         emit(
             logger,
             names.EVENT_RETRY_EXHAUSTED,
             f"Giving up after attempt {number}: {reason}",
             {
-                ERROR_TYPE: name,
+                ERROR_TYPE: error.name if isinstance(error, ServiceError) else "InternalError",
                 "operation": self._operation,
                 "attempts": number,
-                "reason": outcome if outcome != "not_retryable" else "circuit_open",
-                "remaining_s": left_s,
+                "reason": ended,
+                "remaining_s": round(deadline.left_s, 3),
             },
             level=logging.ERROR,
         )

@@ -52,6 +52,11 @@ class RetryBudget:
         current.retries += 1
         return True
 
+    def give_back(self) -> None:
+        """Give back a retry that was taken and not made after all."""
+        current = self._current()
+        current.retries = max(0, current.retries - 1)
+
     def _current(self) -> _Slice:
         number = int(self._clock() / self._slice_s)
         while self._slices and self._slices[0].number <= number - SLICES:

@@ -12,7 +12,7 @@ from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import FakeUpstream, refusing_port
 from tests.harness import ServiceProcess
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 CALLS = 60
 MARGIN = 3.0

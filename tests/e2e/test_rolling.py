@@ -15,7 +15,7 @@ import pytest
 from tests.fakes.upstream import Answer, FakeUpstream
 from tests.harness import ServiceProcess, new_secrets, request
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 CALLS = 2_000
 PROBE_S = 0.05

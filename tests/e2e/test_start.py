@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,3 +153,56 @@ def test_several_workers_without_a_vector_store_of_their_own_are_refused(tmp_pat
     assert ended.returncode == 1
     (line,) = decoded(ended.stdout)
     assert line["message"].startswith("Error: WORKERS=2 needs a Qdrant server")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OTEL_BSP_MAX_QUEUE_SIZE": "100"},
+        {"OTEL_METRIC_EXPORT_INTERVAL": "0"},
+        {"OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "abc"},
+        {"OTEL_PROPAGATORS": "b3"},
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_variable_that_the_sdk_refuses_is_refused(variables: dict[str, str], command: str) -> None:
+    variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", **variables}
+    with ServiceProcess(variables, arguments=("-m", "service", command)) as process:
+        assert process.process is not None
+        assert process.process.wait(20) == 1
+        assert process.lines()[-1]["level"] in {"ERROR", "CRITICAL"}
+
+
+def test_a_credential_in_a_header_variable_that_is_wrong_is_not_quoted(upstream: FakeUpstream) -> None:
+    variables = {
+        "LITELLM_URL": upstream.url,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
+        "OTEL_EXPORTER_OTLP_HEADERS": "Authorization: Bearer canary",
+    }
+    with ServiceProcess(variables) as process:
+        process.wait_ready()
+        assert process.stop() == 0
+        process.lines()
+        assert "canary" not in process.text()
+
+
+def test_a_reader_of_stdout_that_stops_reading_stops_nobody_else(upstream: FakeUpstream) -> None:
+    process = ServiceProcess({"LITELLM_URL": upstream.url})
+    stuck, written = os.pipe()
+    try:
+        process.process = subprocess.Popen(
+            [sys.executable, "-m", "service"],
+            env=process.environment,
+            cwd=process.folder,
+            stdout=written,
+            stderr=subprocess.DEVNULL,
+        )
+        process.wait_ready()
+        token = process.token()
+        answers = {process.call("GET", "/auth/me", token=token).status for _ in range(600)}
+        assert answers == {200}
+        assert process.stop() == 0
+    finally:
+        os.close(stuck)
+        os.close(written)
+        process.__exit__()

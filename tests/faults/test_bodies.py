@@ -11,7 +11,7 @@ from tests.faults.bench import Bench
 from tests.faults.bodies import promising
 from tests.harness import Answer
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 TEN_MB = 10 * 1_024 * 1_024
 TWO_MB = 2 * 1_024 * 1_024

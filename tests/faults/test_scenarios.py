@@ -15,7 +15,7 @@ from tests.fakes.upstream import Answer, Silent, Status
 from tests.faults.bench import Bench, Counts, changed, until
 from tests.faults.traces import ATTEMPTS, CALLS, COUNTERS, REJECTIONS, SCHEDULED, TRANSITIONS, Trace
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 STATE = "llmops.circuit_breaker.state"
 IN_FLIGHT = "llmops.requests.in_flight"

@@ -23,7 +23,7 @@ from tests.faults.traces import (
     expected_counts,
 )
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 BREAKER_TIMEOUT_S = 300.0
 NEVER_DONE = (Silent, Drip, Endless)

@@ -72,7 +72,7 @@ def token(app: AppUnderTest) -> str:
         ("canary", {"body"}),
         (["canary"], {"body"}),
     ],
-    ids=str,
+    ids=["nothing", "text", "two", "surplus", "model", "cut off", "a text", "a list"],
 )
 def test_a_422_names_each_field_and_repeats_no_input(
     app: AppUnderTest, token: str, body: Any, fields: set[str]

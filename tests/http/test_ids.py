@@ -20,6 +20,7 @@ from tests.http.support import (
     attribute_sets,
     chunked,
     completed_line,
+    eventually,
     module_app,
     trace_of,
 )
@@ -170,6 +171,8 @@ def assert_one_connected_trace(app: AppUnderTest, answer: Answer, parent: TraceP
 def assert_one_error_name(app: AppUnderTest, answer: Answer, error: str | None, before: Counts) -> None:
     (server,) = [span for span in trace_of(app, answer.request_id) if span.kind is SpanKind.SERVER]
     line = completed_line(app, answer.request_id)
+    # The instrumentation records the duration after the span has ended.
+    eventually(lambda: attribute_sets(app, DURATION) != before, "the duration to be recorded")
     after = attribute_sets(app, DURATION)
     changed = {key: amount - before.get(key, 0) for key, amount in after.items() if before.get(key) != amount}
     ((attributes, grown),) = changed.items()

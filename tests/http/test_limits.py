@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from service.protocol import Protocol
+from tests.fakes.upstream import Answer as Completion
 from tests.fakes.upstream import FakeUpstream, Silent
 from tests.harness import AppUnderTest, running_app
 
@@ -153,6 +154,55 @@ class HastyProtocol(Protocol):
 def test_a_head_that_never_ends_is_not_waited_for(begun: bytes) -> None:
     with running_app(protocol=HastyProtocol) as app:
         assert raw(app, begun) == b""
-        # The second head on a connection, too, and a whole one is in time.
+        # The second head on a connection too, and a whole one is in time.
         request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-        assert raw(app, request + begun).startswith(b"HTTP/1.1 200 ")
+        assert raw(app, request + begun, limit_s=20).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_head_without_end_is_refused(limited: AppUnderTest) -> None:
+    answer = raw(limited, b"GET /health HTTP/1.1\r\nHost: x\r\nX-Large: " + b"x" * 100_000)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'"error":"BadRequestError"' in answer
+
+
+def test_a_fragment_of_the_next_request_does_not_cost_the_answer(upstream: FakeUpstream) -> None:
+    upstream.default = Completion(delay_s=0.5)
+    with running_app(protocol=HastyProtocol, litellm_url=upstream.url) as app:
+        body = b'{"prompt": "x"}'
+        first = head(app.token(), "Content-Type: application/json", f"Content-Length: {len(body)}") + body
+        assert raw(app, first + b"GET /auth/me HT", limit_s=20).startswith(b"HTTP/1.1 200 ")
+
+
+def test_garbage_behind_a_request_does_not_cost_its_answer(limited: AppUnderTest) -> None:
+    answer = raw(limited, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n\x00\x01garbage\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+def test_garbage_within_a_body_is_a_bad_request(limited: AppUnderTest) -> None:
+    sent = head(limited.token(), "Content-Type: application/json", "Transfer-Encoding: chunked")
+    answer = raw(limited, sent + b"ZZZ\r\nnot a chunk\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'"error":"BadRequestError"' in answer
+
+
+@pytest.mark.parametrize("path", ["/nope", "/health"])
+def test_a_body_that_nobody_reads_does_not_go_on_for_ever(limited: AppUnderTest, path: str) -> None:
+    chunk = b"10000\r\n" + b" " * 65_536 + b"\r\n"
+    sent = 0
+    with socket.create_connection(("127.0.0.1", limited.port), timeout=20) as connection:
+        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        try:
+            for _ in range(2_000):
+                connection.sendall(chunk)
+                sent += len(chunk)
+        except OSError:
+            pass
+    assert sent < 60_000_000
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_the_health_route_knows_no_limit_of_bodies(limited: AppUnderTest, method: str) -> None:
+    answer = raw(
+        limited, f"{method} /health HTTP/1.1\r\nHost: x\r\nContent-Length: 20000000\r\n\r\n".encode()
+    )
+    assert answer.startswith(b"HTTP/1.1 200 " if method == "GET" else b"HTTP/1.1 405 ")

@@ -22,6 +22,8 @@ from tests.unit.conftest import Lines
 ADDRESS = "192.0.2.1"
 WRONG = secrets.token_hex(8)
 
+pytestmark = pytest.mark.alone
+
 
 class Desk:
     """An authenticator, its users' passwords and its counters."""

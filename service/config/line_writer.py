@@ -1,0 +1,65 @@
+"""Writes log lines to stdout from a thread of its own, so that nobody who logs waits for a reader."""
+
+import os
+import queue
+import threading
+import time
+from contextlib import suppress
+from multiprocessing.util import Finalize
+
+MAX_LINES = 10_000
+"""Lines that wait at most, while nobody reads; further ones are dropped and counted."""
+
+FLUSH_LIMIT_S = 1.0
+STDOUT = 1
+
+
+class LineWriter:
+    """A stream for a logging handler: takes text at once, and writes it when the other side reads.
+
+    A pipe whose reader has stopped would otherwise stop the event loop at the next line. Writing goes to the
+    file descriptor: there is no buffer left that could fail when the interpreter ends.
+
+    Args:
+        descriptor: The file descriptor to write to.
+        max_lines: Lines that may wait.
+    """
+
+    def __init__(self, descriptor: int = STDOUT, max_lines: int = MAX_LINES) -> None:
+        self._descriptor = descriptor
+        self._waiting: queue.Queue[str] = queue.Queue(max_lines)
+        self._dropped = 0
+        self._writing = threading.Thread(target=self._write, name="log lines", daemon=True)
+        self._writing.start()
+        # Unlike atexit, this runs at the end of a worker process too.
+        Finalize(None, self.drain, exitpriority=0)
+
+    @property
+    def dropped(self) -> int:
+        """Lines lost so far because nobody read."""
+        return self._dropped
+
+    def write(self, text: str) -> None:
+        """Take a text; never waits."""
+        try:
+            self._waiting.put_nowait(text)
+        except queue.Full:
+            self._dropped += 1
+
+    def flush(self) -> None:
+        """Nothing to do: a handler calls this after each line."""
+
+    def drain(self, limit_s: float = FLUSH_LIMIT_S) -> None:
+        """Wait until all lines are written, or the time is over."""
+        end = time.monotonic() + limit_s
+        while self._waiting.unfinished_tasks and time.monotonic() < end:
+            time.sleep(0.002)
+
+    def _write(self) -> None:
+        while True:
+            data = self._waiting.get().encode("utf-8", "replace")
+            # A full disk or a reader who left: the line is lost, the process goes on.
+            with suppress(OSError):
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+            self._waiting.task_done()
