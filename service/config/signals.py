@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import Context
 from types import FrameType
 from typing import Any
 
@@ -60,7 +61,8 @@ class _Stop:
             self._hand_over(number)
             return
         self._signalled = True
-        self._loop.call_soon_threadsafe(self._start, number)
+        # In a context of its own: the signal may have come in the middle of somebody's request.
+        self._loop.call_soon_threadsafe(self._start, number, context=Context())
 
     def _start(self, number: int) -> None:
         self._drain.begin()

@@ -120,7 +120,13 @@ def test_what_is_done_last_is_exported_before_the_end(upstream: FakeUpstream, re
         stopped(process)
 
     assert len(receiver.spans(answer.request_id)) == 4
-    assert len(receiver.logs(answer.request_id)) == 3
+    said = [log.body for log in receiver.logs(answer.request_id)]
+    # The stop may find the request at its last step, and then says that it was completed.
+    assert sorted(str(body) for body in said if body != "Request completed") == [
+        "http_request_completed",
+        "llm_request_completed",
+        "llm_request_started",
+    ]
     assert receiver.value("llmops.llm.calls", {"model": "demo", "outcome": "success"}) == 1
     assert any(str(log.body).startswith("Graceful shutdown completed") for log in receiver.logs())
 
