@@ -58,11 +58,19 @@ class TraceParent:
 
 
 def trace_of(app: AppUnderTest, request_id: str) -> list[ReadableSpan]:
-    """All spans of a request's trace, once its server span, the last to end, has ended."""
+    """All spans of a request's trace, once its server span has ended and its last line is written.
+
+    Both happen after the answer is out: whoever looks at once may be too early.
+    """
     eventually(
         lambda: any(span.kind is SpanKind.SERVER for span in app.spans(request_id)),
         f"the server span of {request_id}",
     )
+    if app.settings.log_level in {"DEBUG", "INFO"}:
+        eventually(
+            lambda: any(line["message"] == "http_request_completed" for line in app.lines(request_id)),
+            f"the last line of {request_id}",
+        )
     return app.spans(request_id)
 
 

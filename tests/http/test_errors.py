@@ -16,6 +16,7 @@ from tests.http.support import (
     RawAnswer,
     assert_error_body,
     completed_line,
+    eventually,
     http_request,
     module_app,
     raw,
@@ -231,7 +232,9 @@ def test_a_bug_after_the_answer_has_begun_breaks_the_connection(app: AppUnderTes
     assert line["error"] == "InternalError"
     (logged,) = [line for line in app.lines(answer.request_id) if "exception.stacktrace" in line]
     assert logged["exception.type"] == "LookupError"
-    assert value_of(app, "http.server.request.duration", attributes) == before + 1
+    eventually(
+        lambda: value_of(app, "http.server.request.duration", attributes) == before + 1, "the duration"
+    )
 
 
 @pytest.mark.parametrize("path", ["/health", "/auth/me", "/nowhere", "/test/bug", "/llm/generate"])
