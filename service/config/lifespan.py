@@ -12,7 +12,7 @@ from opentelemetry.metrics import Histogram
 
 from service.clients.llm import LlmClient, open_llm
 from service.clients.vectors import open_vectors
-from service.config.logging import detach_bridge
+from service.config.logging import detach_bridge, drain_lines
 from service.config.settings import Settings
 from service.config.signals import drain_on_signal
 from service.services.auth import Authenticator
@@ -46,6 +46,8 @@ def lifespan_of(
         drain = Drain(settings.shutdown_grace_s, settings.shutdown_timeout_s)
         # What is entered first is left last: the order of the stop is this one, read from below.
         async with AsyncExitStack() as stack:
+            # A worker of uvicorn ends by its signal, which runs nothing at exit: its lines are written here.
+            stack.push_async_callback(anyio.to_thread.run_sync, drain_lines)
             stack.push_async_callback(_flush, telemetry, settings.telemetry_flush_timeout_s)
             stack.callback(_say_completed, drain)
             llm = await _enter(stack, open_llm(settings, telemetry))

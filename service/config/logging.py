@@ -259,6 +259,12 @@ def _stdout() -> LineWriter:
     return LineWriter()
 
 
+def drain_lines() -> None:
+    """Wait until what was logged so far is written, or a second is over."""
+    if _stdout.cache_info().currsize:
+        _stdout().drain()
+
+
 def detach_bridge() -> None:
     """Stop sending records to OTLP, before the provider behind the bridge is shut down."""
     root = logging.getLogger()
