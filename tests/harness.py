@@ -315,8 +315,13 @@ class ServiceProcess(Client):
         return self.process.wait(limit_s)
 
     def text(self) -> str:
-        """Everything written to stdout and stderr so far."""
-        return self._stdout.read_text() + self._stderr.read_text()
+        """Everything written to stdout and stderr so far; of a running process, whole lines only."""
+        return self._whole(self._stdout.read_text()) + self._whole(self._stderr.read_text())
+
+    def _whole(self, text: str) -> str:
+        # A line may be seen while it is being written; what a process leaves behind counts as it is.
+        running = self.process is not None and self.process.poll() is None
+        return text[: text.rfind("\n") + 1] if running else text
 
     def lines(self, request_id: str | None = None) -> list[dict[str, Any]]:
         """The lines of stdout and stderr, each of which must be JSON."""
