@@ -5,10 +5,10 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /build
 COPY requirements.lock ./
 RUN python -m venv --without-pip /opt/venv \
-    && pip --python /opt/venv/bin/python install --require-hashes -r requirements.lock
+    && pip --python /opt/venv/bin/python install --no-deps --require-hashes -r requirements.lock
 # The development lock pins the build backend; its packages stay in this stage.
 COPY requirements-dev.lock ./
-RUN pip install --require-hashes -r requirements-dev.lock
+RUN pip install --no-deps --require-hashes -r requirements-dev.lock
 COPY LICENSE README.md pyproject.toml ./
 COPY service/ service/
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir dist . \

@@ -1,5 +1,5 @@
-# .venv holds the service with its tools and tests, and runs the demo; LiteLLM pins other versions of the same
-# packages and has an environment of its own. A stamp in each says what was installed from which lock.
+# .venv holds the service with its tools and tests, and runs the demo; LiteLLM and MLflow pin other versions of the
+# same packages and have environments of their own. A stamp in each says what was installed from which lock.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -11,7 +11,12 @@ ARGS :=
 
 VENV := .venv/.project
 LITELLM := .venv-litellm/.packages
+MLFLOW := .venv-mlflow/.packages
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+# A lock is whole: without --no-deps an older pip prefers a newer release of a package that is asked for with an
+# extra, and then misses its hash.
+PIP_INSTALL_LOCK := $(PIP_INSTALL) --no-deps --require-hashes
 
 # A caller's warning filters or module path would break pip and change the demo.
 unexport PYTHONHOME PYTHONPATH PYTHONWARNINGS
@@ -19,7 +24,8 @@ unexport PYTHONHOME PYTHONPATH PYTHONWARNINGS
 # Nothing of the caller's shell reaches the tools and the tests, except what is named here.
 RUN = env -i CI="$$CI" HOME="$$HOME" LANG=C.UTF-8 PATH="$(CURDIR)/.venv/bin:$$PATH" TMPDIR="$${TMPDIR:-/tmp}"
 
-PYTEST = $(RUN) LITELLM_BIN="$(CURDIR)/.venv-litellm/bin/litellm" pytest
+PYTEST = $(RUN) LITELLM_BIN="$(CURDIR)/.venv-litellm/bin/litellm" \
+	MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" pytest
 
 # $(call new_venv,folder): the first interpreter that runs; a version manager's name for an absent one fails.
 define new_venv
@@ -35,10 +41,10 @@ endef
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s%s\n", $$1, $$2}' Makefile
 
-demo: $(VENV) $(LITELLM) ## Start the whole thing, without Docker or an API key
+demo: $(VENV) $(LITELLM) $(MLFLOW) ## Start the whole thing, without Docker or an API key
 	@.venv/bin/python -m deploy.demo $(ARGS)
 
-test: $(VENV) $(LITELLM) ## Run the tests, with branch coverage and its floor; ARGS="-k name" runs some, without
+test: $(VENV) $(LITELLM) $(MLFLOW) ## Run the tests, with branch coverage and its floor; ARGS="-k name" runs some, without
 ifdef ARGS
 	$(PYTEST) $(ARGS)
 else
@@ -64,16 +70,17 @@ lock: .venv-lock/.packages ## Write the lock files; UPGRADE=1 takes newer versio
 	$(UV_COMPILE) --output-file requirements.lock pyproject.toml
 	$(UV_COMPILE) --constraint requirements.lock --group dev --output-file requirements-dev.lock pyproject.toml
 	$(UV_COMPILE) --output-file deploy/litellm/requirements.lock deploy/litellm/requirements.in
+	$(UV_COMPILE) --output-file deploy/mlflow/requirements.lock deploy/mlflow/requirements.in
 
 clean: ## Remove everything that make made; .env stays
-	rm -rf .venv .venv-litellm .venv-lock .demo .coverage .coverage.* htmlcov
+	rm -rf .venv .venv-litellm .venv-mlflow .venv-lock .demo .coverage .coverage.* htmlcov
 	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find deploy service tests -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.packages: requirements-dev.lock
 	@echo "Installing the service's packages into .venv (once, about half a minute)"
 	$(call new_venv,.venv)
-	@.venv/bin/python $(PIP_INSTALL) --require-hashes -r requirements-dev.lock
+	@.venv/bin/python $(PIP_INSTALL_LOCK) -r requirements-dev.lock
 	@touch $@
 
 $(VENV): .venv/.packages pyproject.toml
@@ -83,7 +90,13 @@ $(VENV): .venv/.packages pyproject.toml
 $(LITELLM): deploy/litellm/requirements.lock
 	@echo "Installing LiteLLM into .venv-litellm (once, about a minute)"
 	$(call new_venv,.venv-litellm)
-	@.venv-litellm/bin/python $(PIP_INSTALL) --require-hashes -r deploy/litellm/requirements.lock
+	@.venv-litellm/bin/python $(PIP_INSTALL_LOCK) -r deploy/litellm/requirements.lock
+	@touch $@
+
+$(MLFLOW): deploy/mlflow/requirements.lock
+	@echo "Installing MLflow into .venv-mlflow (once, about a minute)"
+	$(call new_venv,.venv-mlflow)
+	@.venv-mlflow/bin/python $(PIP_INSTALL_LOCK) -r deploy/mlflow/requirements.lock
 	@touch $@
 
 .venv-lock/.packages: Makefile
