@@ -16,7 +16,7 @@ from service.errors import (
     ValidationError,
 )
 from service.routers.schemas import GenerateRequest, GenerateResponse, ModelsResponse, errors
-from service.services.generation import Call
+from service.services.call_report import Call
 from service.utils.disconnect import unless_caller_left
 
 router = APIRouter(prefix="/llm", tags=["llm"])
@@ -38,7 +38,7 @@ async def generate(
     request_id: RequestId,
 ) -> GenerateResponse:
     """Send a prompt to a model; a caller who closes the connection stops the model's work."""
-    call = Call(body.as_chat(), user.username, deadline)
+    call = Call(body.as_chat(), body.model or generation.default_model, user.username, deadline)
     completion = await unless_caller_left(request.receive, generation.generate(call))
     return GenerateResponse(
         response=completion.text,

@@ -1,0 +1,185 @@
+"""A model call, and the one place that says how it ended: span, metrics, log line, answer's head, record."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
+from opentelemetry.trace import Span, Status, StatusCode, format_span_id, format_trace_id
+
+from service.clients.call_record import CallRecord
+from service.clients.llm import Completion
+from service.config.logging import current_request
+from service.errors import ServiceError
+from service.telemetry import names
+from service.telemetry.instruments import Instruments
+from service.utils.deadline import Deadline
+from service.utils.retry import Progress
+
+OPERATION = "chat"
+
+Outcome = Literal["success", "error", "cancelled"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Call:
+    """One prompt on its way: what is asked, by whom, until when, and how far it has come.
+
+    Args:
+        body: The request in OpenAI's shape.
+        model: The model that is asked.
+        user: Who asks; stands in the log lines.
+        deadline: When the answer must be there.
+        clock: For durations, in seconds.
+    """
+
+    body: Mapping[str, Any]
+    model: str
+    user: str
+    deadline: Deadline
+    clock: Callable[[], float] = time.perf_counter
+    progress: Progress = field(default_factory=Progress)
+    llm_s: float = 0.0
+    started_ns: int = field(default_factory=time.time_ns)
+    started_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started_s = self.clock()
+
+
+class CallReport:
+    """Says that a call began, and how it ended.
+
+    Args:
+        instruments: Where calls and costs are counted.
+        known: The model's name as it may stand on a metric.
+        on_ended: Called with the record of each call that has ended, before its answer goes out.
+    """
+
+    def __init__(
+        self,
+        instruments: Instruments,
+        known: Callable[[str], str],
+        on_ended: Callable[[CallRecord], None],
+    ) -> None:
+        self._calls = instruments.llm_calls
+        self._cost = instruments.llm_cost
+        self._known = known
+        self._on_ended = on_ended
+
+    def started(self, call: Call) -> None:
+        """Say that the call began."""
+        logger.info("llm_request_started", extra={"user": call.user, "model": call.model})
+
+    def ended(
+        self,
+        span: Span,
+        call: Call,
+        *,
+        completion: Completion | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """Say how the call ended: with an answer, or with this error.
+
+        Args:
+            span: The ``llm call`` span, still current.
+            call: The call, with how far it came.
+            completion: The answer of a call that succeeded.
+            error: What ended it otherwise; a cancelled call ends with ``CancelledError``.
+        """
+        outcome: Outcome = "success"
+        if error is not None:
+            outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
+        name = _name_of(error) if outcome == "error" else None
+        record = _record(span, call, outcome, name, completion)
+        self._on_ended(record)
+        _mark_span(span, call, record)
+        _mark_answer(call)
+        known = self._known(call.model)
+        labels = {"model": known, "outcome": outcome}
+        self._calls.add(1, labels if name is None else {**labels, ERROR_TYPE: name})
+        if record.cost is not None:
+            self._cost.add(record.cost, {"model": known})
+        _write_line(record, reason=error.label if isinstance(error, ServiceError) else "Bug")
+
+
+def _name_of(error: BaseException | None) -> str:
+    return error.name if isinstance(error, ServiceError) else "InternalError"
+
+
+def _record(
+    span: Span, call: Call, outcome: Outcome, error: str | None, completion: Completion | None
+) -> CallRecord:
+    context = span.get_span_context()
+    return CallRecord(
+        trace_id=format_trace_id(context.trace_id),
+        span_id=format_span_id(context.span_id),
+        operation=OPERATION,
+        started_ns=call.started_ns,
+        duration_s=round(call.clock() - call.started_s, 6),
+        user=call.user,
+        model=call.model,
+        outcome=outcome,
+        error=error,
+        attempts=call.progress.attempts,
+        response_model=completion.model if completion else None,
+        prompt_tokens=completion.prompt_tokens if completion else None,
+        completion_tokens=completion.completion_tokens if completion else None,
+        total_tokens=completion.total_tokens if completion else None,
+        cost=completion.cost if completion else None,
+    )
+
+
+def _mark_span(span: Span, call: Call, record: CallRecord) -> None:
+    span.set_attributes(
+        {
+            names.ATTR_LLM_OUTCOME: record.outcome,
+            names.ATTR_LLM_ATTEMPTS: record.attempts,
+            names.ATTR_LLM_DEADLINE_LEFT: round(call.deadline.left_s, 3),
+        }
+    )
+    if call.progress.ended and record.outcome == "error":
+        span.set_attribute(names.ATTR_RETRY_OUTCOME, call.progress.ended)
+    if record.error is not None:
+        span.set_attribute(ERROR_TYPE, record.error)
+    if record.outcome != "success":
+        span.set_status(Status(StatusCode.ERROR))
+
+
+def _mark_answer(call: Call) -> None:
+    """What the caller gets to see of it, in the answer's head."""
+    answer = current_request.get()
+    if answer is None:
+        return
+    answer.headers["X-LLM-Attempts"] = str(call.progress.attempts)
+    answer.timings_s["auth"] = answer.auth_s
+    answer.timings_s["llm"] = call.llm_s
+    if call.progress.waited_s:
+        answer.timings_s["retry"] = call.progress.waited_s
+
+
+def _write_line(record: CallRecord, reason: str) -> None:
+    succeeded = record.outcome == "success"
+    fields = {
+        "user": record.user,
+        "model": record.model,
+        "outcome": record.outcome,
+        "error": record.error,
+        "reason": reason if record.error else None,
+        "prompt_tokens": record.prompt_tokens,
+        "completion_tokens": record.completion_tokens,
+        "total_tokens": record.total_tokens,
+        "cost": record.cost,
+        "attempts": record.attempts,
+        "duration_s": record.duration_s,
+    }
+    logger.log(
+        logging.INFO if succeeded else logging.WARNING,
+        "llm_request_completed" if succeeded else "llm_request_failed",
+        extra={name: value for name, value in fields.items() if value is not None},
+    )
