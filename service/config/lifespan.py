@@ -61,7 +61,9 @@ def lifespan_of(
                 instruments=telemetry.instruments,
                 tracer=telemetry.tracer_provider.get_tracer(SCOPE),
             )
-            generation = Generation(llm, telemetry, settings, on_unreachable=lambda: health.look_again("litellm"))
+            generation = Generation(
+                llm, telemetry, settings, on_unreachable=lambda: health.look_again("litellm")
+            )
             tasks = await stack.enter_async_context(asyncio.TaskGroup())
             for work in (
                 measure_lag(telemetry.instruments.event_loop_lag),
