@@ -26,7 +26,7 @@ def build() -> FastAPI:
     settings = read_settings().settings
     if settings is None:
         raise SystemExit(1)
-    prepare_environment()
+    prepare_environment(settings)
     telemetry = telemetry_or_problem(settings)
     if isinstance(telemetry, str):
         logger.error("Error: %s", telemetry)

@@ -1,10 +1,11 @@
 """A model call, and the one place that says how it ended: span, metrics, log line, answer's head, record."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
@@ -20,6 +21,8 @@ from service.utils.deadline import Deadline
 from service.utils.retry import Progress
 
 OPERATION = "chat"
+MAX_CONTENT_CHARS = 65_536
+"""So much of a prompt, and of an answer, is kept where content is captured at all."""
 
 Outcome = Literal["success", "error", "cancelled"]
 
@@ -59,6 +62,7 @@ class CallReport:
         instruments: Where calls and costs are counted.
         known: The model's name as it may stand on a metric.
         on_ended: Called with the record of each call that has ended, before its answer goes out.
+        capture: Whether the record holds what was asked and answered.
     """
 
     def __init__(
@@ -66,11 +70,14 @@ class CallReport:
         instruments: Instruments,
         known: Callable[[str], str],
         on_ended: Callable[[CallRecord], None],
+        *,
+        capture: bool,
     ) -> None:
         self._calls = instruments.llm_calls
         self._cost = instruments.llm_cost
         self._known = known
         self._on_ended = on_ended
+        self._capture = capture
 
     def started(self, call: Call) -> None:
         """Say that the call began."""
@@ -97,6 +104,8 @@ class CallReport:
             outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
         name = _name_of(error) if outcome == "error" else None
         record = _record(span, call, outcome, name, completion)
+        if self._capture:
+            record = _with_content(record, call, completion)
         self._on_ended(record)
         _mark_span(span, call, record)
         _mark_answer(call)
@@ -132,6 +141,15 @@ def _record(
         completion_tokens=completion.completion_tokens if completion else None,
         total_tokens=completion.total_tokens if completion else None,
         cost=completion.cost if completion else None,
+    )
+
+
+def _with_content(record: CallRecord, call: Call, completion: Completion | None) -> CallRecord:
+    asked = json.dumps(call.body.get("messages"), ensure_ascii=False)
+    return replace(
+        record,
+        prompt=asked[:MAX_CONTENT_CHARS],
+        answer=completion.text[:MAX_CONTENT_CHARS] if completion else None,
     )
 
 
