@@ -100,6 +100,7 @@ def lifespan_of(
                 "drain": drain,
                 "health": health,
                 "health_required": frozenset(settings.health_required),
+                "stream_keep_alive_s": settings.stream_keep_alive_s,
             }
 
     return lifespan

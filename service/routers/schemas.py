@@ -1,10 +1,11 @@
 """The wire models of the routes outside ``/v1``, and how their errors are documented."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, StringConstraints
 
+from service.clients.llm_answers import Completion
 from service.errors import InternalError, MethodNotAllowedError, ServiceError
 
 
@@ -69,7 +70,7 @@ class GenerateRequest(Inbound):
     response_format: Annotated[dict[str, Any], AfterValidator(_encodable)] | None = Field(
         None, examples=[{"type": "json_object"}]
     )
-    stream: Literal[False] = Field(default=False, description="Streaming is not offered on this route yet.")
+    stream: bool = Field(default=False, description="Whether the answer comes as server-sent events.")
 
     def as_chat(self) -> dict[str, Any]:
         """The same in OpenAI's shape, without what was not given."""
@@ -82,10 +83,9 @@ class GenerateRequest(Inbound):
         return {"messages": messages, **given}
 
 
-class GenerateResponse(BaseModel):
-    """The model's answer; counts and cost (US dollars) are null where the upstream reported none."""
+class DoneEvent(BaseModel):
+    """What an answer came to; counts and cost (US dollars) are null where the upstream reported none."""
 
-    response: str
     model: str
     prompt_tokens: int | None
     completion_tokens: int | None
@@ -93,6 +93,34 @@ class GenerateResponse(BaseModel):
     cost: float | None
     cache: Literal["hit", "miss", "bypass"]
     request_id: str = Field(description="The trace id, equal to the header X-Request-ID.")
+
+    @classmethod
+    def of(cls, completion: Completion, request_id: str) -> Self:
+        """What a completion says; an estimate is no count."""
+        return cls(**cls._fields(completion, request_id))
+
+    @staticmethod
+    def _fields(completion: Completion, request_id: str) -> dict[str, Any]:
+        return {
+            "model": completion.model,
+            "prompt_tokens": completion.prompt_tokens,
+            "completion_tokens": None if completion.estimated else completion.completion_tokens,
+            "total_tokens": completion.total_tokens,
+            "cost": completion.cost,
+            "cache": "bypass",
+            "request_id": request_id,
+        }
+
+
+class GenerateResponse(DoneEvent):
+    """The model's answer, and what it came to."""
+
+    response: str
+
+    @classmethod
+    def of(cls, completion: Completion, request_id: str) -> Self:
+        """What a completion says."""
+        return cls(response=completion.text, **cls._fields(completion, request_id))
 
 
 class ModelsResponse(BaseModel):
@@ -144,12 +172,25 @@ class ErrorBody(BaseModel):
     details: list[FieldProblem] | None = Field(None, description="With ValidationError: each field at fault.")
 
 
-def errors(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
+GENERATED: Final[dict[str, Any]] = {
+    "description": "The model's answer; with `stream`, in pieces.",
+    "content": {
+        "text/event-stream": {
+            "schema": {"type": "string"},
+            "example": 'event: token\ndata: {"text": "The path"}\n\nevent: done\ndata: {"model": "demo", '
+            '"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21, "cost": 0.00033, '
+            '"cache": "bypass", "request_id": "4bf92f3577b34da6a3ce929d0e0e4736"}\n\n',
+        }
+    },
+}
+
+
+def errors(*kinds: type[ServiceError], model: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI ``responses`` of a route with these errors, and with those that every route has."""
     documented: dict[int | str, dict[str, Any]] = {}
     everywhere: tuple[type[ServiceError], ...] = (MethodNotAllowedError, InternalError)
     for kind in kinds + everywhere:
         sentence = f"`{kind.__name__}`: {kind.default_message}"
-        entry = documented.setdefault(kind.status, {"model": ErrorBody, "description": ""})
+        entry = documented.setdefault(kind.status, {"model": model, "description": ""})
         entry["description"] = " ".join(filter(None, (entry["description"], sentence)))
     return documented
