@@ -1,7 +1,7 @@
 """The real collector and the real Prometheus on this machine, with the files of `otel/`.
 
-`make stack-test` and `make demo-stack` start them. What docker-compose.yml mounts is used as it stands, except for
-the addresses and folders of the containers.
+`make stack-test` and `make demo-stack` start them. What docker-compose.yml mounts is used as it stands,
+except for the addresses and folders of the containers.
 """
 
 import shutil
@@ -65,13 +65,15 @@ def compose_command(service: str) -> list[str]:
     return [str(argument) for argument in compose["services"][service]["command"]]
 
 
-def collector(ports: Ports, folder: Path, backends: Mapping[str, str], *, overlays: tuple[Path, ...] = ()) -> Child:
+def collector(
+    ports: Ports, folder: Path, backends: Mapping[str, str], *, overlays: tuple[Path, ...] = ()
+) -> Child:
     """Start the collector.
 
     Args:
         ports: Where it listens.
         folder: Where its queues and its log are.
-        backends: The variables of `otel/collector.yaml` that name Tempo, Loki and Prometheus, where they differ.
+        backends: The variables of `otel/collector.yaml` that name Tempo, Loki and Prometheus.
         overlays: Configurations over it.
     """
     return Child(
@@ -98,7 +100,7 @@ def prometheus(ports: Ports, folder: Path) -> Child:
         "collector:8888": f"{HOST}:{ports.metrics}",
         "localhost:9090": f"{HOST}:{ports.prometheus}",
         # What is not here is scraped in vain, as it would be while it is down.
-        **{target: f"{HOST}:9" for target in _SCRAPED[2:]},
+        **dict.fromkeys(_SCRAPED[2:], f"{HOST}:9"),
     }
     configuration = with_addresses((OTEL / "prometheus.yaml").read_text(encoding="utf-8"), scraped)
     (folder / "prometheus.yaml").write_text(configuration, encoding="utf-8")
