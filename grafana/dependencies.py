@@ -20,9 +20,9 @@ from grafana.panels import (
     traces,
     zeroed,
 )
+from grafana.parties import PARTIES
 from grafana.series import FAILED, SERVICE, bucket, by, count, label, value
 from grafana.standard import CLIENT_DURATION, OPERATION, SERVER_DURATION
-from service import errors
 from service.telemetry import names
 
 SERVICE_PAGE: Final = ("Are users hurting?", "/d/llmops-service?${__url_time_range}&${service:queryparam}")
@@ -33,26 +33,8 @@ TELEMETRY: Final = (
 )
 
 
-def _names(*classes: type[errors.ServiceError]) -> tuple[str, ...]:
-    """The public names below these branches of the error tree."""
-    public = [error for error in errors.PUBLIC_ERRORS if issubclass(error, classes)]
-    return tuple(error.__name__ for error in public)
-
-
-PARTIES: Final = {
-    "callers": _names(errors.CallerError),
-    "the upstream": _names(errors.UpstreamFailure, errors.CircuitOpenError),
-    "us": tuple(
-        error.__name__
-        for error in errors.PUBLIC_ERRORS
-        if not issubclass(error, (errors.CallerError, errors.UpstreamFailure, errors.CircuitOpenError))
-    ),
-}
-"""Whose fault each error is; an error that is added falls to us until its class says otherwise."""
-
-
 def _errors_of(party: str) -> Query:
-    chosen = count(SERVER_DURATION, error_type=f'=~"{"|".join(PARTIES[party])}"')
+    chosen = count(SERVER_DURATION, error_type='=~"' + "|".join(PARTIES[party]) + '"')
     return Query(zeroed(f"sum({rate(chosen)})"), party)
 
 
@@ -233,7 +215,7 @@ def dependencies() -> dashboard.Dashboard:
                 Query(
                     zeroed(
                         f"histogram_quantile(0.95, sum by ({label(OPERATION)}, le)"
-                        f" ({rate(f'llmops:gen_ai_duration_seconds:bucket{{{SERVICE}}}')})) >= 0"
+                        f" (llmops:gen_ai_duration_seconds_bucket:rate5m{{{SERVICE}}})) >= 0"
                     ),
                     "{{gen_ai_operation_name}}",
                 )

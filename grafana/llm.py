@@ -28,9 +28,9 @@ DEPENDENCIES: Final = (
     "/d/llmops-dependencies?${__url_time_range}&${service:queryparam}",
 )
 _HIT_OR_MISS: Final = '=~"hit|miss"'
-_INPUT: Final = f"llmops:gen_ai_input_tokens:total{{{SERVICE}}}"
-_OUTPUT: Final = f"llmops:gen_ai_output_tokens:total{{{SERVICE}}}"
-_DURATION: Final = f"llmops:gen_ai_duration_seconds:bucket{{{SERVICE}}}"
+_INPUT: Final = f"llmops:gen_ai_input_tokens:rate5m{{{SERVICE}}}"
+_OUTPUT: Final = f"llmops:gen_ai_output_tokens:rate5m{{{SERVICE}}}"
+_DURATION: Final = f"llmops:gen_ai_duration_seconds_bucket:rate5m{{{SERVICE}}}"
 
 
 def llm() -> dashboard.Dashboard:
@@ -149,7 +149,7 @@ def llm() -> dashboard.Dashboard:
                 "Tokens that went to the models, per second.",
                 "a jump without more calls: somebody sends longer prompts.",
             ),
-            [Query(zeroed(f"sum by ({label(MODEL)}) ({rate(_INPUT)})"), "{{gen_ai_request_model}}")],
+            [Query(zeroed(f"sum by ({label(MODEL)}) ({_INPUT})"), "{{gen_ai_request_model}}")],
             unit="short",
             width=THIRD,
             links=[SERVICE_PAGE],
@@ -160,7 +160,7 @@ def llm() -> dashboard.Dashboard:
                 "Tokens that the models answered with, per second.",
                 "a jump without more calls: longer answers, and a higher bill; see `max_tokens`.",
             ),
-            [Query(zeroed(f"sum by ({label(MODEL)}) ({rate(_OUTPUT)})"), "{{gen_ai_request_model}}")],
+            [Query(zeroed(f"sum by ({label(MODEL)}) ({_OUTPUT})"), "{{gen_ai_request_model}}")],
             unit="short",
             width=THIRD,
             links=[SERVICE_PAGE],
@@ -191,7 +191,7 @@ def llm() -> dashboard.Dashboard:
             ),
             [
                 Query(
-                    zeroed(f"histogram_quantile(0.95, sum by ({label(MODEL)}, le) ({rate(_DURATION)})) >= 0"),
+                    zeroed(f"histogram_quantile(0.95, sum by ({label(MODEL)}, le) ({_DURATION})) >= 0"),
                     "{{gen_ai_request_model}}",
                 )
             ],

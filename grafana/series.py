@@ -1,8 +1,8 @@
 """Metrics of OpenTelemetry under the names that they have in Prometheus, and selectors over them.
 
 A selector takes a declared metric, and only attributes and values that its declaration allows: what is
-renamed or removed in `service/telemetry/names.py` makes the generation of the dashboards fail, rather than a panel
-go empty.
+renamed or removed in `service/telemetry/names.py` makes the generation of the dashboards fail, rather than a
+panel go empty.
 """
 
 import re

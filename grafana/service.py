@@ -19,6 +19,7 @@ from grafana.panels import (
     traces,
     zeroed,
 )
+from grafana.parties import FAILURES
 from grafana.series import FAILED, SERVICE, bucket, by, count, value
 from grafana.standard import SERVER_DURATION
 from service.telemetry import names
@@ -29,7 +30,8 @@ DEPENDENCIES: Final = (
 )
 MODELS: Final = ("Model by model", "/d/llmops-llm?${__url_time_range}&${service:queryparam}")
 _SERVED: Final = {"http_route": f'!="", http_route!~"{NOT_SERVED}"'}
-_CALLS: Final = {"http_route": f'=~"{CALLS}"', "http_response_status_code": '=~"2.."'}
+_CALLS: Final = {"http_route": f'=~"{CALLS}"', "error_type": '=""'}
+_FAILURES: Final = '=~"' + "|".join(FAILURES) + '"'
 
 
 def _share(bad: str, everything: str) -> str:
@@ -49,7 +51,7 @@ def _burn(objective: Objective, window: str) -> str:
 def service() -> dashboard.Dashboard:
     """Are users hurting: the objectives, what is asked and answered, how fast."""
     served = count(SERVER_DURATION, **_SERVED)
-    failed = count(SERVER_DURATION, **_SERVED, http_response_status_code='=~"5.."')
+    failed = count(SERVER_DURATION, **_SERVED, error_type=_FAILURES)
     answered = count(SERVER_DURATION, **_CALLS)
     in_time = bucket(SERVER_DURATION, **_CALLS, le=f'="{SLOW_S}"')
     call_buckets = bucket(SERVER_DURATION, http_route=f'=~"{CALLS}"')
@@ -57,7 +59,8 @@ def service() -> dashboard.Dashboard:
         number(
             Words(
                 "Availability",
-                f"The share of requests that did not fail (5xx). Objective: {AVAILABILITY.target:.1%} over"
+                f"The share of requests that did not fail through us or the upstream. Objective:"
+                f" {AVAILABILITY.target:.1%} over"
                 f" {WINDOW}.",
                 "look at “Errors by name” below, then at “Whose fault is it?”.",
             ),
