@@ -31,6 +31,8 @@ DEPENDENCIES: Final = (
 MODELS: Final = ("Model by model", "/d/llmops-llm?${__url_time_range}&${service:queryparam}")
 _SERVED: Final = {"http_route": f'!="", http_route!~"{NOT_SERVED}"'}
 _CALLS: Final = {"http_route": f'=~"{CALLS}"', "error_type": '=""'}
+# Probes that are told "not ready" are no errors; without a route there is no label, which is no probe either.
+_NOT_PROBES: Final = f'!~"{NOT_SERVED}"'
 _FAILURES: Final = '=~"' + "|".join(FAILURES) + '"'
 
 
@@ -142,7 +144,7 @@ def service() -> dashboard.Dashboard:
                 Query(
                     zeroed(
                         f"sum by ({by(SERVER_DURATION, 'error.type')})"
-                        f" ({rate(count(SERVER_DURATION, error_type=FAILED))})"
+                        f" ({rate(count(SERVER_DURATION, error_type=FAILED, http_route=_NOT_PROBES))})"
                     ),
                     "{{error_type}}",
                 )

@@ -29,6 +29,7 @@ class Entry:
     cost: float = 0.0
     first_piece_s: float | None = None
     upstream: str = ""
+    at: float = field(default_factory=time.time)
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Ledger:
     entries: list[Entry] = field(default_factory=list)
     facts: Counter[str] = field(default_factory=Counter)
     moments: dict[str, float] = field(default_factory=dict)
+    touched: set[str] = field(default_factory=set)
+    """Traces of calls that the breaker had a part in, however they ended."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, entry: Entry) -> None:

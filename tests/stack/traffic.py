@@ -4,7 +4,6 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from tests.harness import ServiceProcess
 from tests.stack.api import until
 from tests.stack.callers import GENERATE, Caller
 from tests.stack.ledger import Ledger
+from tests.stack.sampling import in_share
 from tests.stack.world import World
 
 SLOW_S = 10.6
@@ -38,7 +38,12 @@ BRIEF = {
     "QDRANT_PATH": ":memory:",
     "RETRY_MAX": "0",
 }
-REAL = {"HEALTH_INTERVAL_S": "1", "HEALTH_TIMEOUT_S": "15", "MLFLOW_TIMEOUT_S": "10", "QDRANT_PATH": ":memory:"}
+REAL = {
+    "HEALTH_INTERVAL_S": "1",
+    "HEALTH_TIMEOUT_S": "15",
+    "MLFLOW_TIMEOUT_S": "10",
+    "QDRANT_PATH": ":memory:",
+}
 
 
 @dataclass
@@ -56,6 +61,14 @@ class Canaries:
         return [self.prompt, self.system, self.header, self.query, self.password]
 
 
+def kept_by_share() -> str:
+    """A trace id that the collector keeps whatever happens, as it belongs to the share."""
+    while True:
+        trace_id = secrets.token_hex(16)
+        if in_share(trace_id):
+            return trace_id
+
+
 @dataclass
 class Mix:
     """The run: three processes of the service, and what was seen.
@@ -71,12 +84,12 @@ class Mix:
     lines: dict[str, list[dict[str, object]]] = field(default_factory=dict)
     seen_upstream: int = 0
     real_call: str = ""
-    """The trace id of one call through LiteLLM."""
+    """The trace id of one call through LiteLLM, of those that tail sampling keeps."""
 
     def play(self) -> None:
         """Make all of it happen, and wait until all of it has been written down outside."""
         self.ledger.mark("before")
-        steps: list[Callable[[], None]] = [self._real, self._faulty, self._brief]
+        steps = (self._real, self._faulty, self._brief)
         with ThreadPoolExecutor(len(steps)) as together:
             for step in [together.submit(step) for step in steps]:
                 step.result()
@@ -99,7 +112,10 @@ class Mix:
             self._keep(process, caller.token)
             self.secrets.append(self.world.litellm_variables["LITELLM_API_KEY"])
             until(lambda: process.call("GET", "/health/detailed").status == 200, "the service to be ready")
-            self.real_call = caller.generate().request_id
+            time.sleep(1.5)  # alone between two exports, so that its exemplar is not another's
+            self.real_call = kept_by_share()
+            caller.generate(headers={"traceparent": f"00-{self.real_call}-00f067aa0ba902b7-01"})
+            time.sleep(1.5)
             for _ in range(11):
                 caller.generate()
             for _ in range(3):
@@ -122,6 +138,7 @@ class Mix:
         until(lambda: not _check(process, "mlflow"), "mlflow to be seen down")
         for _ in range(4):
             caller.generate()
+            self.ledger.facts["spooled"] += 1
         time.sleep(3)
         self.world.mlflow.start()
         self.world.mlflow.wait_ready()
@@ -221,11 +238,11 @@ class Mix:
         for _ in range(3):
             caller.generate()
         time.sleep(9)
-        caller.generate()
+        self.ledger.touched.add(caller.generate().request_id)
         self.ledger.mark("breaker closed")
 
     def _brief(self) -> None:
-        """A process that is asked too often, has a bug, loses its upstream, and is stopped while it is asked."""
+        """A process that is asked too often, has a bug, and is stopped while it is asked."""
         with FakeUpstream() as upstream:
             script = str(Path(bad_service.__file__))
             process = self.world.service({**BRIEF, "LITELLM_URL": upstream.url}, (script,))

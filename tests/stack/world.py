@@ -1,4 +1,4 @@
-"""The stack around the service: real collector, Prometheus, LiteLLM and MLflow, and receivers for Tempo and Loki."""
+"""The stack: real collector, Prometheus, LiteLLM and MLflow; receivers in the places of Tempo and Loki."""
 
 import json
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ class World:
         self.loki = self._stack.enter_context(OtlpReceiver())
         self._stack.enter_context(backends.prometheus(self.ports, self._place("prometheus")))
         self.start_collector()
-        self._stack.callback(lambda: self.collector.stop())
+        self._stack.callback(self._stop_collector)
         if self.with_models:
             self.mlflow = MlflowServer(self._place("mlflow"))
             otlp = {
@@ -96,6 +96,10 @@ class World:
             },
         )
         until(self._collector_answers, "the collector to be ready")
+
+    def _stop_collector(self) -> None:
+        # Not the one of the start: it may have been replaced meanwhile.
+        self.collector.stop()
 
     def _collector_answers(self) -> bool:
         self.collector.raise_if_ended()
