@@ -1,6 +1,7 @@
 """The stack: real collector, Prometheus, LiteLLM and MLflow; receivers in the places of Tempo and Loki."""
 
 import json
+import signal
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -96,6 +97,11 @@ class World:
             },
         )
         until(self._collector_answers, "the collector to be ready")
+
+    def kill_collector(self) -> None:
+        """End the collector as nobody would wish; its queues stay."""
+        self.collector.send(signal.SIGKILL)
+        self.collector.wait(10)
 
     def _stop_collector(self) -> None:
         # Not the one of the start: it may have been replaced meanwhile.
