@@ -1,4 +1,4 @@
-"""Streams as a caller meets them: piece by piece, with comments, and with the freedom to leave or to be slow."""
+"""Streams as a caller meets them: piece by piece, with comments, and free to leave or to be slow."""
 
 import statistics
 import time
