@@ -150,7 +150,8 @@ class LlmStream:
         if not isinstance(choices, list):
             choices = []
         text = self._learn(choices)
-        self._ready.append(StreamEvent(raw, text, usage_only=not choices and bool(counts_of(payload))))
+        counted_only = bool(counts_of(payload)) and not any(map(_says_something, choices))
+        self._ready.append(StreamEvent(raw, text, usage_only=counted_only))
 
     def _learn(self, choices: list[Any]) -> str:
         """Take the reasons and count the pieces; the first choice's text."""
@@ -171,3 +172,10 @@ class LlmStream:
             if index in {0, None} and isinstance(content, str):
                 text += content
         return text
+
+
+def _says_something(choice: object) -> bool:
+    """Whether a choice is more than a place; LiteLLM sends its count with an empty one, OpenAI with none."""
+    if not isinstance(choice, dict):
+        return True
+    return any(value for name, value in choice.items() if name != "index")

@@ -92,6 +92,18 @@ def test_the_count_is_always_asked_for_and_shown_to_who_asked(
     assert sent.json == {**body, "stream_options": {**kept, "include_usage": True}}
 
 
+@pytest.mark.parametrize(
+    "place", [{"index": 0, "delta": {}}, {"index": 0, "delta": {}, "finish_reason": None}]
+)
+def test_a_count_beside_an_empty_choice_is_a_count_and_nothing_else(
+    app: AppUnderTest, upstream: FakeUpstream, place: dict[str, object]
+) -> None:
+    counts = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    said = chunk(choices=[{**place, "delta": {"content": "x"}}], usage=counts)
+    upstream.script(RawStream((said, chunk(choices=[place], usage=counts), DONE)))
+    assert events(stream(app, app.token()).body) == [said, DONE]
+
+
 def test_a_call_is_retried_until_the_first_piece_and_not_after_it(
     app: AppUnderTest, upstream: FakeUpstream
 ) -> None:
