@@ -29,7 +29,7 @@ PYTEST = $(RUN) LITELLM_BIN="$(CURDIR)/.venv-litellm/bin/litellm" \
 	MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" CLIENTS_PYTHON="$(CURDIR)/.venv-clients/bin/python" pytest
 
 # OpenAI's JavaScript client is tried where npm is; in CI it must be.
-ifneq ($(CI)$(shell command -v npm),)
+ifneq ($(CI)$(shell command -v npm 2>/dev/null),)
 CLIENTS += tests/e2e/clients/node/node_modules/.packages
 endif
 
@@ -78,6 +78,7 @@ lock: .venv-lock/.packages ## Write the lock files; UPGRADE=1 takes newer versio
 	$(UV_COMPILE) --output-file deploy/litellm/requirements.lock deploy/litellm/requirements.in
 	$(UV_COMPILE) --output-file deploy/mlflow/requirements.lock deploy/mlflow/requirements.in
 	$(UV_COMPILE) --output-file tests/e2e/clients/requirements.lock tests/e2e/clients/requirements.in
+	cd tests/e2e/clients/node && npm $(if $(UPGRADE),update,install) --package-lock-only --silent --no-audit --no-fund
 
 clean: ## Remove everything that make made; .env stays
 	rm -rf .venv .venv-litellm .venv-mlflow .venv-clients tests/e2e/clients/node/node_modules .venv-lock .demo .coverage .coverage.* htmlcov

@@ -178,4 +178,6 @@ def _says_something(choice: object) -> bool:
     """Whether a choice is more than a place; LiteLLM sends its count with an empty one, OpenAI with none."""
     if not isinstance(choice, dict):
         return True
-    return any(value for name, value in choice.items() if name != "index")
+    delta = choice.get("delta")
+    said = any(delta.values()) if isinstance(delta, dict) else bool(delta)
+    return said or any(value for name, value in choice.items() if name not in {"index", "delta"})
