@@ -56,6 +56,28 @@ def curl_line(port: int, token: str) -> str:
     )
 
 
+def experiment_of(port: int, request_id: str) -> str | None:
+    """Return the MLflow experiment that has the call with this id; None while there is none."""
+    connection = HTTPConnection(HOST, port, timeout=_TIMEOUT_S)
+    try:
+        connection.request("GET", f"/api/3.0/mlflow/traces/tr-{request_id}")
+        response = connection.getresponse()
+        body = response.read()
+        if response.status != HTTPStatus.OK:
+            return None
+        location = json.loads(body)["trace"]["trace_info"]["trace_location"]
+        return str(location["mlflow_experiment"]["experiment_id"])
+    except (HTTPException, OSError, ValueError, KeyError):
+        return None
+    finally:
+        connection.close()
+
+
+def trace_page(port: int, experiment: str, request_id: str) -> str:
+    """Return the address of MLflow's page that shows the call."""
+    return f"http://{HOST}:{port}/#/experiments/{experiment}/traces?selectedEvaluationId=tr-{request_id}"
+
+
 def _post(port: int, path: str, body: object, token: str | None = None) -> Answer:
     headers = {"Content-Type": "application/json"}
     if token:

@@ -1,4 +1,4 @@
-"""`make demo`: the service and a real LiteLLM proxy on this machine, and one model call through both."""
+"""`make demo`: the service, a real LiteLLM proxy, a real MLflow server, and one model call through all."""
 
 import argparse
 import json
@@ -22,8 +22,10 @@ LOGS: Final = ROOT / ".demo"
 _SIGNALS: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _START_LIMIT_S: Final = 120
 _POLL_S: Final = 0.2
-# LiteLLM sees no more of the caller's shell: a DATABASE_URL or NUM_WORKERS meant for others would change it.
-_LITELLM_INHERITS: Final = {"HOME", "LANG", "PATH", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"}
+_TRACE_LIMIT_S: Final = 20
+# LiteLLM and MLflow see no more of the caller's shell: a DATABASE_URL or NUM_WORKERS meant for others would
+# change them.
+_INHERITED: Final = {"HOME", "LANG", "PATH", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"}
 _LITELLM_INHERITS_ENDING: Final = ("_API_KEY", "_PROXY", "_proxy")
 
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(arguments.port, once=arguments.once)
     except DemoError as error:
-        print(f"\nThe demo failed: {error}\nBoth logs are in .demo/", file=sys.stderr)
+        print(f"\nThe demo failed: {error}\nThe logs are in .demo/", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read the output is gone; what Python still holds for them goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,18 +65,24 @@ def _run(port: int | None, *, once: bool) -> None:
     settings["PORT"] = str(free_port(port or int(settings.get("PORT", "8000"))))
     litellm_port = free_port(4000)
     settings["LITELLM_URL"] = f"http://{HOST}:{litellm_port}"
+    mlflow_port = free_port(5000)
+    settings["MLFLOW_TRACKING_URI"] = f"http://{HOST}:{mlflow_port}"
     LOGS.mkdir(exist_ok=True)
 
     with ExitStack() as stack:
         _say(f"Starting LiteLLM on {settings['LITELLM_URL']} (about 10 seconds; log: .demo/litellm.log)")
         litellm = stack.enter_context(_litellm(settings, litellm_port))
+        _say(f"Starting MLflow on {settings['MLFLOW_TRACKING_URI']} (log: .demo/mlflow.log)")
+        mlflow = stack.enter_context(_mlflow(settings, mlflow_port))
         _say(f"Starting the service on http://{HOST}:{settings['PORT']} (log: .demo/service.log)")
         service = stack.enter_context(_service(settings))
-        stack.callback(_say, "\nStopping the service and LiteLLM")
-        children = (service, litellm)
+        stack.callback(_say, "\nStopping the service, MLflow and LiteLLM")
+        children = (service, mlflow, litellm)
         _wait_until_up(service, int(settings["PORT"]), "/health", children)
         _wait_until_up(litellm, litellm_port, "/health/readiness", children)
-        _show_one_call(int(settings["PORT"]), settings["AUTH_USER_PASSWORD"], service.log)
+        _wait_until_up(mlflow, mlflow_port, "/health", children)
+        request_id = _show_one_call(int(settings["PORT"]), settings["AUTH_USER_PASSWORD"], service.log)
+        _show_record(mlflow_port, request_id)
         if not once:
             _say(f"\nAll routes: http://{HOST}:{settings['PORT']}/docs (passwords: .env)")
             _say("Running until Ctrl-C")
@@ -94,8 +102,29 @@ def _litellm(settings: Mapping[str, str], port: int) -> Child:
     )
 
 
+def _mlflow(settings: Mapping[str, str], port: int) -> Child:
+    data = LOGS / "mlflow"
+    data.mkdir(exist_ok=True)
+    return Child(
+        "MLflow",
+        [
+            *(str(ROOT / ".venv-mlflow/bin/mlflow"), "server", "--host", HOST, "--port", str(port)),
+            *("--backend-store-uri", f"sqlite:///{data}/mlflow.db", "--workers", "1"),
+            *("--default-artifact-root", str(data / "artifacts")),
+        ],
+        env={
+            **{name: value for name, value in settings.items() if name in _INHERITED},
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            # Its scheduler for evaluations: seven more processes that nothing here asks for.
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        },
+        log=LOGS / "mlflow.log",
+        stop_timeout_s=10,
+    )
+
+
 def _service(settings: Mapping[str, str]) -> Child:
-    decided = {*env_file.REQUIRED, "LITELLM_URL", "PORT"}
+    decided = {*env_file.REQUIRED, "LITELLM_URL", "MLFLOW_TRACKING_URI", "PORT"}
     return Child(
         "The service",
         [sys.executable, "-m", "service"],
@@ -116,7 +145,7 @@ def litellm_environment(settings: Mapping[str, str]) -> dict[str, str]:
         **{
             name: value
             for name, value in settings.items()
-            if name in _LITELLM_INHERITS or name.endswith(_LITELLM_INHERITS_ENDING)
+            if name in _INHERITED or name.endswith(_LITELLM_INHERITS_ENDING)
         },
         **_past_proxies(settings),
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # its own price list, not one fetched at each start
@@ -158,13 +187,25 @@ def _look_at(children: Sequence[Child]) -> None:
         child.raise_if_ended()
 
 
-def _show_one_call(port: int, password: str, log: Path) -> None:
+def _show_one_call(port: int, password: str, log: Path) -> str:
+    """Make the call and show it; its request id."""
     token = api.sign_in(port, "user", password)
     _say(f"\nA call that you can make, signed in as `user`:\n\n{api.curl_line(port, token)}")
     answer = api.generate(port, token)
     _say(f"\nIts answer, just now:\n\n{json.dumps(answer.body, indent=2, ensure_ascii=False)}")
     _say(f"\nX-Request-ID: {answer.request_id}\n\nThe service's log lines of that request:\n")
     _say("\n".join(_settled_log_lines(log, answer.request_id)))
+    return answer.request_id
+
+
+def _show_record(port: int, request_id: str) -> None:
+    """Show where MLflow has the call, once it has it: it is told after the answer."""
+    limit = time.monotonic() + _TRACE_LIMIT_S
+    while (experiment := api.experiment_of(port, request_id)) is None:
+        if time.monotonic() > limit:
+            raise DemoError(f"MLflow does not have the call {request_id} after {_TRACE_LIMIT_S} s.")
+        time.sleep(_POLL_S)
+    _say(f"\nIts record in MLflow:\n\n{api.trace_page(port, experiment, request_id)}")
 
 
 def _settled_log_lines(log: Path, request_id: str) -> list[str]:

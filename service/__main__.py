@@ -1,4 +1,4 @@
-"""``python -m service``: serve (the default), or ``check`` the configuration."""
+"""``python -m service``: serve (the default), ``check`` the configuration, ``replay`` the spool."""
 
 import argparse
 import logging
@@ -25,16 +25,20 @@ class JsonParser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the process's exit status: 0, 1 for a refused configuration, 2 for a wrong command."""
+    """Run one command; the process's exit status.
+
+    0 is success, 1 a refused configuration or records that could not be replayed, 2 a wrong command.
+    """
     # Before anything else is imported: whatever happens from here on comes out as JSON.
     configure_early_logging()
     parser = JsonParser(prog="python -m service", description=__doc__)
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("serve", "check"),
+        choices=("serve", "check", "replay"),
         default="serve",
-        help="serve: run the service; check: print every problem of the configuration and exit",
+        help="serve: run the service; check: print every problem of the configuration and exit; "
+        "replay: bring the records of processes that ended to MLflow and exit",
     )
     command = parser.parse_args(arguments).command
 
@@ -53,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from service.config.settings import prepare_environment  # noqa: PLC0415
 
-    prepare_environment()
+    prepare_environment(report.settings)
     # Imported last: the OpenTelemetry packages read the environment when they are imported.
     from service.server import serve, telemetry_or_problem  # noqa: PLC0415
 
@@ -65,6 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         logger.info("The configuration is valid")
         return 0
+    if command == "replay":
+        from service.replay import replay  # noqa: PLC0415 - as above
+
+        return replay(report.settings)
     return serve(report.settings)
 
 

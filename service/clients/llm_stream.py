@@ -52,10 +52,17 @@ class LlmStream:
         request: What was asked.
         span: The attempt's; each piece is noted there.
         known_model: Whether the upstream has listed the model.
+        keep_chars: So much of the text is kept, for a record that holds it.
     """
 
     def __init__(
-        self, response: httpx2.Response, request: LlmRequest, span: AttemptSpan, *, known_model: bool
+        self,
+        response: httpx2.Response,
+        request: LlmRequest,
+        span: AttemptSpan,
+        *,
+        known_model: bool,
+        keep_chars: int = 0,
     ) -> None:
         self._response = response
         self._bytes = response.aiter_raw()
@@ -66,6 +73,8 @@ class LlmStream:
         self._ready: deque[StreamEvent] = deque()
         self._ended = False
         self._pieces = 0
+        self._keep_chars = keep_chars
+        self._kept: list[str] = []
         self._id: str | None = None
         self._model: str | None = None
         self._usage = counts_of({})
@@ -91,7 +100,7 @@ class LlmStream:
         counted = count(usage.get("completion_tokens"))
         estimated = counted is None and self._pieces > 0
         return Completion(
-            text="",
+            text="".join(self._kept),
             model=self._model or self._request.model,
             prompt_tokens=count(usage.get("prompt_tokens")),
             completion_tokens=self._pieces if estimated else counted,
@@ -150,6 +159,9 @@ class LlmStream:
         if not isinstance(choices, list):
             choices = []
         text = self._learn(choices)
+        if text and self._keep_chars > 0:
+            self._kept.append(text[: self._keep_chars])
+            self._keep_chars -= len(text)
         counted_only = bool(counts_of(payload)) and not any(map(_says_something, choices))
         self._ready.append(StreamEvent(raw, text, usage_only=counted_only))
 

@@ -81,6 +81,7 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
     for name in (
         "litellm_url",
         "qdrant_url",
+        "mlflow_tracking_uri",
         "otel_exporter_otlp_endpoint",
         "otel_exporter_otlp_traces_endpoint",
         "otel_exporter_otlp_metrics_endpoint",

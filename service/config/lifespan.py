@@ -10,7 +10,9 @@ import anyio.to_thread
 from fastapi import FastAPI
 from opentelemetry.metrics import Histogram
 
+from service.clients.call_record import CallRecord
 from service.clients.llm import LlmClient, open_llm
+from service.clients.mlflow import Tracker
 from service.clients.vectors import open_vectors
 from service.config.logging import detach_bridge, drain_lines
 from service.config.settings import Settings
@@ -18,7 +20,8 @@ from service.config.signals import drain_on_signal
 from service.services.auth import Authenticator
 from service.services.drain import Drain
 from service.services.generation import Generation
-from service.services.health_checker import HealthChecker
+from service.services.health_checker import HealthChecker, Ping
+from service.services.mlflow_recorder import Recorder
 from service.services.rate_limit import RateLimiter
 from service.state import State
 from service.telemetry.events import emit
@@ -26,8 +29,19 @@ from service.telemetry.names import EVENT_SHUTDOWN_COMPLETED, EVENT_SHUTDOWN_STE
 from service.telemetry.providers import SCOPE, Telemetry
 
 LAG_INTERVAL_S = 0.5
+STEPS_TIMEOUT_S = 1.5
+"""Time limit of all steps of the stop between the drain and the flush of the telemetry, where the drain took
+all its time: the flush may take two and a half seconds, uvicorn and the interpreter half a one, and the whole
+stop five seconds beyond the drain. What the drain left of its time is theirs, too."""
+
 STEP_TIMEOUT_S = 1.0
-"""Time limit of closing one client; the whole stop may take five seconds beyond the drain."""
+"""Time limit of one of them, but for the recorder's, which has work to do."""
+
+FINALIZING_TIMEOUT_S = 8.0
+"""The recorder's: a server under load takes seconds for the last records, the totals and the run's end."""
+
+LAST_STEP_S = 0.1
+"""What a step gets at least, whatever those before it took."""
 
 MODELS_RETRY_S = 10.0
 
@@ -50,11 +64,18 @@ def lifespan_of(
             stack.push_async_callback(anyio.to_thread.run_sync, drain_lines)
             stack.push_async_callback(_flush, telemetry, settings.telemetry_flush_timeout_s)
             stack.callback(_say_completed, drain)
-            llm = await _enter(stack, open_llm(settings, telemetry))
-            vectors = await _enter(stack, open_vectors(settings), "Closing Qdrant connections...")
+            closing = _Closing(stack, lambda: settings.shutdown_timeout_s - drain.since_signal_s)
+            llm = await closing.enter(open_llm(settings, telemetry))
+            recorder = await closing.enter(
+                _recording(settings, telemetry), "Finalizing MLflow run...", FINALIZING_TIMEOUT_S
+            )
+            vectors = await closing.enter(open_vectors(settings), "Closing Qdrant connections...")
             auth = await anyio.to_thread.run_sync(Authenticator, settings, telemetry.instruments)
+            pings: dict[str, Ping] = {"qdrant": vectors.ping, "litellm": llm.ping}
+            if recorder is not None:
+                pings["mlflow"] = recorder.tracker.ping
             health = HealthChecker(
-                {"qdrant": vectors.ping, "litellm": llm.ping},
+                pings,
                 interval_s=settings.health_interval_s,
                 timeout_s=settings.health_timeout_s,
                 ttl_s=settings.health_ttl_s,
@@ -62,7 +83,11 @@ def lifespan_of(
                 tracer=telemetry.tracer_provider.get_tracer(SCOPE),
             )
             generation = Generation(
-                llm, telemetry, settings, on_unreachable=lambda: health.look_again("litellm")
+                llm,
+                telemetry,
+                settings,
+                on_unreachable=lambda: health.look_again("litellm"),
+                on_ended=recorder.record if recorder else _record_nothing,
             )
             tasks = await stack.enter_async_context(asyncio.TaskGroup())
             for work in (
@@ -85,22 +110,65 @@ def lifespan_of(
     return lifespan
 
 
-async def _enter(stack: AsyncExitStack, context: AbstractAsyncContextManager[T], line: str = "") -> T:
-    """Enter a context, to be left with this line, within a time limit, whatever leaving it raises."""
-    entered = await context.__aenter__()
+class _Closing:
+    """Leaves contexts in order, whatever leaving one raises: each within a limit, all within another.
 
-    async def leave() -> None:
-        if line:
-            emit(logger, EVENT_SHUTDOWN_STEP, line, {})
-        try:
-            async with asyncio.timeout(STEP_TIMEOUT_S):
-                await context.__aexit__(None, None, None)
-        except Exception:
-            # The next step must come all the same.
-            logger.exception("A step of the stop failed")
+    Args:
+        stack: Where they are entered.
+        spare_s: What is left of the drain's time when the first one is left.
+    """
 
-    stack.push_async_callback(leave)
-    return entered
+    def __init__(self, stack: AsyncExitStack, spare_s: Callable[[], float]) -> None:
+        self._stack = stack
+        self._spare_s = spare_s
+        self._until_s: float | None = None
+
+    async def enter(
+        self, context: AbstractAsyncContextManager[T], line: str = "", limit_s: float = STEP_TIMEOUT_S
+    ) -> T:
+        """Enter a context, to be left with this line."""
+        entered = await context.__aenter__()
+
+        async def leave() -> None:
+            if line:
+                emit(logger, EVENT_SHUTDOWN_STEP, line, {})
+            try:
+                async with asyncio.timeout(min(limit_s, self._left_s())):
+                    await context.__aexit__(None, None, None)
+            except TimeoutError:
+                logger.warning("A step of the stop was not done in time", extra={"step": line})
+            except Exception:
+                # The next step must come all the same.
+                logger.exception("A step of the stop failed")
+
+        self._stack.push_async_callback(leave)
+        return entered
+
+    def _left_s(self) -> float:
+        now = asyncio.get_running_loop().time()
+        if self._until_s is None:
+            self._until_s = now + STEPS_TIMEOUT_S + max(0.0, self._spare_s())
+        return max(LAST_STEP_S, self._until_s - now)
+
+
+@asynccontextmanager
+async def _recording(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Recorder | None]:
+    if not settings.mlflow_tracking_uri:
+        logger.info("MLFLOW_TRACKING_URI is not set: calls are not recorded in MLflow")
+        yield None
+        return
+    tracer = telemetry.tracer_provider.get_tracer(SCOPE)
+    tracker = Tracker(settings, telemetry.identity)
+    recorder = await anyio.to_thread.run_sync(Recorder, tracker, settings, telemetry.instruments, tracer)
+    recorder.start()
+    try:
+        yield recorder
+    finally:
+        await recorder.finish()
+
+
+def _record_nothing(_record: CallRecord) -> None:
+    """Where there is no MLflow."""
 
 
 def keep_alive_s(settings: Settings) -> float:

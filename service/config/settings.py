@@ -28,8 +28,12 @@ PASSED_THROUGH = (
     "OTEL_BSP_SCHEDULE_DELAY",
     "OTEL_BLRP_MAX_QUEUE_SIZE",
     "OTEL_BLRP_SCHEDULE_DELAY",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_INSECURE_TLS",
 )
-"""Standard variables that the OpenTelemetry SDK reads itself; ``.env`` reaches it, too."""
+"""Standard variables that the SDKs of OpenTelemetry and MLflow read; ``.env`` reaches them, too."""
 
 
 class Settings(BaseSettings):
@@ -108,12 +112,22 @@ class Settings(BaseSettings):
     qdrant_api_key: SecretStr = SecretStr("")
     qdrant_timeout_s: int = Field(3, ge=1, le=300)
 
+    # The tracker
+    mlflow_tracking_uri: str = ""
+    mlflow_experiment_name: str = Field("llmops-api", min_length=1, max_length=256)
+    mlflow_timeout_s: int = Field(5, ge=1, le=300)
+    spool_path: str = Field("data/spool", min_length=1)
+    spool_max_bytes: int = Field(268_435_456, ge=65_536, le=1_099_511_627_776)
+    spool_max_age_s: float = Field(604_800.0, ge=1, le=31_536_000)
+    spool_fsync_interval_s: float = Field(1.0, gt=0, le=3_600)
+
     # Telemetry
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     trust_traceparent: Literal["all", "none"] = "all"
     telemetry_flush_timeout_s: float = Field(2.0, gt=0, le=60)
     otel_sdk_disabled: bool = False
     otel_service_name: str = "llmops-api"
+    otel_instrumentation_genai_capture_message_content: Literal["NO_CONTENT", "SPAN_ONLY"] = "NO_CONTENT"
     otel_traces_sampler: Literal[
         "always_on",
         "always_off",
@@ -134,6 +148,11 @@ class Settings(BaseSettings):
     otel_exporter_otlp_traces_protocol: OtlpProtocol | None = None
     otel_exporter_otlp_metrics_protocol: OtlpProtocol | None = None
     otel_exporter_otlp_logs_protocol: OtlpProtocol | None = None
+
+    @property
+    def captures_content(self) -> bool:
+        """Whether prompts and answers go into MLflow's records."""
+        return self.otel_instrumentation_genai_capture_message_content == "SPAN_ONLY"
 
     @field_validator("cors_origins", "health_required", mode="before")
     @classmethod
@@ -158,7 +177,7 @@ def variable_names() -> set[str]:
     return set(os.environ) | set(env_file_values())
 
 
-def prepare_environment() -> None:
+def prepare_environment(settings: Settings | None = None) -> None:
     """Make the process's environment say what libraries should read there, and nothing else.
 
     Called once, before the first of them is used. The OpenAI SDK's own variables are taken out: they would
@@ -166,13 +185,21 @@ def prepare_environment() -> None:
     semantic conventions in their stable form, the SDK's own metrics, no raw lines from gRPC's C core on
     stderr, and the ``OTEL_*`` variables of ``.env``. ``OTEL_SDK_DISABLED`` is taken out: with it the SDK
     makes no ids, and the request id is the trace id. The providers obey the setting by recording nothing.
+    MLflow's SDK asks once, and briefly (its defaults are 7 retries of 120 s), logs as everybody does, and
+    sends nobody any statistics.
     """
     for name in [name for name in os.environ if name.startswith("OPENAI_")]:
         del os.environ[name]
     for name, value in env_file_values().items():
-        if name.startswith("OTEL_"):
+        if name.startswith(("OTEL_", "MLFLOW_TRACKING_")):
             os.environ.setdefault(name, value)
     os.environ.pop("OTEL_SDK_DISABLED", None)
     os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
     os.environ.setdefault("OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED", "true")
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    os.environ["MLFLOW_CONFIGURE_LOGGING"] = "false"
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    if settings is not None:
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(settings.mlflow_timeout_s)

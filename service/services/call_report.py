@@ -1,17 +1,18 @@
 """A model call, and the one place that says how it ended: span, metrics, log line, answer's head, record."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.trace import Span, Status, StatusCode, format_span_id, format_trace_id
 
 from service.clients.call_record import CallRecord
-from service.clients.llm_answers import Completion
+from service.clients.llm_answers import MAX_CONTENT_CHARS, Completion
 from service.clients.llm_request import LlmRequest, Operation, to_json, with_fields
 from service.config.logging import current_request
 from service.errors import ServiceError
@@ -84,6 +85,7 @@ class CallReport:
         instruments: Where calls and costs are counted.
         known: The model's name as it may stand on a metric.
         on_ended: Called with the record of each call that has ended, before its answer goes out.
+        capture: Whether the record holds what was asked and answered.
     """
 
     def __init__(
@@ -91,12 +93,15 @@ class CallReport:
         instruments: Instruments,
         known: Callable[[str], str],
         on_ended: Callable[[CallRecord], None],
+        *,
+        capture: bool,
     ) -> None:
         self._calls = instruments.llm_calls
         self._cost = instruments.llm_cost
         self._first_chunk = instruments.llm_first_chunk
         self._known = known
         self._on_ended = on_ended
+        self._capture = capture
 
     def started(self, call: Call) -> None:
         """Say that the call began."""
@@ -129,6 +134,8 @@ class CallReport:
             outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
         name = _name_of(error) if outcome == "error" else None
         record = _record(span, call, outcome, name, completion)
+        if self._capture:
+            record = _with_content(record, call, completion)
         self._on_ended(record)
         _mark_span(span, call, record)
         _mark_answer(call)
@@ -167,6 +174,15 @@ def _record(
         estimated=completion.estimated if completion else False,
         streamed=call.streamed,
         first_chunk_s=call.first_chunk_s,
+    )
+
+
+def _with_content(record: CallRecord, call: Call, completion: Completion | None) -> CallRecord:
+    asked = json.dumps(call.body.get("messages", call.body.get("input")), ensure_ascii=False)
+    return replace(
+        record,
+        prompt=asked[:MAX_CONTENT_CHARS],
+        answer=completion.text[:MAX_CONTENT_CHARS] if completion else None,
     )
 
 

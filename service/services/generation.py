@@ -52,7 +52,9 @@ class Generation:
         self._llm = llm
         self._clock = clock
         self._on_unreachable = on_unreachable
-        self._report = CallReport(telemetry.instruments, llm.known, on_ended)
+        self._report = CallReport(
+            telemetry.instruments, llm.known, on_ended, capture=settings.captures_content
+        )
         self.default_model = settings.default_model
         self.timeout_s = settings.llm_timeout_s
         self._limits = StreamLimits.from_settings(settings)

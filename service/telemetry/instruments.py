@@ -24,6 +24,9 @@ class Instruments:
         self.requests_rejected = _counter(meter, names.REQUESTS_REJECTED)
         self.auth_attempts = _counter(meter, names.AUTH_ATTEMPTS)
         self.health_check_duration = _histogram(meter, names.HEALTH_CHECK_DURATION)
+        self.recorder_spooled = _counter(meter, names.RECORDER_SPOOLED)
+        self.recorder_replayed = _counter(meter, names.RECORDER_REPLAYED)
+        self.recorder_lost = _counter(meter, names.RECORDER_LOST)
         self.event_loop_lag = _histogram(meter, names.EVENT_LOOP_LAG)
         for counter, metric in (
             (self.retry_attempts, names.RETRY_ATTEMPTS),
@@ -31,6 +34,9 @@ class Instruments:
             (self.breaker_rejections, names.BREAKER_REJECTIONS),
             (self.requests_rejected, names.REQUESTS_REJECTED),
             (self.auth_attempts, names.AUTH_ATTEMPTS),
+            (self.recorder_spooled, names.RECORDER_SPOOLED),
+            (self.recorder_replayed, names.RECORDER_REPLAYED),
+            (self.recorder_lost, names.RECORDER_LOST),
         ):
             _start_at_zero(counter, metric)
         self.requests_in_flight.add(0)
@@ -60,6 +66,13 @@ class Instruments:
 
         for metric, observe in ((names.HEALTH_STATUS, observe_status), (names.HEALTH_AGE, observe_age)):
             self._meter.create_observable_gauge(metric.name, [observe], metric.unit, metric.description)
+
+    def show_recorder_queue(self, waiting: Callable[[], int]) -> None:
+        """Show how many records wait, at each collection."""
+        metric = names.RECORDER_QUEUE
+        self._meter.create_observable_gauge(
+            metric.name, [lambda _options: [Observation(waiting())]], metric.unit, metric.description
+        )
 
     def expect_model(self, model: str) -> None:
         """Let the model's series start at 0, so that ``rate()`` sees its first call."""

@@ -132,6 +132,30 @@ HEALTH_CHECK_DURATION: Final = Metric(
     {"dependency": ("qdrant", "litellm", "mlflow")},
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
+RECORDER_QUEUE: Final = Metric(
+    "llmops.recorder.queue",
+    "gauge",
+    "{record}",
+    "Records of calls that MLflow does not have yet",
+)
+RECORDER_SPOOLED: Final = Metric(
+    "llmops.recorder.spooled",
+    "counter",
+    "{record}",
+    "Records that had to wait because MLflow did not take them",
+)
+RECORDER_REPLAYED: Final = Metric(
+    "llmops.recorder.replayed",
+    "counter",
+    "{record}",
+    "Records that MLflow got after they had waited, those of dead processes among them",
+)
+RECORDER_LOST: Final = Metric(
+    "llmops.recorder.lost",
+    "counter",
+    "{record}",
+    "Records that nobody will get",
+)
 EVENT_LOOP_LAG: Final = Metric(
     "llmops.event_loop.lag",
     "histogram",
@@ -154,6 +178,10 @@ METRICS: Final = (
     HEALTH_STATUS,
     HEALTH_AGE,
     HEALTH_CHECK_DURATION,
+    RECORDER_QUEUE,
+    RECORDER_SPOOLED,
+    RECORDER_REPLAYED,
+    RECORDER_LOST,
     EVENT_LOOP_LAG,
 )
 
@@ -165,17 +193,26 @@ HTTP_DURATION_BUCKETS: Final = (
 
 SPAN_LLM_CALL: Final = "llm call"
 SPAN_HEALTH_CHECK: Final = "health check"
+SPAN_MLFLOW_RECORD: Final = "mlflow record"
+SPAN_SPOOL_REPLAY: Final = "spool replay"
 ATTR_CLIENT_REQUEST_ID: Final = "client_request_id"
 ATTR_INCIDENT_ID: Final = "llmops.incident_id"
 ATTR_LLM_ATTEMPTS: Final = "llmops.llm.attempts"
 ATTR_LLM_COST: Final = "llmops.llm.cost"
-ATTR_LLM_ESTIMATED: Final = "llmops.llm.tokens_estimated"
 ATTR_LLM_DEADLINE: Final = "llmops.llm.deadline"
 ATTR_LLM_DEADLINE_LEFT: Final = "llmops.llm.deadline_left"
 ATTR_RETRY_OUTCOME: Final = "llmops.retry.outcome"
 ATTR_LLM_OUTCOME: Final = "llmops.llm.outcome"
+ATTR_LLM_STREAMED: Final = "llmops.llm.streamed"
+ATTR_LLM_FIRST_CHUNK: Final = "llmops.llm.time_to_first_chunk"
+ATTR_LLM_ESTIMATED: Final = "llmops.llm.tokens_estimated"
+ATTR_CACHE_RESULT: Final = "llmops.cache.result"
+ATTR_CACHE_SAVED_COST: Final = "llmops.cache.saved_cost"
+ATTR_RECORDS: Final = "llmops.recorder.records"
 
 EVENT_HEALTH_CHANGED: Final = "llmops.health.changed"
+EVENT_RECORDER_SPOOLED: Final = "llmops.recorder.spooled"
+EVENT_RECORDER_REPLAYED: Final = "llmops.recorder.replayed"
 EVENT_SHUTDOWN_STARTED: Final = "llmops.shutdown.started"
 EVENT_SHUTDOWN_WAITING: Final = "llmops.shutdown.waiting"
 EVENT_SHUTDOWN_STEP: Final = "llmops.shutdown.step"
@@ -192,6 +229,8 @@ EVENTS: Final = (
     EVENT_BREAKER_STATE_CHANGED,
     EVENT_BREAKER_REJECTED,
     EVENT_HEALTH_CHANGED,
+    EVENT_RECORDER_SPOOLED,
+    EVENT_RECORDER_REPLAYED,
     EVENT_SHUTDOWN_STARTED,
     EVENT_SHUTDOWN_WAITING,
     EVENT_SHUTDOWN_STEP,

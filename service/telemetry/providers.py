@@ -40,6 +40,8 @@ ABORT_S = 0.5
 MAX_ATTRIBUTE_CHARS = 2_048
 """Longest string attribute of a span, where ``OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT`` does not say otherwise."""
 
+IDENTITY = ("service.", "deployment.")
+
 logger = logging.getLogger(__name__)
 
 
@@ -68,6 +70,12 @@ class Telemetry:
     logger_provider: LoggerProvider | None
     instruments: Instruments
     exporters: Exporters
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Who this process is: the attributes of its resource that name the service."""
+        resource = self.tracer_provider.resource.attributes
+        return {name: str(value) for name, value in resource.items() if name.startswith(IDENTITY)}
 
     def shutdown(self, deadline_s: float) -> bool:
         """Flush and stop all signals at the same time; whether all of it was done within the deadline.

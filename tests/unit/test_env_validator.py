@@ -257,8 +257,10 @@ def test_several_workers_need_a_qdrant_server(read: Read) -> None:
     [
         (
             {"STREAM_TIMEOUT_S": "20"},
-            "STREAM_TIMEOUT_S (20) must be at least LLM_TIMEOUT_S (30): "
-            "a stream is not over before its first piece.",
+            (
+                "STREAM_TIMEOUT_S (20) must be at least LLM_TIMEOUT_S (30): "
+                "a stream is not over before its first piece."
+            ),
         ),
         (
             {"STREAM_CHUNK_TIMEOUT_S": "601"},
@@ -266,8 +268,10 @@ def test_several_workers_need_a_qdrant_server(read: Read) -> None:
         ),
         (
             {"STREAM_KEEP_ALIVE_S": "60"},
-            "STREAM_KEEP_ALIVE_S (60) must be less than STREAM_CHUNK_TIMEOUT_S (60): "
-            "it is sent within that silence.",
+            (
+                "STREAM_KEEP_ALIVE_S (60) must be less than STREAM_CHUNK_TIMEOUT_S (60): "
+                "it is sent within that silence."
+            ),
         ),
     ],
 )

@@ -57,6 +57,7 @@ def _after_use() -> dict[str, Metric]:
                 assert name.startswith("_"), f"this test does not know how to use {name}"
     instruments.show_breaker("litellm", lambda: "open")
     instruments.show_health(lambda: {"qdrant": (True, 1.0)})
+    instruments.show_recorder_queue(lambda: 1)
     return _metrics(reader)
 
 
