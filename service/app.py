@@ -33,6 +33,18 @@ EXPOSED = (
     "Age",
 )
 
+ACCEPTED = (
+    *("Authorization", "Content-Type", "X-Request-ID", "traceparent", "tracestate", "OpenAI-Beta"),
+    # What OpenAI's library for JavaScript sends from a browser, too; it goes no further than here.
+    *(
+        f"X-Stainless-{name}"
+        for name in (
+            *("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version"),
+            *("Retry-Count", "Timeout", "Helper-Method"),
+        )
+    ),
+)
+
 
 class LlmApi(FastAPI):
     """The app, with requests made harmless before the instrumentation, outside all middleware, sees them."""
@@ -83,7 +95,7 @@ def _middleware(settings: Settings, telemetry: Telemetry) -> list[Middleware]:
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-ID", "traceparent", "tracestate"],
+            allow_headers=ACCEPTED,
             expose_headers=EXPOSED,
         ),
         # What is raised further in, by middleware too, becomes an answer here.

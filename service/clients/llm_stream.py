@@ -22,7 +22,7 @@ from service.clients.llm_errors import from_event, from_transport, nonsense
 from service.clients.llm_request import LlmRequest
 from service.clients.llm_spans import AttemptSpan
 from service.clients.sse import EventDecoder, EventTooLargeError, data_of
-from service.errors import UpstreamError
+from service.errors import ServiceError, UpstreamError
 
 DONE = b"[DONE]"
 LAST_BYTES_S = 0.1
@@ -52,10 +52,17 @@ class LlmStream:
         request: What was asked.
         span: The attempt's; each piece is noted there.
         known_model: Whether the upstream has listed the model.
+        keep_chars: So much of the text is kept, for a record that holds it.
     """
 
     def __init__(
-        self, response: httpx2.Response, request: LlmRequest, span: AttemptSpan, *, known_model: bool
+        self,
+        response: httpx2.Response,
+        request: LlmRequest,
+        span: AttemptSpan,
+        *,
+        known_model: bool,
+        keep_chars: int = 0,
     ) -> None:
         self._response = response
         self._bytes = response.aiter_raw()
@@ -65,7 +72,10 @@ class LlmStream:
         self._decoder = EventDecoder()
         self._ready: deque[StreamEvent] = deque()
         self._ended = False
+        self._failure: ServiceError | None = None
         self._pieces = 0
+        self._keep_chars = keep_chars
+        self._kept: list[str] = []
         self._id: str | None = None
         self._model: str | None = None
         self._usage = counts_of({})
@@ -74,6 +84,8 @@ class LlmStream:
     async def first(self) -> None:
         """Wait until there is something to pass on; raises as iterating does."""
         while not self._ready and not self._ended:
+            if self._failure is not None:
+                raise self._failure
             await self._read()
 
     def __aiter__(self) -> Self:
@@ -91,7 +103,7 @@ class LlmStream:
         counted = count(usage.get("completion_tokens"))
         estimated = counted is None and self._pieces > 0
         return Completion(
-            text="",
+            text="".join(self._kept),
             model=self._model or self._request.model,
             prompt_tokens=count(usage.get("prompt_tokens")),
             completion_tokens=self._pieces if estimated else counted,
@@ -127,7 +139,10 @@ class LlmStream:
                 if self._ended:
                     return
         except EventTooLargeError:
-            raise nonsense() from None
+            self._failure = nonsense()
+        except ServiceError as error:
+            # What came before it goes out first, though both were in one packet.
+            self._failure = error
 
     def _take(self, raw: bytes) -> None:
         data = data_of(raw)
@@ -150,7 +165,11 @@ class LlmStream:
         if not isinstance(choices, list):
             choices = []
         text = self._learn(choices)
-        self._ready.append(StreamEvent(raw, text, usage_only=not choices and bool(counts_of(payload))))
+        if text and self._keep_chars > 0:
+            self._kept.append(text[: self._keep_chars])
+            self._keep_chars -= len(text)
+        counted_only = bool(counts_of(payload)) and not any(map(_says_something, choices))
+        self._ready.append(StreamEvent(raw, text, usage_only=counted_only))
 
     def _learn(self, choices: list[Any]) -> str:
         """Take the reasons and count the pieces; the first choice's text."""
@@ -171,3 +190,12 @@ class LlmStream:
             if index in {0, None} and isinstance(content, str):
                 text += content
         return text
+
+
+def _says_something(choice: object) -> bool:
+    """Whether a choice is more than a place; LiteLLM sends its count with an empty one, OpenAI with none."""
+    if not isinstance(choice, dict):
+        return True
+    delta = choice.get("delta")
+    said = any(delta.values()) if isinstance(delta, dict) else bool(delta)
+    return said or any(value for name, value in choice.items() if name not in {"index", "delta"})

@@ -30,6 +30,7 @@ MAX_TRACES = 100
 JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
 
+NOT_MLFLOW = "not MLflow's answer"
 MAX_PARAM_CHARS = 500
 REFUSED = frozenset(
     {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
@@ -99,7 +100,11 @@ class Tracker:
             run = runs[0] if runs else self._client.create_run(identifier, started_ms, run_name=name)
             return Run(run.info.run_id, identifier)
 
-        return _translated(start)
+        made = _translated(start)
+        if not made.run_id or not made.experiment_id:
+            # The SDK makes something of every object.
+            raise TrackerError(NOT_MLFLOW)
+        return made
 
     def log_params(self, run: Run, params: Mapping[str, str]) -> None:
         """Write the run's parameters, cut to a length that the server takes; raises as ``start_run`` does."""
@@ -171,7 +176,7 @@ class Tracker:
             raise TrackerError(f"HTTP {status}")
         if not response.headers.get("Content-Type", "").startswith(answered_in):
             # Somebody who answers 200 to everything has kept nothing.
-            raise TrackerError("not MLflow's answer")
+            raise TrackerError(NOT_MLFLOW)
 
     @property
     def _client(self) -> "MlflowClient":

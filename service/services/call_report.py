@@ -12,7 +12,7 @@ from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.trace import Span, Status, StatusCode, format_span_id, format_trace_id
 
 from service.clients.call_record import CallRecord
-from service.clients.llm_answers import Completion
+from service.clients.llm_answers import MAX_CONTENT_CHARS, Completion
 from service.clients.llm_request import LlmRequest, Operation, to_json, with_fields
 from service.config.logging import current_request
 from service.errors import ServiceError
@@ -20,9 +20,6 @@ from service.telemetry import names
 from service.telemetry.instruments import Instruments
 from service.utils.deadline import Deadline
 from service.utils.retry import Progress
-
-MAX_CONTENT_CHARS = 65_536
-"""So much of a prompt, and of an answer, is kept where content is captured at all."""
 
 Outcome = Literal["success", "error", "cancelled"]
 
@@ -181,7 +178,7 @@ def _record(
 
 
 def _with_content(record: CallRecord, call: Call, completion: Completion | None) -> CallRecord:
-    asked = json.dumps(call.body.get("messages"), ensure_ascii=False)
+    asked = json.dumps(call.body.get("messages", call.body.get("input")), ensure_ascii=False)
     return replace(
         record,
         prompt=asked[:MAX_CONTENT_CHARS],

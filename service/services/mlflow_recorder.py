@@ -157,6 +157,8 @@ class Recorder:
         try:
             await in_thread(self._end, "mlflow end")
         except asyncio.CancelledError:
+            # What no disk took ends with this process, whatever the thread still waits for.
+            self._lose_memory()
             logger.warning(
                 "MLflow was not done with in time; the next start goes on", extra={"records": self.waiting}
             )
@@ -265,12 +267,15 @@ class Recorder:
                 self._move_to_disk(self._spool)
                 self._spool.sync()
                 self._spool.close()
-            with self._lock:
-                self._ended = True
-                left = len(self._memory)
-            if left:
-                self._lose(left, "no disk took them, and MLflow neither")
-            self._losses.say()
+            self._lose_memory()
+
+    def _lose_memory(self) -> None:
+        with self._lock:
+            left = 0 if self._ended else len(self._memory)
+            self._ended = True
+        if left:
+            self._lose(left, "no disk took them, and MLflow neither")
+        self._losses.say()
 
     def _save_run(self) -> None:
         if self._spool is not None:

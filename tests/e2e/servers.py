@@ -15,7 +15,6 @@ import pytest
 from tests.harness import free_port, request
 
 START_LIMIT_S = 120.0
-STOP_LIMIT_S = 10.0
 LITELLM_CONFIG = Path(__file__).parents[2] / "deploy/litellm/config.yaml"
 
 
@@ -58,11 +57,6 @@ class Server:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._signal(signal.SIGCONT)
-        self._signal(signal.SIGTERM)
-        assert self._process is not None
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_LIMIT_S)
         self.kill()
 
     @property

@@ -51,8 +51,9 @@ def test_the_page_shows_a_run_with_totals_and_a_trace_for_each_call(
         answer = generate(process, process.token("admin"))
         upstream.script(Status(400))
         refused = generate(process, process.token())
-        until(lambda: left_with_nothing(tmp_path / "spool"), "MLflow to have both")
+        # At once: the stop has to bring both there, and to end the run.
         stopped(process)
+    assert left_in(tmp_path / "spool") == []
 
     (run,) = server.runs("page")
     assert run["info"]["status"] == "FINISHED"

@@ -198,21 +198,37 @@ def test_full_memory_loses_an_exact_number(
     assert len(said) <= 2, "one line a minute, and one at the end"
 
 
-@pytest.mark.parametrize("dead", [False, True])
-def test_a_folder_that_cannot_be_written(
-    upstream: FakeUpstream, receiver: OtlpReceiver, mlflow: FakeMlflow, tmp_path: Path, *, dead: bool
+def nothing(_fake: FakeMlflow) -> None:
+    """An MLflow that takes everything."""
+
+
+@pytest.mark.parametrize(
+    ("end", "lost"),
+    [(nothing, 0), (BREAKS["dead"], 10), (BREAKS["frozen"], 10)],
+    ids=["up", "dead", "frozen"],
+)
+def test_a_folder_that_cannot_be_written(  # noqa: PLR0913, PLR0917 - fixtures
+    upstream: FakeUpstream, receiver: OtlpReceiver, mlflow: FakeMlflow, tmp_path: Path, end: Break, lost: int
 ) -> None:
     tmp_path.joinpath("file").write_text("no folder")
-    given = {**variables(upstream.url, mlflow.url, tmp_path / "file/spool"), **to_collector(receiver)}
-    if dead:
-        mlflow.down()
+    given = {
+        **variables(upstream.url, mlflow.url, tmp_path / "file/spool"),
+        **to_collector(receiver),
+        "MLFLOW_TIMEOUT_S": "5",
+    }
+    if lost:
+        # Too little time to find out that a frozen server does not answer.
+        given["SHUTDOWN_TIMEOUT_S"] = "0.5"
+    end(mlflow)
     with ServiceProcess(given) as process:
         process.wait_ready()
         token = process.token()
         answers = [generate(process, token) for _ in range(10)]
         lines = stopped(process)
     assert {answer.status for answer in answers} == {200}
-    assert mlflow.trace_ids == (set() if dead else {answer.request_id for answer in answers})
-    assert receiver.value("llmops.recorder.lost") == (10 if dead else 0)
+    assert mlflow.trace_ids == (set() if lost else {answer.request_id for answer in answers})
+    assert receiver.value("llmops.recorder.lost") == lost
+    said = [line["records"] for line in lines if line["message"] == "Records of calls are lost"]
+    assert said == ([lost] if lost else [])
     assert "The spool cannot be used: records wait in memory" in {line["message"] for line in lines}
-    assert [run.status for run in mlflow.runs] == ([] if dead else ["FINISHED"])
+    assert [run.status for run in mlflow.runs] == ([] if lost else ["FINISHED"])

@@ -248,12 +248,12 @@ class FakeUpstream(Watched):
     def _choose_for_chat(self, request: SeenRequest) -> Behaviour:
         if self._script:
             return self._script.popleft()
-        if isinstance(self.default, AcceptOnly) or not self.unknown_model_error:
+        if isinstance(self.default, AcceptOnly):
             return self.default
         model = request.json.get("model")
-        if model not in self.models:
+        if self.unknown_model_error and model not in self.models:
             return _unknown_model(model)
-        streamed = request.json.get("stream") and type(self.default) is Answer
+        streamed = type(self.default) is Answer and request.json.get("stream")
         return self.default_stream if streamed else self.default
 
     def _list_of_models(self) -> Behaviour:

@@ -60,7 +60,7 @@ def test_what_is_none_is_left_out_and_a_later_versions_fields_are_passed_over() 
     ids=lambda line: repr(line[:8]),
 )
 def test_a_line_that_is_no_record_is_a_value_error(line: bytes) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         CallRecord.from_line(line)
 
 
