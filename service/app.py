@@ -17,7 +17,7 @@ from service.middleware.inbound import make_harmless
 from service.middleware.request_id import RequestIdMiddleware
 from service.middleware.request_limits import RequestLimitsMiddleware
 from service.middleware.shutdown import ShutdownMiddleware
-from service.routers import auth, llm, openai, system
+from service.routers import auth, cache, llm, openai, system
 from service.telemetry.providers import Telemetry
 from service.telemetry.server import instrument_server
 
@@ -31,6 +31,7 @@ EXPOSED = (
     "X-LLM-Attempts",
     "X-Cache",
     "Age",
+    "X-Cache-Similarity",
 )
 
 
@@ -66,7 +67,7 @@ def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
         },
     )
     app.trust_traceparent = settings.trust_traceparent == "all"
-    for router in (auth.router, llm.router, openai.router, system.router):
+    for router in (auth.router, llm.router, cache.router, openai.router, system.router):
         app.include_router(router)
     app.router.routes.append(system.docs_assets())
     instrument_server(app, telemetry)
@@ -83,7 +84,14 @@ def _middleware(settings: Settings, telemetry: Telemetry) -> list[Middleware]:
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-ID", "traceparent", "tracestate"],
+            allow_headers=[
+                "Authorization",
+                "Cache-Control",
+                "Content-Type",
+                "X-Request-ID",
+                "traceparent",
+                "tracestate",
+            ],
             expose_headers=EXPOSED,
         ),
         # What is raised further in, by middleware too, becomes an answer here.

@@ -11,6 +11,8 @@ from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDU
 from service.config.logging import current_request
 from service.errors import AuthenticationError, PermissionDeniedError
 from service.services.auth import Authenticator, User
+from service.services.cache_admin import CacheAdmin, CacheFacts
+from service.services.cache_use import CacheWish, wish_of
 from service.services.drain import Drain
 from service.services.generation import Generation
 from service.services.health_checker import HealthChecker
@@ -92,6 +94,22 @@ async def _required(request: Request) -> frozenset[str]:
     return _state(request)["health_required"]
 
 
+async def _cache(request: Request) -> CacheAdmin | None:
+    return _state(request)["cache"]
+
+
+async def _cache_facts(request: Request) -> CacheFacts:
+    return _state(request)["cache_facts"]
+
+
+async def _cache_wish(request: Request) -> CacheWish:
+    """What the caller wants of the cache."""
+    return wish_of(", ".join(request.headers.getlist("cache-control")))
+
+
+CacheDep = Annotated[CacheAdmin | None, Depends(_cache)]
+CacheFactsDep = Annotated[CacheFacts, Depends(_cache_facts)]
+CacheWishDep = Annotated[CacheWish, Depends(_cache_wish)]
 DrainDep = Annotated[Drain, Depends(_drain)]
 HealthDep = Annotated[HealthChecker, Depends(_health)]
 RequiredDep = Annotated[frozenset[str], Depends(_required)]

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from service.clients.llm_answers import Completion
 from service.clients.llm_stream import StreamEvent
 from service.clients.sse import event
-from service.dependencies import CallDeadline, GenerationDep, KeepAlive, ModelCaller
+from service.dependencies import CacheWishDep, CallDeadline, GenerationDep, KeepAlive, ModelCaller
 from service.errors import (
     AuthenticationError,
     BadRequestError,
@@ -90,6 +90,7 @@ async def chat_completions(
     generation: GenerationDep,
     deadline: CallDeadline,
     keep_alive_s: KeepAlive,
+    wish: CacheWishDep,
 ) -> Response:
     """OpenAI's chat completion; the default model answers where none is named.
 
@@ -106,6 +107,7 @@ async def chat_completions(
         content=body.content,
         headers=_passed(request),
         streamed=body.stream,
+        wish=wish,
     )
     if call.streamed:
         wire = OpenAiWire(show_usage=body.wants_usage)

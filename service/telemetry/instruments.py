@@ -20,6 +20,12 @@ class Instruments:
         self.retry_attempts = _counter(meter, names.RETRY_ATTEMPTS)
         self.breaker_transitions = _counter(meter, names.BREAKER_TRANSITIONS)
         self.breaker_rejections = _counter(meter, names.BREAKER_REJECTIONS)
+        self.cache_lookups = _counter(meter, names.CACHE_LOOKUPS)
+        self.cache_lookup_duration = _histogram(meter, names.CACHE_LOOKUP_DURATION)
+        self.cache_similarity = _histogram(meter, names.CACHE_SIMILARITY)
+        self.cache_saved_tokens = _counter(meter, names.CACHE_SAVED_TOKENS)
+        self.cache_saved_cost = _counter(meter, names.CACHE_SAVED_COST)
+        self.cache_writes = _counter(meter, names.CACHE_WRITES)
         self.requests_in_flight = _up_down_counter(meter, names.REQUESTS_IN_FLIGHT)
         self.requests_rejected = _counter(meter, names.REQUESTS_REJECTED)
         self.auth_attempts = _counter(meter, names.AUTH_ATTEMPTS)
@@ -32,6 +38,10 @@ class Instruments:
             (self.retry_attempts, names.RETRY_ATTEMPTS),
             (self.breaker_transitions, names.BREAKER_TRANSITIONS),
             (self.breaker_rejections, names.BREAKER_REJECTIONS),
+            (self.cache_lookups, names.CACHE_LOOKUPS),
+            (self.cache_saved_tokens, names.CACHE_SAVED_TOKENS),
+            (self.cache_saved_cost, names.CACHE_SAVED_COST),
+            (self.cache_writes, names.CACHE_WRITES),
             (self.requests_rejected, names.REQUESTS_REJECTED),
             (self.auth_attempts, names.AUTH_ATTEMPTS),
             (self.recorder_spooled, names.RECORDER_SPOOLED),
