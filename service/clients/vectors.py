@@ -30,8 +30,14 @@ DELETE_CHUNK = 500
 WRITE_CHUNK = 16
 """Points that the embedded store writes before it looks whether something urgent waits."""
 
-KEYWORDS: Final = ("tenant", "scope", "model")
-NUMBERS: Final = ("expires", "created")
+KEYWORD = models.KeywordIndexType.KEYWORD
+INDEXES: Final = {
+    "tenant": models.KeywordIndexParams(type=KEYWORD, is_tenant=True),
+    "scope": models.PayloadSchemaType.KEYWORD,
+    "model": models.PayloadSchemaType.KEYWORD,
+    "expires": models.PayloadSchemaType.FLOAT,
+    "created": models.PayloadSchemaType.FLOAT,
+}
 NOT_FOUND = 404
 
 
@@ -146,27 +152,15 @@ class Vectors:
         if dimension is not None:
             vectors = models.VectorParams(size=dimension, distance=models.Distance.COSINE)
         try:
-            await self._call(
-                lambda client: client.create_collection(
-                    collection, vectors_config=vectors, on_disk_payload=True
-                )
-            )
+            await self._call(lambda client: client.create_collection(collection, vectors_config=vectors))
         except StoreError:
             # Another process may have been quicker.
             if not await self._call(lambda client: client.collection_exists(collection)):
                 raise
         if self._server is None:
             return
-        for name in KEYWORDS:
-            schema = models.KeywordIndexParams(
-                type=models.KeywordIndexType.KEYWORD, is_tenant=name == "tenant"
-            )
-            await self._server_index(collection, name, schema)
-        for name in NUMBERS:
-            await self._server_index(collection, name, models.PayloadSchemaType.FLOAT)
-
-    async def _server_index(self, collection: str, name: str, schema: object) -> None:
-        await self._call(lambda client: client.create_payload_index(collection, name, field_schema=schema))
+        for name, schema in INDEXES.items():
+            await self._call(_index(collection, name, schema))
 
     async def read(self, collection: str, point_id: str) -> Mapping[str, Any] | None:
         """What the point with this id carries; None when there is none."""
@@ -277,6 +271,10 @@ class Vectors:
 
 def _upsert(collection: str, points: list[models.PointStruct]) -> Work:
     return lambda client: client.upsert(collection, points=points, wait=True)
+
+
+def _index(collection: str, name: str, schema: object) -> Work:
+    return lambda client: client.create_payload_index(collection, name, field_schema=schema)
 
 
 def _vector(point: Point) -> dict[str, Any] | list[float]:

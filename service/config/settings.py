@@ -123,7 +123,7 @@ class Settings(BaseSettings):
     cache_memory_bytes: int = Field(67_108_864, ge=0, le=17_179_869_184)
     cache_queue_bytes: int = Field(33_554_432, ge=1_024, le=17_179_869_184)
     cache_semantic: bool = False
-    cache_similarity: float = Field(0.92, gt=0, le=1)
+    cache_similarity: float = Field(0.9, gt=0, le=1)
     cache_embedding_timeout_s: float = Field(0.5, gt=0, le=30)
     embedding_model: str = Field("", max_length=200)
 

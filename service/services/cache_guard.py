@@ -1,9 +1,10 @@
 """What must not differ between two questions that are to count as the same, however alike their vectors are.
 
-An embedding hardly sees a number, a negation, a name, a unit, a direction or a language change: "raise it by
-5 %" and "lower it by 15 %" lie close together. Those things are picked out by rules, in their order, and
-hashed; the store compares the hashes. A rule that sees too much costs a hit; one that sees too little would
-cost a wrong answer, so where there is doubt there is a difference.
+An embedding hardly sees a number, a negation, a name, a unit or a direction: "raise it by 5 %" and "lower it
+by 15 %" lie close together. A list of the words that matter never ends, so it is the other way round: of each
+question a few harmless words and ways to ask are left out, the rest is brought to its stems, and it must be
+equal, in its order. That is hashed, and the store compares the hashes. Where there is doubt there is a
+difference: a rule that sees too much costs a hit, one that sees too little would cost a wrong answer.
 """
 
 import hashlib
@@ -12,30 +13,27 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from service.services.guard_words import (
-    DATES,
-    LANGUAGES,
-    NAMES,
-    NEGATIONS,
-    NUMBERS,
-    OPENERS,
-    SENSES,
-    UNITS,
-)
+from service.services.guard_words import HARMLESS, LANGUAGES, PHRASES, SAME, TURNING
 
-QUOTED = re.compile(r"```.*?```|`[^`]+`|\"[^\"]+\"|“[^”]+”|«[^»]+»|(?<!\w)'[^']+'(?!\w)", re.DOTALL)
-NUMBER = re.compile(r"\d+(?:[.,:/-]\d+)*")
-CODE = re.compile(r"\S*(?:[_\\/@#=<>{}\[\]()|~^&*+$€£%]|\w\.\w|[a-z][A-Z]|::)\S*")
-TOKEN = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
-SENTENCE_END = re.compile(r"[.!?:;\n]\s*$")
+EXACT = re.compile(
+    r"```.*?```|`[^`]+`|\"[^\"]+\"|\u201c[^\u201d]+\u201d|\u00ab[^\u00bb]+\u00bb"  # quoted
+    r"|\S*(?:[_\\/@#=<>{}\[\]()|~^&*+$\u20ac\u00a3%]|\w\.\w|[a-z][A-Z]|::)\S*",  # code, paths, amounts
+    re.DOTALL,
+)
+"""What is compared letter by letter."""
+
+TOKEN = re.compile(r"\d+(?:[.,:/-]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)*|[^\w\s.,!?;:'\"-]")
+DRESS = tuple((re.compile(pattern), plain) for pattern, plain in PHRASES)
+ALTERNATIVES = re.compile(r"\b(\w+) (?:and|or|vs|versus) (?:(?:a|an|the) )?(\w+)\b")
 ASKED: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("count", re.compile(r"\bhow (?:many|much)\b|\bnumber of\b|\bpopulation\b|\bcost\b|\bprice\b")),
     ("when", re.compile(r"\bwhen\b|\bwhat (?:time|date|year|day)\b|\bwhich (?:year|day|date)\b")),
     ("where", re.compile(r"\bwhere\b|\bwhat (?:place|location)\b")),
     ("who", re.compile(r"\bwho(?:m|se|'s)?\b")),
-    ("howlong", re.compile(r"\bhow (?:long|often|far|old|tall|big|fast|high|deep)\b")),
+    ("why", re.compile(r"\bwhy\b")),
 )
-"""What kind of answer is asked for, where a word says it."""
+"""What kind of answer is asked for, where a word says it; such words are harmless otherwise."""
+
+SHORTEST_STEM = 3
 
 
 def guard_of(text: str) -> str:
@@ -49,52 +47,43 @@ def guard_of(text: str) -> str:
 
 
 def _features(text: str) -> Iterator[str]:
-    for found in QUOTED.finditer(text):
-        yield f"quote:{found[0].strip().casefold()}"
-    rest = QUOTED.sub(" ", text)
-    for found in CODE.finditer(rest):
-        yield f"code:{found[0].strip('.,;:!?')}"
-    for found in NUMBER.finditer(rest):
-        yield f"number:{found[0].replace(',', '')}"
-    negations = 0
-    for word, is_name in _words(rest):
-        kind = _kind_of(word, is_name=is_name)
-        negations += kind == "not"
-        if kind and kind != "not":
-            yield kind
-    yield f"not:{negations}"
-    lowered = rest.casefold()
+    text = text.replace("\u2019", "'")
+    plain = EXACT.sub(" ", text).casefold()
     for name, pattern in ASKED:
-        if pattern.search(lowered):
+        if pattern.search(plain):
             yield f"asked:{name}"
     yield f"language:{language_of(text)}"
+    for found in EXACT.finditer(text):
+        yield f"exact:{found[0].strip('.,;:!?')}"
+    yield from _stems(plain)
 
 
-def _words(text: str) -> Iterator[tuple[str, bool]]:
-    """Each word in small letters, and whether it is written as a name."""
+def _stems(text: str) -> list[str]:
+    """The words that count, in their order; two that are only set side by side in that of the alphabet."""
+    for pattern, plain in DRESS:
+        text = pattern.sub(plain, text)
+    text = ALTERNATIVES.sub(lambda pair: " ".join(sorted((pair[1], pair[2]))), text)
+    parts: list[list[str]] = [[]]
     for found in TOKEN.finditer(text):
-        word = found[0].replace("\u2019", "'")
-        before = text[: found.start()]
-        opens = not before.strip() or SENTENCE_END.search(before) is not None
-        small = word.casefold()
-        acronym = len(word) > 1 and word.isupper()
-        capital = word[:1].isupper() and not word.startswith("I'") and word != "I"
-        named = acronym or (capital and not (opens and small in OPENERS))
-        yield small.removesuffix("'s"), named
+        # "France's capital", like "the capital of France".
+        word = found[0].replace(",", "").removesuffix("'s")
+        if word in TURNING:
+            parts.append([])
+        elif word not in HARMLESS:
+            parts[-1].append(stem_of(SAME.get(word, word)))
+    return [stem for part in reversed(parts) for stem in part]
 
 
-def _kind_of(word: str, *, is_name: bool) -> str:
-    """What a word must be equal in; empty for a word that may differ."""
-    if word in NEGATIONS or word.endswith("n't"):
-        return "not"
-    if word in DATES:
-        return f"date:{word}"
-    for prefix, words in (("number", NUMBERS), ("unit", UNITS), ("sense", SENSES)):
-        if word in words:
-            return f"{prefix}:{words[word]}"
-    if is_name or word in NAMES:
-        return f"name:{word}"
-    return ""
+def stem_of(word: str) -> str:
+    """The word without the ending of its plural or of its form as a verb, roughly."""
+    for ending, instead in (("ies", "y"), ("sses", "ss"), ("ing", ""), ("ed", ""), ("es", ""), ("s", "")):
+        stem = word.removesuffix(ending)
+        if stem == word or len(stem) < SHORTEST_STEM or (ending == "s" and stem[-1] in "sui"):
+            continue
+        if ending in {"ing", "ed"} and stem[-1] == stem[-2] and stem[-1] not in "lsz":
+            stem = stem[:-1]
+        return (stem + instead).removesuffix("e") if not instead else stem + instead
+    return word.removesuffix("e") if len(word) > SHORTEST_STEM else word
 
 
 def language_of(text: str) -> str:
