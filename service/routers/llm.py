@@ -8,7 +8,7 @@ from starlette.responses import Response
 from service.clients.llm_answers import Completion
 from service.clients.llm_stream import StreamEvent
 from service.clients.sse import event
-from service.dependencies import CacheWishDep, CallDeadline, GenerationDep, KeepAlive, ModelCaller, RequestId
+from service.dependencies import GenerationDep, ModelCallDep, ModelCaller
 from service.errors import (
     AuthenticationError,
     BadRequestError,
@@ -78,27 +78,23 @@ class TokenWire:
     },
 )
 async def generate(
-    body: GenerateRequest,
-    request: Request,
-    user: ModelCaller,
-    generation: GenerationDep,
-    deadline: CallDeadline,
-    request_id: RequestId,
-    keep_alive_s: KeepAlive,
-    wish: CacheWishDep,
+    body: GenerateRequest, request: Request, user: ModelCaller, asked: ModelCallDep
 ) -> GenerateResponse | Response:
     """Send a prompt to a model; a caller who closes the connection stops the model's work.
 
     With `stream` the answer comes as server-sent events: `token` for each piece of text, then `done` with
     what the answer came to, or `error` with an error's body.
     """
+    generation = asked.generation
     model = body.model or generation.default_model
-    call = Call(body.as_chat(), model, user.username, deadline, streamed=body.stream, wish=wish)
+    call = Call(body.as_chat(), model, user.username, asked.deadline, streamed=body.stream, wish=asked.wish)
     if call.streamed:
-        wire = TokenWire(call, request_id)
-        return EventStream(lambda relay: generation.stream(call, relay), wire, keep_alive_s)
-    completion = await unless_caller_left(request.receive, generation.generate(call))
-    return GenerateResponse.of(completion, call.cache, request_id)
+        wire = TokenWire(call, asked.request_id)
+        return EventStream(lambda relay: generation.stream(call, relay), wire, asked.keep_alive_s)
+    reply = generation.recall(call)
+    if reply is None:
+        reply = await unless_caller_left(request.receive, generation.forward(call))
+    return GenerateResponse.of(reply.completion, call.cache, asked.request_id)
 
 
 @router.get("/models", responses=errors(AuthenticationError, *UPSTREAM_ERRORS, *UNAVAILABLE))

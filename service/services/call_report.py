@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.trace import Span, Status, StatusCode, format_span_id, format_trace_id
@@ -21,6 +21,9 @@ from service.telemetry import names
 from service.telemetry.instruments import Instruments
 from service.utils.deadline import Deadline
 from service.utils.retry import Progress
+
+if TYPE_CHECKING:
+    from service.services.response_cache import Ticket
 
 MAX_CONTENT_CHARS = 65_536
 """So much of a prompt, and of an answer, is kept where content is captured at all."""
@@ -48,6 +51,7 @@ class Call:
         streamed: Whether the answer is wanted in pieces.
         wish: What the caller wants of the cache.
         cache: What came of the cache.
+        ticket: Its way through the cache, where it has one.
         cached: Whether the answer is one that another call has paid for.
         progress: How far the attempts have come.
         llm_s: Seconds spent waiting for the upstream.
@@ -66,6 +70,7 @@ class Call:
     streamed: bool = False
     wish: CacheWish = ANY
     cache: CacheUse = field(default_factory=CacheUse)
+    ticket: "Ticket | None" = None
     cached: bool = False
     progress: Progress = field(default_factory=Progress)
     llm_s: float = 0.0

@@ -35,8 +35,7 @@ BREAKER = "litellm"
 class Generation:
     """Answers requests: breaker around each attempt, attempts within one deadline.
 
-    One call is one of three: ``generate`` gives what the answer says, ``forward`` the answer as it came,
-    ``stream`` hands it on in pieces.
+    One call is one of two: ``forward`` gives the whole answer, ``stream`` hands it on in pieces.
 
     Args:
         llm: The models' side.
@@ -97,12 +96,26 @@ class Generation:
         """The models on offer; raises as the client does."""
         return await self._llm.models()
 
-    async def generate(self, call: Call) -> Completion:
-        """Ask the model, and read its answer; raises as ``forward`` does."""
-        return (await self.forward(call)).completion
+    def recall(self, call: Call) -> Reply | None:
+        """The answer, where it is in this process's memory; None where the call has to be made.
+
+        A hit takes less time than watching for the caller to leave. What comes of it is reported here.
+        """
+        if self._cache is None:
+            return None
+        call.ticket = self._cache.ticket(call)
+        entry = self._cache.recall(call, call.ticket) if call.ticket else None
+        if entry is None:
+            return None
+        with self._reported(call):
+            reply = self._from_cache(call, entry.reply(), entry)
+            call.completion = reply.completion
+        return reply
 
     async def forward(self, call: Call) -> Reply:
         """Ask the model, again where that helps; the call's ``progress`` tells how it went, in any case.
+
+        ``recall`` comes first: without it the call passes the cache by.
 
         Raises:
             CircuitOpenError: The upstream keeps failing, and was not asked.
@@ -131,7 +144,10 @@ class Generation:
             UpstreamTimeoutError: There came nothing for too long, or too much for too long.
             ServiceError: As ``LlmClient.stream`` says; the last attempt's.
         """
-        ticket, entry = await self._look_up(call, sharing=False)
+        ticket = call.ticket = self._cache.ticket(call) if self._cache else None
+        entry = self._cache.recall(call, ticket) if self._cache and ticket else None
+        if entry is None:
+            ticket, entry = await self._look_up(call, sharing=False)
         with self._reported(call) as span:
             if entry is not None:
                 call.completion = self._from_cache(call, entry.reply(), entry).completion
@@ -153,12 +169,10 @@ class Generation:
 
     async def _look_up(self, call: Call, *, sharing: bool = True) -> tuple[Ticket | None, Entry | None]:
         """The call's ticket for the cache, and the stored answer; None for each where there is none."""
-        if self._cache is None:
-            return None, None
-        flights = self._flights if sharing else None
-        ticket = self._cache.ticket(call)
-        if ticket is None or not ticket.wish.read:
+        ticket = call.ticket
+        if self._cache is None or ticket is None or not ticket.wish.read:
             return ticket, None
+        flights = self._flights if sharing else None
         try:
             in_flight = _nothing if flights is None or ticket.wish != ANY else flights.__contains__
             return ticket, await self._cache.look_up(call, ticket, in_flight)

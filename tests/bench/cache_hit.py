@@ -2,22 +2,23 @@
 
 One app, as it is served, on a real socket, with two more routes behind the same middleware: one that answers
 at once, and one that signs the caller in and counts the call like every model call and then answers at once.
-The three are asked in turns over one connection; ratios of each round's medians are printed.
+The three are asked in turns over one connection, from a process of its own; ratios of the rounds' medians
+are printed.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from http.client import HTTPConnection
-from typing import Any
 
 from fastapi import FastAPI
 
 from service.config.settings import prepare_environment
 from service.dependencies import ModelCaller
 from tests.fakes.upstream import FakeUpstream
-from tests.harness import AppUnderTest, running_app
+from tests.harness import running_app
 
 BODY = json.dumps({"prompt": "What does it cost?"})
 
@@ -35,11 +36,10 @@ def add_routes(app: FastAPI) -> None:
     app.add_api_route("/noop-signed-in", noop_signed_in, methods=["POST"])
 
 
-def measure(app: AppUnderTest, rounds: int, calls: int) -> dict[str, Any]:
+def measure(port: int, token: str, rounds: int, calls: int) -> dict[str, list[float]]:
     """The medians of each round, by route, in seconds."""
-    token = app.token()
     fields = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-    connection = HTTPConnection("127.0.0.1", app.port)
+    connection = HTTPConnection("127.0.0.1", port)
     found: dict[str, list[float]] = {"/noop": [], "/noop-signed-in": [], "/llm/generate": []}
 
     def ask(path: str) -> float:
@@ -47,7 +47,7 @@ def measure(app: AppUnderTest, rounds: int, calls: int) -> dict[str, Any]:
         connection.request("POST", path, BODY, fields)
         response = connection.getresponse()
         response.read()
-        assert response.status == 200  # noqa: S101 - a bench that measures errors measures nothing
+        assert response.status == 200
         return time.perf_counter() - started
 
     for path in found:
@@ -76,7 +76,8 @@ def main() -> None:
             add_routes, litellm_url=upstream.url, cache_enabled=True, rate_limit="10000000/minute"
         ) as app,
     ):
-        found = measure(app, arguments.rounds, arguments.calls)
+        with multiprocessing.get_context("spawn").Pool(1) as client:
+            found = client.apply(measure, (app.port, app.token(), arguments.rounds, arguments.calls))
         asked = len(upstream.chat_requests)
     for path, medians in found.items():
         print(f"{path:16} {statistics.median(medians) * 1_000:.3f} ms")  # noqa: T201 - what it is for
@@ -84,7 +85,7 @@ def main() -> None:
         ratios = [hit / none for hit, none in zip(found["/llm/generate"], found[path], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(  # noqa: T201 - what it is for
-            f"hit / {path}: {middle:.3f} (middle half {low:.3f} to {high:.3f}); upstream asked {asked} time(s)"
+            f"hit / {path}: {middle:.3f} ({low:.3f} to {high:.3f}); upstream asked {asked} time(s)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Precision and recall on the labelled pairs, with and without the guard: `python -m tests.semantic.curve`."""
+"""Precision and recall on the labelled pairs, with and without guard: `python -m tests.semantic.curve`."""
 
 from dataclasses import dataclass
 from itertools import combinations
