@@ -266,7 +266,7 @@ class Vectors:
             # The embedded client has one kind of error for a collection that is not there, and for the rest.
             if isinstance(error, ValueError) and "not found" in str(error):
                 raise NoCollectionError from None
-            raise StoreError(type(error).__name__) from None
+            raise StoreError("nonsense" if self._embedded is None else type(error).__name__) from None
 
 
 def _upsert(collection: str, points: list[models.PointStruct]) -> Work:

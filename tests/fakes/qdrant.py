@@ -85,7 +85,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self, method: str) -> None:
         fake = self.server_fake
         length = int(self.headers.get("Content-Length") or 0)
-        body = json.loads(self.rfile.read(length)) if length else {}
+        content = self.rfile.read(length)
+        if len(content) < length:
+            # Who asked has left in the middle.
+            self.close_connection = True
+            return
+        body = json.loads(content) if content else {}
         path = unquote(urlsplit(self.path).path)
         fake.requests.append((method, path))
         if fake.mode == "slow":
