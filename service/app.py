@@ -34,6 +34,19 @@ EXPOSED = (
     "X-Cache-Similarity",
 )
 
+ACCEPTED = (
+    *("Authorization", "Content-Type", "X-Request-ID", "traceparent", "tracestate", "OpenAI-Beta"),
+    "Cache-Control",
+    # What OpenAI's library for JavaScript sends from a browser, too; it goes no further than here.
+    *(
+        f"X-Stainless-{name}"
+        for name in (
+            *("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version"),
+            *("Retry-Count", "Timeout", "Helper-Method"),
+        )
+    ),
+)
+
 
 class LlmApi(FastAPI):
     """The app, with requests made harmless before the instrumentation, outside all middleware, sees them."""
@@ -84,14 +97,7 @@ def _middleware(settings: Settings, telemetry: Telemetry) -> list[Middleware]:
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=[
-                "Authorization",
-                "Cache-Control",
-                "Content-Type",
-                "X-Request-ID",
-                "traceparent",
-                "tracestate",
-            ],
+            allow_headers=ACCEPTED,
             expose_headers=EXPOSED,
         ),
         # What is raised further in, by middleware too, becomes an answer here.

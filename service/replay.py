@@ -7,7 +7,7 @@ from service.clients.mlflow import Tracker, TrackerError
 from service.config.logging import configure_logging, detach_bridge, drain_lines
 from service.config.settings import Settings
 from service.services.mlflow_delivery import Delivery
-from service.services.mlflow_recorder import Losses
+from service.services.mlflow_run import Losses
 from service.telemetry.providers import SCOPE, Telemetry, build_telemetry
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,11 @@ def _replay(settings: Settings, telemetry: Telemetry) -> int:
     except TrackerError as error:
         logger.error("Error: MLflow does not take the records: %s", error.reason)  # noqa: TRY400 - no bug
         return 1
-    losses.say("see before")
+    except OSError as error:
+        logger.error("Error: the spool cannot be worked on: %s", error.strerror)  # noqa: TRY400 - no bug
+        return 1
+    finally:
+        losses.say()
     if replayed.files_kept:
         logger.error(
             "Error: MLflow refused %d file(s) of records, which stay in the spool", replayed.files_kept

@@ -1,8 +1,14 @@
 """One model call as it is kept: what the recorder writes, and MLflow shows."""
 
 import json
+import re
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self
+
+TRACE_ID = re.compile(r"[0-9a-f]{32}")
+SPAN_ID = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,17 +73,34 @@ class CallRecord:
 
         Fields that this version does not know are passed over: a later one may have written the line.
         """
-        read: Any = json.loads(line)
-        if not isinstance(read, dict):
-            raise ValueError("not an object")  # noqa: TRY004 - one kind of error for a line that is no record
         try:
+            read: Any = json.loads(line)
             record = cls(**{name: value for name, value in read.items() if name in _NAMES})
-            whole = len(bytes.fromhex(record.trace_id)), len(bytes.fromhex(record.span_id))
-        except TypeError as error:
-            raise ValueError("fields are missing") from error
-        if whole != (16, 8):
-            raise ValueError("no ids")
+            named = TRACE_ID.fullmatch(record.trace_id) and SPAN_ID.fullmatch(record.span_id)
+            timed = record.started_ns >= 0 and record.duration_s >= 0
+        except (AttributeError, TypeError, RecursionError) as error:
+            raise ValueError("no record") from error
+        if not named or not timed:
+            raise ValueError("no record")
         return record
 
 
 _NAMES = tuple(field.name for field in fields(CallRecord))
+
+
+def read(path: Path) -> tuple[list[CallRecord], int]:
+    """The records in a file of lines, and how many of its lines are garbled; raises ``OSError``.
+
+    What a crash has cut off is passed over and not counted: its call was never answered.
+    """
+    *lines, cut_off = path.read_bytes().split(b"\n")
+    records, garbled = [], 0
+    for line in lines:
+        try:
+            records.append(CallRecord.from_line(line))
+        except ValueError:
+            garbled += 1
+    with suppress(ValueError):
+        # Nothing but its line feed may be missing.
+        records.append(CallRecord.from_line(cut_off))
+    return records, garbled

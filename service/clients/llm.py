@@ -11,7 +11,7 @@ from opentelemetry.instrumentation.httpx import HTTPX2ClientInstrumentor
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
 from service.clients.bounded_transport import BoundedTransport
-from service.clients.llm_answers import ModelList, Reply, read_answer, read_models
+from service.clients.llm_answers import MAX_CONTENT_CHARS, ModelList, Reply, read_answer, read_models
 from service.clients.llm_errors import timed_out, translate
 from service.clients.llm_request import LlmRequest
 from service.clients.llm_spans import AttemptSpan, AttemptSpans
@@ -83,6 +83,7 @@ class LlmClient:
         self._client = client
         self._timeout_s = settings.llm_timeout_s
         self._connect_timeout_s = settings.llm_connect_timeout_s
+        self._keep_chars = MAX_CONTENT_CHARS if settings.captures_content else 0
         self._instruments = telemetry.instruments
         self._spans = AttemptSpans(telemetry, settings, self.known)
         self._root = settings.litellm_url.rstrip("/").removesuffix("/v1")
@@ -142,7 +143,8 @@ class LlmClient:
         # Between two pieces nobody knows what is long: who iterates has the time limits.
         limits = httpx2.Timeout(None, connect=min(self._connect_timeout_s, deadline.left_s))
         response = await self._post(request, limits, stream=True)
-        stream = LlmStream(response, request, span, known_model=request.model in self._known)
+        known_model = request.model in self._known
+        stream = LlmStream(response, request, span, known_model=known_model, keep_chars=self._keep_chars)
         try:
             await stream.first()
         except BaseException:

@@ -14,6 +14,9 @@ MAX_NAME_CHARS = 256
 MAX_COUNT = 2**53
 MAX_COST = 1e9
 MAX_CHOICES = 128
+MAX_CONTENT_CHARS = 65_536
+"""So much of a prompt, and of an answer, is kept where content is captured at all."""
+
 COST_HEADERS = ("x-litellm-response-cost", "x-litellm-response-cost-original")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 

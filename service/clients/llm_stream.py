@@ -55,10 +55,17 @@ class LlmStream:
         request: What was asked.
         span: The attempt's; each piece is noted there.
         known_model: Whether the upstream has listed the model.
+        keep_chars: So much of the text is kept, for a record that holds it.
     """
 
     def __init__(
-        self, response: httpx2.Response, request: LlmRequest, span: AttemptSpan, *, known_model: bool
+        self,
+        response: httpx2.Response,
+        request: LlmRequest,
+        span: AttemptSpan,
+        *,
+        known_model: bool,
+        keep_chars: int = 0,
     ) -> None:
         self._response = response
         self._bytes = response.aiter_raw()
@@ -69,6 +76,8 @@ class LlmStream:
         self._ready: deque[StreamEvent] = deque()
         self._ended = False
         self._pieces = 0
+        self._keep_chars = keep_chars
+        self._kept: list[str] = []
         self._id: str | None = None
         self._model: str | None = None
         self._usage = counts_of({})
@@ -94,7 +103,7 @@ class LlmStream:
         counted = count(usage.get("completion_tokens"))
         estimated = counted is None and self._pieces > 0
         return Completion(
-            text="",
+            text="".join(self._kept),
             model=self._model or self._request.model,
             prompt_tokens=count(usage.get("prompt_tokens")),
             completion_tokens=self._pieces if estimated else counted,
@@ -153,8 +162,11 @@ class LlmStream:
         if not isinstance(choices, list):
             choices = []
         text = self._learn(choices)
-        usage_only = not choices and bool(counts_of(payload))
-        self._ready.append(StreamEvent(raw, text, usage_only, payload))
+        if text and self._keep_chars > 0:
+            self._kept.append(text[: self._keep_chars])
+            self._keep_chars -= len(text)
+        counted_only = bool(counts_of(payload)) and not any(map(_says_something, choices))
+        self._ready.append(StreamEvent(raw, text, counted_only, payload))
 
     def _learn(self, choices: list[Any]) -> str:
         """Take the reasons and count the pieces; the first choice's text."""
@@ -175,3 +187,12 @@ class LlmStream:
             if index in {0, None} and isinstance(content, str):
                 text += content
         return text
+
+
+def _says_something(choice: object) -> bool:
+    """Whether a choice is more than a place; LiteLLM sends its count with an empty one, OpenAI with none."""
+    if not isinstance(choice, dict):
+        return True
+    delta = choice.get("delta")
+    said = any(delta.values()) if isinstance(delta, dict) else bool(delta)
+    return said or any(value for name, value in choice.items() if name not in {"index", "delta"})

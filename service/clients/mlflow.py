@@ -7,6 +7,7 @@ up the end of the process.
 import asyncio
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +27,10 @@ TRACES = "/v1/traces"
 MAX_TRACES = 100
 """Most records of one export: the server links no more traces to a run at once."""
 
+JSON = "application/json"
+PROTOBUF = "application/x-protobuf"
+
+NOT_MLFLOW = "not MLflow's answer"
 MAX_PARAM_CHARS = 500
 REFUSED = frozenset(
     {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
@@ -95,7 +100,11 @@ class Tracker:
             run = runs[0] if runs else self._client.create_run(identifier, started_ms, run_name=name)
             return Run(run.info.run_id, identifier)
 
-        return _translated(start)
+        made = _translated(start)
+        if not made.run_id or not made.experiment_id:
+            # The SDK makes something of every object.
+            raise TrackerError(NOT_MLFLOW)
+        return made
 
     def log_params(self, run: Run, params: Mapping[str, str]) -> None:
         """Write the run's parameters, cut to a length that the server takes; raises as ``start_run`` does."""
@@ -123,15 +132,16 @@ class Tracker:
             TrackerError: It failed, could not be reached, or did not answer in time.
         """
         headers = {
-            "Content-Type": "application/x-protobuf",
+            "Content-Type": PROTOBUF,
             "x-mlflow-experiment-id": run.experiment_id,
             "x-mlflow-run-id": run.run_id,
         }
-        self._request("POST", TRACES, extra_headers=headers, data=encode(records, self._resource))
+        body = encode(records, self._resource)
+        self._request("POST", TRACES, PROTOBUF, extra_headers=headers, data=body)
 
     def look(self) -> None:
         """Ask the server's API, which reaches its database; raises as ``send`` does."""
-        self._request("GET", API_PING, params={"max_results": 1})
+        self._request("GET", API_PING, JSON, params={"max_results": 1})
 
     async def ping(self) -> None:
         """The same for the event loop; ``UpstreamError`` where it fails."""
@@ -140,7 +150,7 @@ class Tracker:
         except TrackerError as error:
             raise UpstreamError(label=error.reason) from None
 
-    def _request(self, method: str, path: str, **options: Any) -> None:  # noqa: ANN401 - passed on
+    def _request(self, method: str, path: str, answered_in: str, **options: Any) -> None:  # noqa: ANN401
         from mlflow.utils.credentials import get_default_host_creds  # noqa: PLC0415 - see _client
         from mlflow.utils.rest_utils import http_request  # noqa: PLC0415 - see _client
 
@@ -152,6 +162,8 @@ class Tracker:
                 max_retries=0,
                 timeout=self._timeout_s,
                 raise_on_status=False,
+                # Followed, an order becomes a question, and a login page the proof that all is well.
+                allow_redirects=False,
                 **options,
             )
         )
@@ -162,6 +174,9 @@ class Tracker:
             raise GoneError(f"HTTP {status}")
         if status != HTTPStatus.OK:
             raise TrackerError(f"HTTP {status}")
+        if not response.headers.get("Content-Type", "").startswith(answered_in):
+            # Somebody who answers 200 to everything has kept nothing.
+            raise TrackerError(NOT_MLFLOW)
 
     @property
     def _client(self) -> "MlflowClient":
@@ -180,13 +195,17 @@ def _translated(work: Callable[[], T]) -> T:
     try:
         return work()
     except RestException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        # What was deleted on MLflow's page stays for a while, and is said to be in the wrong state.
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST" or "must be in the 'active' state" in str(error):
             raise GoneError(error.error_code) from None
         raise TrackerError(str(error.error_code)) from None
     except MlflowException as error:
         # Everything that kept an answer from coming has this one class, and tells itself apart by its text.
         text = str(error).lower()
         raise TrackerError("Timeout" if "timed out" in text else "Connection error") from None
+    except Exception as error:  # noqa: BLE001 - see below
+        # An answer that is not MLflow's: the SDK looks for things in it that are not there.
+        raise TrackerError(type(error).__name__) from None
 
 
 async def in_thread(work: Callable[[], None], name: str) -> None:
@@ -208,7 +227,8 @@ async def in_thread(work: Callable[[], None], name: str) -> None:
             work()
         except Exception as raised:  # noqa: BLE001 - carried over to whoever awaits
             error = raised
-        if not loop.is_closed():
+        # The loop may have been closed by now: then nobody waits any more.
+        with suppress(RuntimeError):
             loop.call_soon_threadsafe(finish, error)
 
     threading.Thread(target=run, name=name, daemon=True).start()

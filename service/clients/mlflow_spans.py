@@ -24,13 +24,16 @@ COST = "mlflow.llm.cost"
 TAG = "mlflow.traceTag."
 SPAN_TYPES = {"chat": "CHAT_MODEL", "embeddings": "EMBEDDING"}
 
+MOST_INT = 2**63 - 1
+
 
 def encode(records: Iterable[CallRecord], resource: Mapping[str, str]) -> bytes:
     """The body of one export: a root span for each record.
 
     MLflow keeps a span as the trace ``tr-<trace id>``, and one that it has already it keeps as it is: sending
     a record again changes nothing. The span has no parent there: one that never comes would leave the trace
-    in progress for ever.
+    in progress for ever. Whatever a record holds, something can be sent: one that could not would be in the
+    way of all others.
     """
     spans = [_span(record) for record in records]
     attributes = [_attribute(name, value) for name, value in resource.items()]
@@ -43,16 +46,16 @@ def _span(record: CallRecord) -> Span:
     return Span(
         trace_id=bytes.fromhex(record.trace_id),
         span_id=bytes.fromhex(record.span_id),
-        name=f"{record.operation} {record.model}",
+        name=_text(f"{record.operation} {record.model}"),
         kind=Span.SPAN_KIND_CLIENT,
-        start_time_unix_nano=record.started_ns,
-        end_time_unix_nano=record.started_ns + int(record.duration_s * 1e9),
+        start_time_unix_nano=_whole(record.started_ns),
+        end_time_unix_nano=_whole(record.started_ns + _whole(min(record.duration_s, MOST_INT) * 1e9)),
         attributes=[
             _attribute(name, value) for name, value in _attributes(record).items() if value is not None
         ],
         status=Status(
             code=Status.STATUS_CODE_OK if succeeded else Status.STATUS_CODE_ERROR,
-            message="" if succeeded else record.error or record.outcome,
+            message="" if succeeded else _text(record.error or record.outcome),
         ),
     )
 
@@ -86,18 +89,28 @@ def _attributes(record: CallRecord) -> dict[str, object]:
 
 
 def _attribute(name: str, value: object) -> KeyValue:
-    return KeyValue(key=name, value=_any_value(value))
+    return KeyValue(key=_text(name), value=_any_value(value))
 
 
 def _any_value(value: object) -> AnyValue:
     match value:
         case bool():
             return AnyValue(bool_value=value)
-        case int():
+        case int() if abs(value) <= MOST_INT:
             return AnyValue(int_value=value)
         case float():
             return AnyValue(double_value=value)
         case dict():
             return AnyValue(kvlist_value=KeyValueList(values=[_attribute(*entry) for entry in value.items()]))
         case _:
-            return AnyValue(string_value=value if isinstance(value, str) else json.dumps(value))
+            return AnyValue(string_value=_text(value))
+
+
+def _text(value: object) -> str:
+    """Text that protobuf takes, and each database of MLflow's: no half characters, and no NUL."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def _whole(value: float) -> int:
+    return int(max(0, min(value, MOST_INT)))

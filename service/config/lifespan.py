@@ -32,12 +32,16 @@ from service.telemetry.names import EVENT_SHUTDOWN_COMPLETED, EVENT_SHUTDOWN_STE
 from service.telemetry.providers import SCOPE, Telemetry
 
 LAG_INTERVAL_S = 0.5
-STEPS_TIMEOUT_S = 2.0
-"""Time limit of all steps of the stop between the drain and the flush of the telemetry, which has its own two
-seconds: the whole stop may take five seconds beyond the drain."""
+STEPS_TIMEOUT_S = 1.5
+"""Time limit of all steps of the stop between the drain and the flush of the telemetry, where the drain took
+all its time: the flush may take two and a half seconds, uvicorn and the interpreter half a one, and the whole
+stop five seconds beyond the drain. What the drain left of its time is theirs, too."""
 
 STEP_TIMEOUT_S = 1.0
 """Time limit of one of them, but for the recorder's, which has work to do."""
+
+FINALIZING_TIMEOUT_S = 8.0
+"""The recorder's: a server under load takes seconds for the last records, the totals and the run's end."""
 
 LAST_STEP_S = 0.1
 """What a step gets at least, whatever those before it took."""
@@ -63,10 +67,10 @@ def lifespan_of(
             stack.push_async_callback(anyio.to_thread.run_sync, drain_lines)
             stack.push_async_callback(_flush, telemetry, settings.telemetry_flush_timeout_s)
             stack.callback(_say_completed, drain)
-            closing = _Closing(stack)
+            closing = _Closing(stack, lambda: settings.shutdown_timeout_s - drain.since_signal_s)
             llm = await closing.enter(open_llm(settings, telemetry))
             recorder = await closing.enter(
-                _recording(settings, telemetry), "Finalizing MLflow run...", STEPS_TIMEOUT_S
+                _recording(settings, telemetry), "Finalizing MLflow run...", FINALIZING_TIMEOUT_S
             )
             vectors = await closing.enter(open_vectors(settings), "Closing Qdrant connections...")
             caching = await closing.enter(
@@ -112,17 +116,23 @@ def lifespan_of(
                 "drain": drain,
                 "health": health,
                 "health_required": frozenset(settings.health_required),
-                "stream_keep_alive_s": settings.stream_keep_alive_s,
+                "stream_keep_alive_s": keep_alive_s(settings),
             }
 
     return lifespan
 
 
 class _Closing:
-    """Leaves contexts in order, whatever leaving one raises: each within a limit, all within another."""
+    """Leaves contexts in order, whatever leaving one raises: each within a limit, all within another.
 
-    def __init__(self, stack: AsyncExitStack) -> None:
+    Args:
+        stack: Where they are entered.
+        spare_s: What is left of the drain's time when the first one is left.
+    """
+
+    def __init__(self, stack: AsyncExitStack, spare_s: Callable[[], float]) -> None:
         self._stack = stack
+        self._spare_s = spare_s
         self._until_s: float | None = None
 
     async def enter(
@@ -137,6 +147,8 @@ class _Closing:
             try:
                 async with asyncio.timeout(min(limit_s, self._left_s())):
                     await context.__aexit__(None, None, None)
+            except TimeoutError:
+                logger.warning("A step of the stop was not done in time", extra={"step": line})
             except Exception:
                 # The next step must come all the same.
                 logger.exception("A step of the stop failed")
@@ -147,7 +159,7 @@ class _Closing:
     def _left_s(self) -> float:
         now = asyncio.get_running_loop().time()
         if self._until_s is None:
-            self._until_s = now + STEPS_TIMEOUT_S
+            self._until_s = now + STEPS_TIMEOUT_S + max(0.0, self._spare_s())
         return max(LAST_STEP_S, self._until_s - now)
 
 
@@ -169,6 +181,12 @@ async def _recording(settings: Settings, telemetry: Telemetry) -> AsyncIterator[
 
 def _record_nothing(_record: CallRecord) -> None:
     """Where there is no MLflow."""
+
+
+def keep_alive_s(settings: Settings) -> float:
+    """Seconds of a stream's silence until a comment; the default gives way to a shorter limit of silence."""
+    asked_s, limit_s = settings.stream_keep_alive_s, settings.stream_chunk_timeout_s
+    return asked_s if asked_s < limit_s else limit_s / 2
 
 
 def _say_completed(drain: Drain) -> None:

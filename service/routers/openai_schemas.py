@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from service.errors import ServiceError
 from service.routers.openai_body import MODEL_NAME
-from service.routers.schemas import errors
+from service.routers.schemas import errors, event_schema
 
 REFERENCE = "https://platform.openai.com/docs/api-reference"
 Schema = dict[str, Any]
@@ -111,7 +111,7 @@ CHAT_ANSWER: Final = _answer(
     },
 )
 CHAT_ANSWER["content"]["text/event-stream"] = {
-    "schema": {"type": "string"},
+    "schema": event_schema("message"),
     "example": 'data: {"choices":[{"index":0,"delta":{"content":"The"}}]}\n\ndata: [DONE]\n\n',
 }
 EMBEDDINGS_ANSWER: Final = _answer(

@@ -3,7 +3,15 @@
 import json
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+)
 
 from service.clients.llm_answers import Completion
 from service.errors import InternalError, MethodNotAllowedError, ServiceError
@@ -28,13 +36,18 @@ def _plain_text(value: SecretStr) -> SecretStr:
     return value
 
 
+def _whole(value: object) -> object:
+    """Take 1.0 for the integer that it is in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+ -]*$", max_length=200)]
 
 
 class Inbound(BaseModel):
-    """A request's body; a field that we do not know is an error, not a silence."""
+    """A request's body; a field that we do not know is an error, and no value is guessed at."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class LoginRequest(Inbound):
@@ -67,7 +80,7 @@ class GenerateRequest(Inbound):
     model: ModelName | None = Field(None, description="One of GET /llm/models; the default model without it.")
     system_prompt: str | None = Field(None, min_length=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    max_tokens: int | None = Field(None, ge=1, le=10_000_000)
+    max_tokens: Annotated[int, Field(ge=1, le=10_000_000), BeforeValidator(_whole)] | None = None
     response_format: Annotated[dict[str, Any], AfterValidator(_encodable)] | None = Field(
         None, examples=[{"type": "json_object"}]
     )
@@ -87,16 +100,19 @@ class GenerateRequest(Inbound):
 class DoneEvent(BaseModel):
     """What an answer came to; counts and cost (US dollars) are null where the upstream reported none."""
 
-    model: str
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    total_tokens: int | None
-    cost: float | None
+    model: str = Field(examples=["demo"])
+    prompt_tokens: int | None = Field(examples=[9])
+    completion_tokens: int | None = Field(examples=[12])
+    total_tokens: int | None = Field(examples=[21])
+    cost: float | None = Field(examples=[0.00033])
     cache: Literal["hit", "miss", "bypass"]
     cache_kind: Literal["exact", "semantic"] | None = Field(
         None, description="With a hit: what kind.", exclude_if=lambda kind: kind is None
     )
-    request_id: str = Field(description="The trace id, equal to the header X-Request-ID.")
+    request_id: str = Field(
+        description="The trace id, equal to the header X-Request-ID.",
+        examples=["4bf92f3577b34da6a3ce929d0e0e4736"],
+    )
 
     @classmethod
     def of(cls, completion: Completion, cache: CacheUse, request_id: str) -> Self:
@@ -120,7 +136,7 @@ class DoneEvent(BaseModel):
 class GenerateResponse(DoneEvent):
     """The model's answer, and what it came to."""
 
-    response: str
+    response: str = Field(examples=["The path of one request."])
 
     @classmethod
     def of(cls, completion: Completion, cache: CacheUse, request_id: str) -> Self:
@@ -131,8 +147,8 @@ class GenerateResponse(DoneEvent):
 class ModelsResponse(BaseModel):
     """The models on offer."""
 
-    models: list[str]
-    default_model: str
+    models: list[str] = Field(examples=[["demo"]])
+    default_model: str = Field(examples=["demo"])
 
 
 class CacheStatsResponse(BaseModel):
@@ -203,11 +219,20 @@ class ErrorBody(BaseModel):
     details: list[FieldProblem] | None = Field(None, description="With ValidationError: each field at fault.")
 
 
+def event_schema(*names: str) -> dict[str, Any]:
+    """The shape of each event of a stream; its data is JSON, or the word that ends the stream."""
+    return {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"event": {"type": "string", "enum": list(names)}, "data": {"type": "string"}},
+    }
+
+
 GENERATED: Final[dict[str, Any]] = {
     "description": "The model's answer; with `stream`, in pieces.",
     "content": {
         "text/event-stream": {
-            "schema": {"type": "string"},
+            "schema": event_schema("token", "done", "error"),
             "example": 'event: token\ndata: {"text": "The path"}\n\nevent: done\ndata: {"model": "demo", '
             '"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21, "cost": 0.00033, '
             '"cache": "miss", "request_id": "4bf92f3577b34da6a3ce929d0e0e4736"}\n\n',

@@ -12,7 +12,7 @@ from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.trace import Span, Status, StatusCode, format_span_id, format_trace_id
 
 from service.clients.call_record import CallRecord
-from service.clients.llm_answers import Completion
+from service.clients.llm_answers import MAX_CONTENT_CHARS, Completion
 from service.clients.llm_request import LlmRequest, Operation, to_json, with_fields
 from service.config.logging import current_request
 from service.errors import ServiceError
@@ -24,9 +24,6 @@ from service.utils.retry import Progress
 
 if TYPE_CHECKING:
     from service.services.response_cache import Ticket
-
-MAX_CONTENT_CHARS = 65_536
-"""So much of a prompt, and of an answer, is kept where content is captured at all."""
 
 Outcome = Literal["success", "cached", "error", "cancelled"]
 ENDED_WELL: Final = frozenset({"success", "cached"})
@@ -203,7 +200,7 @@ def _record(
 
 
 def _with_content(record: CallRecord, call: Call, completion: Completion | None) -> CallRecord:
-    asked = json.dumps(call.body.get("messages"), ensure_ascii=False)
+    asked = json.dumps(call.body.get("messages", call.body.get("input")), ensure_ascii=False)
     return replace(
         record,
         prompt=asked[:MAX_CONTENT_CHARS],

@@ -3,14 +3,14 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Link, SpanContext, Status, StatusCode, TraceFlags, Tracer
 
-from service.clients.call_record import CallRecord
+from service.clients.call_record import CallRecord, read
 from service.clients.mlflow import GoneError, RefusedError, Run, Tracker, TrackerError
 from service.services.estates import Estate, estates
 from service.services.mlflow_run import ProcessRun
@@ -23,14 +23,18 @@ FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 10.0
 """After a failure the server is left alone for so long, at most."""
 
+FRUITLESS = 10
+"""So many refusals, and nothing that was ever taken: the other records of the file are not tried now."""
+
 Lost = Callable[[int, str], None]
 
 
-class Replayed(NamedTuple):
+@dataclass
+class Replayed:
     """How many records of dead processes went to MLflow, and how many files it refused for now."""
 
-    records: int
-    files_kept: int
+    records: int = 0
+    files_kept: int = 0
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +48,8 @@ class Delivery:
         instruments: Where waiting and replayed records are counted.
         tracer: For the one span of each delivery.
         on_lost: Called with a number of records that nobody will get, and why.
-        on_delivered: Called with the number of this process's records that MLflow has now.
+        on_settled: Called with the number of this process's records that wait no more, whatever became of
+            them.
         clock: Monotonic, in seconds.
     """
 
@@ -55,16 +60,17 @@ class Delivery:
         tracer: Tracer,
         *,
         on_lost: Lost,
-        on_delivered: Callable[[int], None] = lambda _count: None,
+        on_settled: Callable[[int], None] = lambda _count: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._tracker = tracker
         self._instruments = instruments
         self._tracer = tracer
         self._on_lost = on_lost
-        self._on_delivered = on_delivered
+        self._on_settled = on_settled
         self._clock = clock
-        self._taken = 0
+        # What MLflow took last, and takes again without any change; unless it refuses everybody.
+        self._good: tuple[CallRecord, Run] | None = None
         self._replayed = 0
         self._delay_s = FIRST_DELAY_S
         self._again_at = 0.0
@@ -93,31 +99,38 @@ class Delivery:
 
     def passed(self) -> None:
         """Note that MLflow takes records."""
-        self._taken += 1
         self.failing = False
         self._delay_s = FIRST_DELAY_S
 
     def send_spool(self, spool: Spool, run: Run) -> None:
-        """Send all that lies in this process's spool; raises as the tracker does."""
-        waiting = [spool.take()]
-        while (segment := waiting.pop()) is not None:
+        """Send what lies in this process's spool by now; raises as the tracker does."""
+        # Not until it is empty: under load it never is.
+        for _file in range(spool.files):
+            if (segment := spool.take()) is None:
+                break
             try:
                 self._send_segment(segment, spool, run)
-            except TrackerError as error:
-                spool.put_back(segment, last=isinstance(error, RefusedError))
+            except Exception as error:
+                # One that fails by itself lets the others go first.
+                by_itself = isinstance(error, RefusedError) or not isinstance(error, TrackerError)
+                spool.put_back(segment, last=by_itself)
                 raise
-            waiting.append(spool.take())
         if self._replayed and not self.failing:
             self._say_replayed(self._replayed)
             self._replayed = 0
 
     def _send_segment(self, segment: Segment, spool: Spool, run: Run) -> None:
-        records = read(segment.path)
-        lost = self._send(records, run, waited=segment.spooled > 0, segment=segment)
-        # A file that cannot be read, or was changed by somebody, has fewer records than went into it.
+        try:
+            records, _garbled = read(segment.path)
+        except FileNotFoundError:
+            records = []
+        except OSError:
+            raise RefusedError("a file cannot be read") from None
+        lost = self._send(records, run, waited=segment.spooled > 0)
+        # A file that was removed or changed by somebody has fewer records than went into it.
         lost += segment.records - len(records)
         spool.done(segment)
-        self._on_delivered(segment.records - lost)
+        self._on_settled(segment.records)
         if lost:
             self._on_lost(lost, "refused or unreadable")
         if segment.spooled:
@@ -127,44 +140,58 @@ class Delivery:
 
     def send_memory(self, records: Sequence[CallRecord], run: Run) -> None:
         """Send records that no disk would take; raises as the tracker does."""
-        self._send_once(records, run, waited=False)
-        self.passed()
-        self._on_delivered(len(records))
+        lost = self._send(records, run, waited=False)
+        self._on_settled(len(records))
+        if lost:
+            self._on_lost(lost, "refused")
 
-    def _send(
-        self, records: Sequence[CallRecord], run: Run, *, waited: bool, segment: Segment | None = None
-    ) -> int:
-        """Send the records of a file; how many of them MLflow refuses while it takes others."""
+    def _send(self, records: Sequence[CallRecord], run: Run, *, waited: bool) -> int:
+        """Send the records of a file; how many of them MLflow refuses while it takes others.
+
+        Raises ``RefusedError`` where it refuses everybody now: a database in trouble looks the same.
+        """
         if not records:
             return 0
         try:
             self._send_once(records, run, waited=waited)
-        except RefusedError:
-            refused = self._one_by_one(records, run, waited=waited)
-            if refused == len(records) and not self._others_passed(segment):
-                # Perhaps it refuses everybody now: a database in trouble looks the same.
-                raise
-            return refused
-        self.passed()
+        except RefusedError as error:
+            return self._one_by_one(records, run, error, waited=waited)
+        self._took(records[-1], run)
         return 0
 
-    def _others_passed(self, segment: Segment | None) -> bool:
-        """Whether other files were taken since this one was refused; notes the refusal."""
-        if segment is None:
-            return False
-        before, segment.refused_at = segment.refused_at, self._taken
-        return 0 <= before < self._taken
-
-    def _one_by_one(self, records: Sequence[CallRecord], run: Run, *, waited: bool) -> int:
-        refused = 0
-        for record in records if len(records) > 1 else ():
-            try:
-                self._send_once([record], run, waited=waited)
-            except RefusedError:
-                refused += 1
+    def _one_by_one(
+        self, records: Sequence[CallRecord], run: Run, error: RefusedError, *, waited: bool
+    ) -> int:
+        """Send each by itself; how many are refused; raises the error where MLflow refuses everybody now."""
+        refused, later = 0, []
+        for record in records:
+            if self._is_taken(record, run, waited=waited):
+                self._took(record, run)
+            elif self._good is not None:
+                refused += self._is_poison(record, run, error, waited=waited)
             else:
-                self.passed()
-        return refused if len(records) > 1 else len(records)
+                later.append(record)
+                if len(later) >= FRUITLESS:
+                    raise error
+        return refused + sum(self._is_poison(record, run, error, waited=waited) for record in later)
+
+    def _is_poison(self, record: CallRecord, run: Run, error: RefusedError, *, waited: bool) -> bool:
+        """Whether MLflow refuses a record, and this one only; raises the error where it refuses all."""
+        if self._good is None or not self._is_taken(*self._good, waited=waited):
+            raise error
+        # Asked once more: what ailed the server may have passed between the two questions.
+        return not self._is_taken(record, run, waited=waited)
+
+    def _is_taken(self, record: CallRecord, run: Run, *, waited: bool) -> bool:
+        try:
+            self._send_once([record], run, waited=waited)
+        except RefusedError:
+            return False
+        return True
+
+    def _took(self, record: CallRecord, run: Run) -> None:
+        self._good = record, run
+        self.passed()
 
     def _send_once(self, records: Sequence[CallRecord], run: Run, *, waited: bool) -> None:
         # A root of its own, linked to what it is about: it runs after the answers, for many of them.
@@ -185,51 +212,69 @@ class Delivery:
     def send_estates(self, folder: Path, max_age_s: float) -> Replayed:
         """Send what dead processes left, in their order, and end their runs.
 
-        Raises as the tracker does; what was not sent by then stays where it is.
+        Raises as the tracker does, but for ``GoneError``; what was not sent by then stays where it is.
         """
-        sent = kept = 0
+        replayed = Replayed()
         try:
-            for estate in estates(folder):
-                one = self._send_estate(estate, max_age_s)
-                sent, kept = sent + one.records, kept + one.files_kept
+            with closing(estates(folder)) as found:
+                for estate in found:
+                    self._send_estate(estate, max_age_s, replayed)
         finally:
-            if sent:
-                self._say_replayed(sent)
-        return Replayed(sent, kept)
+            if replayed.records:
+                self._say_replayed(replayed.records)
+        return replayed
 
-    def _send_estate(self, estate: Estate, max_age_s: float) -> Replayed:
-        at_s = _latest_change(estate)
-        run = ProcessRun.load(estate.run_file, estate.name, int(at_s * 1_000))
-        kept = sent = 0
-        for path in estate.segments:
-            if time.time() - path.stat().st_mtime > max_age_s:
-                self._on_lost(len(read(path)), "too old")
-                path.unlink(missing_ok=True)
-                continue
-            on_server = self._on_server(run, estate)
-            records = read(path)
+    def _send_estate(self, estate: Estate, max_age_s: float, replayed: Replayed) -> None:
+        last_seen_ms = int(estate.last_seen_s * 1_000)
+        run = ProcessRun.load(estate.run_file, estate.name, last_seen_ms)
+        # Kept in the run's file from now on, whose own change would be the latest.
+        run.ended_ms = run.ended_ms or last_seen_ms
+        self._give_up_old(estate, max_age_s)
+        try:
+            self._bring(estate, run, replayed)
+        except GoneError:
+            # Somebody deleted its run; what it recorded goes into another one.
+            run.forget()
+            run.save(estate.run_file)
             try:
+                self._bring(estate, run, replayed)
+            except GoneError as error:
+                raise TrackerError(error.reason) from None
+
+    def _bring(self, estate: Estate, run: ProcessRun, replayed: Replayed) -> None:
+        kept = 0
+        for path in estate.segments:
+            on_server = self._on_server(run, estate)
+            try:
+                records, garbled = read(path)
                 refused = self._send(records, on_server, waited=True)
-            except RefusedError:
+            except (OSError, RefusedError):
                 kept += 1
                 continue
             path.unlink(missing_ok=True)
             self._instruments.recorder_replayed.add(len(records) - refused)
-            sent += len(records) - refused
-            if refused:
-                self._on_lost(refused, "refused")
-        if not kept:
-            run.end(self._tracker, int(at_s * 1_000))
-            estate.clear()
-        return Replayed(sent, kept)
+            replayed.records += len(records) - refused
+            if refused + garbled:
+                self._on_lost(refused + garbled, "refused or unreadable")
+        if kept:
+            replayed.files_kept += kept
+            return
+        run.end(self._tracker, run.started_ms)
+        estate.clear()
+
+    def expire_estates(self, folder: Path, max_age_s: float) -> None:
+        """Give up what dead processes left too long ago, whether MLflow is there or not."""
+        with closing(estates(folder)) as found:
+            for estate in found:
+                self._give_up_old(estate, max_age_s)
+
+    def _give_up_old(self, estate: Estate, max_age_s: float) -> None:
+        if lost := estate.expire(max_age_s):
+            self._on_lost(lost, "too old")
 
     def _on_server(self, run: ProcessRun, estate: Estate) -> Run:
         new = run.run_id is None
-        try:
-            found = run.on_server(self._tracker)
-        except GoneError:
-            run.forget()
-            raise
+        found = run.on_server(self._tracker)
         if new:
             # Written down at once: whoever goes on after us must not make another one.
             run.save(estate.run_file)
@@ -242,25 +287,6 @@ class Delivery:
             f"MLflow has {count} record(s) that had to wait",
             {"records": count},
         )
-
-
-def read(path: Path) -> list[CallRecord]:
-    """The records in a file; a line that is none, like one cut off by a crash, is passed over."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return []
-    found = []
-    for line in data.split(b"\n"):
-        with suppress(ValueError):
-            found.append(CallRecord.from_line(line))
-    return found
-
-
-def _latest_change(estate: Estate) -> float:
-    """When the process was last seen alive, in Unix time."""
-    paths = [*estate.segments, estate.run_file]
-    return max((path.stat().st_mtime for path in paths if path.exists()), default=time.time())
 
 
 def _link(record: CallRecord) -> Link:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 from opentelemetry.trace import Tracer
@@ -15,49 +16,18 @@ from service.clients.call_record import CallRecord
 from service.clients.mlflow import MAX_TRACES, GoneError, Tracker, TrackerError, in_thread
 from service.config.settings import Settings
 from service.services.mlflow_delivery import Delivery
-from service.services.mlflow_run import ProcessRun, Totals, params_of
+from service.services.mlflow_run import Losses, ProcessRun, Totals, params_of
 from service.services.spool import Spool, run_file
 from service.telemetry.instruments import Instruments
 
 INTERVAL_S = 1.0
 TOTALS_INTERVAL_S = 10.0
 ESTATES_INTERVAL_S = 30.0
-LOSS_LINE_INTERVAL_S = 60.0
 MEMORY_RECORDS = 10_000
 MEMORY_BYTES = 16_777_216
 """What is kept where the disk takes nothing; beyond that a record is lost, and counted."""
 
 logger = logging.getLogger(__name__)
-
-
-class Losses:
-    """Counts what is lost, and says so once a minute at most; from any thread."""
-
-    def __init__(self, instruments: Instruments, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lost = instruments.recorder_lost
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._unsaid = 0
-        self._said_at = float("-inf")
-        self.total = 0
-
-    def add(self, count: int, reason: str) -> None:
-        """Count so many records."""
-        self._lost.add(count)
-        with self._lock:
-            self.total += count
-            self._unsaid += count
-            if self._clock() - self._said_at < LOSS_LINE_INTERVAL_S:
-                return
-            self._said_at = self._clock()
-        self.say(reason)
-
-    def say(self, reason: str) -> None:
-        """Say what has not been said yet."""
-        with self._lock:
-            count, self._unsaid = self._unsaid, 0
-        if count:
-            logger.error("Records of calls are lost", extra={"records": count, "reason": reason})
 
 
 class Recorder:
@@ -92,13 +62,15 @@ class Recorder:
         self._interval_s = interval_s
         self._losses = Losses(instruments, clock)
         self._totals = Totals()
-        self._recorded = self._delivered = 0
+        self._recorded = self._settled = 0
         self._memory: deque[tuple[CallRecord, int]] = deque()
         self._memory_bytes = 0
-        self._memory_lock = threading.Lock()
+        # For the counts and the memory, which two threads change.
+        self._lock = threading.Lock()
+        self._run_lock = threading.Lock()
         self._wake = threading.Event()
-        self._stopping = False
-        self._next_totals = self._next_estates = self._next_sync = 0.0
+        self._stopping = self._ended = False
+        self._next_totals = self._next_estates = self._next_sync = self._next_expiry = 0.0
         self._shown: dict[str, float] = {}
         self._spool = self._open_spool(settings)
         name = self._spool.name if self._spool else f"process-{time.time_ns()}"
@@ -110,7 +82,7 @@ class Recorder:
             instruments,
             tracer,
             on_lost=self._losses.add,
-            on_delivered=self._count_delivered,
+            on_settled=self._settle,
             clock=clock,
         )
         instruments.show_recorder_queue(lambda: self.waiting)
@@ -122,7 +94,7 @@ class Recorder:
             return Spool(
                 Path(settings.spool_path),
                 settings.spool_max_bytes,
-                lambda count: self._losses.add(count, "the spool is full"),
+                self._lose,
             )
         except OSError as error:
             logger.warning(
@@ -133,7 +105,7 @@ class Recorder:
     @property
     def waiting(self) -> int:
         """Records of this process that MLflow does not have yet."""
-        return max(0, self._recorded - self._delivered - self._losses.total)
+        return self._recorded - self._settled
 
     def start(self) -> None:
         """Begin to deliver."""
@@ -142,40 +114,66 @@ class Recorder:
     def record(self, record: CallRecord) -> None:
         """Take the record of a call that is about to be answered; raises nothing, and waits for nobody."""
         self._recorded += 1
-        self._totals.add(record)
-        line = record.as_line()
-        failing = self._delivery.failing
-        if self._spool is not None:
-            try:
-                if self._spool.append(line, spooled=failing):
-                    self._wake.set()
-            except OSError:
+        try:
+            self._totals.add(record)
+            line = record.as_line()
+            if self._spool is None or not self._to_spool(self._spool, line):
                 self._keep_in_memory(record, len(line))
-                return
-            if failing:
-                self._spooled.add(1)
-            return
-        self._keep_in_memory(record, len(line))
+        except Exception:
+            # A bug here must not cost the caller the answer.
+            logger.exception("A record could not be taken")
+            self._lose(1, "a bug")
+
+    def _to_spool(self, spool: Spool, line: bytes) -> bool:
+        failing = self._delivery.failing
+        try:
+            if spool.append(line, spooled=failing):
+                self._wake.set()
+        except OSError:
+            return False
+        if failing:
+            self._spooled.add(1)
+        return True
 
     def _keep_in_memory(self, record: CallRecord, size_bytes: int) -> None:
-        if len(self._memory) >= MEMORY_RECORDS or self._memory_bytes + size_bytes > MEMORY_BYTES:
-            self._losses.add(1, "the disk takes nothing, and memory is full")
-            return
-        with self._memory_lock:
-            self._memory.append((record, size_bytes))
-            self._memory_bytes += size_bytes
+        with self._lock:
+            room = len(self._memory) < MEMORY_RECORDS and self._memory_bytes + size_bytes <= MEMORY_BYTES
+            if room and not self._ended:
+                self._memory.append((record, size_bytes))
+                self._memory_bytes += size_bytes
+                return
+        self._lose(1, "the disk takes nothing, and memory is full")
+
+    def _lose(self, count: int, reason: str) -> None:
+        self._settle(count)
+        self._losses.add(count, reason)
+
+    def _settle(self, count: int) -> None:
+        with self._lock:
+            self._settled += count
 
     async def finish(self) -> None:
         """Deliver what is left and end the run; cancelled, the next start goes on from there."""
-        self._stopping = True
-        self._wake.set()
         try:
-            await in_thread(self._thread.join, "mlflow end")
+            await in_thread(self._end, "mlflow end")
         except asyncio.CancelledError:
+            # What no disk took ends with this process, whatever the thread still waits for.
+            self._lose_memory()
             logger.warning(
                 "MLflow was not done with in time; the next start goes on", extra={"records": self.waiting}
             )
             raise
+
+    def _end(self) -> None:
+        # Written down first, and not by the thread, which may wait for the server at this moment: should it
+        # not answer in time, the next start ends the run as it ended.
+        self._run.status = "FINISHED"
+        self._run.ended_ms = time.time_ns() // 1_000_000
+        self._run.totals = self._totals.metrics
+        self._save_run()
+        self._stopping = True
+        self._wake.set()
+        self._thread.join()
 
     def _work(self) -> None:
         while not self._stopping:
@@ -198,17 +196,22 @@ class Recorder:
             self._delivery.failed(TrackerError("Bug"), self._spool)
 
     def _round(self) -> None:
-        if self._delivery.due:
-            self._deliver()
-            if self._delivery.failing:
-                # Nothing was there to send: whether MLflow is back must be asked.
-                self.tracker.look()
-                self._delivery.passed()
-            if self._is_due("_next_estates", ESTATES_INTERVAL_S) and self._spool is not None:
-                self._delivery.send_estates(self._spool.folder, self._settings.spool_max_age_s)
-            if self._is_due("_next_totals", TOTALS_INTERVAL_S):
-                self._show_totals()
-        self._tend_spool()
+        try:
+            if self._delivery.due:
+                self._exchange()
+        finally:
+            self._tend()
+
+    def _exchange(self) -> None:
+        self._deliver()
+        if self._delivery.failing:
+            # Nothing was there to send: whether MLflow is back must be asked.
+            self.tracker.look()
+            self._delivery.passed()
+        if self._spool is not None and self._is_due("_next_estates", ESTATES_INTERVAL_S):
+            self._delivery.send_estates(self._spool.folder, self._settings.spool_max_age_s)
+        if self._is_due("_next_totals", TOTALS_INTERVAL_S):
+            self._show_totals()
 
     def _deliver(self) -> None:
         new = self._run.run_id is None
@@ -217,11 +220,17 @@ class Recorder:
             self._save_run()
         if self._spool is not None:
             self._delivery.send_spool(self._spool, run)
-        while self._memory:
-            batch = [record for record, _size in list(self._memory)[:MAX_TRACES]]
+        # Not until it is empty: where no disk takes anything it never is.
+        for _batch in range(0, len(self._memory), MAX_TRACES):
+            with self._lock:
+                batch = [record for record, _size in islice(self._memory, MAX_TRACES)]
             self._delivery.send_memory(batch, run)
-            with self._memory_lock:
-                self._memory_bytes -= sum(self._memory.popleft()[1] for _record in batch)
+            for _record in batch:
+                self._pop_memory()
+
+    def _pop_memory(self) -> None:
+        with self._lock:
+            self._memory_bytes -= self._memory.popleft()[1]
 
     def _show_totals(self) -> None:
         totals = self._totals.metrics
@@ -231,42 +240,47 @@ class Recorder:
             self.tracker.log_totals(self._run.on_server(self.tracker), totals, time.time_ns() // 1_000_000)
             self._shown = totals
 
-    def _tend_spool(self) -> None:
+    def _tend(self) -> None:
+        self._losses.say(at_once=False)
         if self._spool is None:
             return
+        self._move_to_disk(self._spool)
         self._spool.expire(self._settings.spool_max_age_s)
         if self._is_due("_next_sync", self._settings.spool_fsync_interval_s):
             self._spool.sync()
+        if self._is_due("_next_expiry", ESTATES_INTERVAL_S):
+            self._delivery.expire_estates(self._spool.folder, self._settings.spool_max_age_s)
+
+    def _move_to_disk(self, spool: Spool) -> None:
+        """Put what is in memory where it outlives this process, as soon as the disk takes it again."""
+        while self._memory and self._to_spool(spool, self._memory[0][0].as_line()):
+            self._pop_memory()
 
     def _last_round(self) -> None:
-        # Written down first: should the server not answer now, the next start ends the run as it ended.
-        self._run.status = "FINISHED"
-        self._run.ended_ms = time.time_ns() // 1_000_000
-        self._run.totals = self._totals.metrics
-        self._save_run()
         try:
             self._deliver()
-            self._run.end(self.tracker, self._run.ended_ms)
-        except TrackerError:
-            if self._spool is not None:
-                self._spool.sync()
-            raise
-        else:
+            self._run.end(self.tracker, self._run.ended_ms or self._run.started_ms)
             if self._spool is not None:
                 run_file(self._spool.folder, self._spool.name).unlink(missing_ok=True)
         finally:
-            if self._memory:
-                self._losses.add(len(self._memory), "no disk took them, and MLflow neither")
-            self._losses.say("see before")
             if self._spool is not None:
+                self._move_to_disk(self._spool)
+                self._spool.sync()
                 self._spool.close()
+            self._lose_memory()
+
+    def _lose_memory(self) -> None:
+        with self._lock:
+            left = 0 if self._ended else len(self._memory)
+            self._ended = True
+        if left:
+            self._lose(left, "no disk took them, and MLflow neither")
+        self._losses.say()
 
     def _save_run(self) -> None:
         if self._spool is not None:
-            self._run.save(run_file(self._spool.folder, self._spool.name))
-
-    def _count_delivered(self, count: int) -> None:
-        self._delivered += count
+            with self._run_lock:
+                self._run.save(run_file(self._spool.folder, self._spool.name))
 
     def _is_due(self, name: str, interval_s: float) -> bool:
         now = self._clock()

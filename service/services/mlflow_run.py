@@ -1,12 +1,14 @@
-"""The MLflow run of one process: what is known of it, on disk too, so that somebody else can end it."""
+"""The MLflow run of one process, on disk too, so that somebody else can end it; what it sums up, and lost."""
 
 import json
+import logging
 import os
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -16,11 +18,16 @@ from service.clients.call_record import CallRecord
 from service.clients.mlflow import Run, Tracker
 from service.config.settings import Settings
 from service.services.spool import sync_file
+from service.telemetry.instruments import Instruments
 
 LATENCIES = 10_000
 """So many of the latest calls' durations are kept, for the quantiles."""
 
+LOSS_LINE_INTERVAL_S = 60.0
+
 QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -75,19 +82,28 @@ class ProcessRun:
     def save(self, path: Path) -> None:
         """Write it to disk, whole or not at all; a disk that takes nothing is passed over."""
         draft = path.with_suffix(".tmp")
-        with suppress(OSError):
+        try:
             descriptor = os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
             with os.fdopen(descriptor, "w") as file:
                 json.dump(asdict(self), file)
             sync_file(draft)
             draft.replace(path)
+        except OSError:
+            # Left behind it would make an estate of a process that ended well.
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path, name: str, started_ms: int) -> "ProcessRun":
-        """Read it from disk; where nothing readable is there, a run that is known by its name only."""
+        """Read it from disk; where nothing readable is there, a run that is known by its name only.
+
+        Fields that this version does not know are passed over: a later one may have written the file.
+        """
+        known = {field.name for field in fields(cls)}
         try:
-            return cls(**json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError):
+            read = json.loads(path.read_bytes())
+            return cls(**{key: value for key, value in read.items() if key in known})
+        except (OSError, ValueError, TypeError, AttributeError):
             return cls(name, started_ms)
 
 
@@ -125,6 +141,37 @@ class Totals:
             if latencies:
                 found[f"latency_{name}_s"] = latencies[min(len(latencies) - 1, int(share * len(latencies)))]
         return found
+
+
+class Losses:
+    """Counts what is lost, and says so once a minute at most; from any thread."""
+
+    def __init__(self, instruments: Instruments, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lost = instruments.recorder_lost
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._unsaid = 0
+        self._reason = ""
+        self._said_at = float("-inf")
+
+    def add(self, count: int, reason: str) -> None:
+        """Count so many records."""
+        self._lost.add(count)
+        with self._lock:
+            self._unsaid += count
+            self._reason = reason
+        self.say(at_once=False)
+
+    def say(self, *, at_once: bool = True) -> None:
+        """Say what has not been said yet: now, or when the last time is long enough ago."""
+        with self._lock:
+            due = at_once or self._clock() - self._said_at >= LOSS_LINE_INTERVAL_S
+            if not self._unsaid or not due:
+                return
+            count, self._unsaid = self._unsaid, 0
+            self._said_at = self._clock()
+            reason = self._reason
+        logger.error("Records of calls are lost", extra={"records": count, "reason": reason})
 
 
 def params_of(settings: Settings, version: str) -> Mapping[str, str]:

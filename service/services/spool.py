@@ -9,6 +9,7 @@ In the folder lie, for each process: ``<name>.lock``, which it holds (flock) whi
 process is dead, and is its heir: nobody else can take the lock at the same time.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -35,12 +36,11 @@ class Segment:
 
     Args:
         path: Where it is.
-        began_s: Unix time of its first record.
+        began_s: When it was begun, on the spool's clock.
         records: How many are in it.
         size_bytes: How large it is.
         spooled: How many of the records have been counted as waiting for MLflow.
         synced: Whether the disk itself has it.
-        refused_at: How many files MLflow had taken when it refused this one; -1 where it did not.
     """
 
     path: Path
@@ -49,7 +49,6 @@ class Segment:
     size_bytes: int = 0
     spooled: int = 0
     synced: bool = False
-    refused_at: int = -1
 
 
 class Spool:
@@ -58,8 +57,8 @@ class Spool:
     Args:
         folder: Shared by all processes of this service on the machine; made when it is not there.
         max_bytes: Most bytes that lie waiting; for more, the oldest file goes.
-        on_lost: Called with the number of records that went.
-        now: Unix time in seconds.
+        on_lost: Called with the number of records that went, and why.
+        clock: Monotonic, in seconds: a machine whose date is put right must not make its records old.
 
     Raises:
         OSError: The folder cannot be made, or nothing can be written in it.
@@ -69,29 +68,28 @@ class Spool:
         self,
         folder: Path,
         max_bytes: int,
-        on_lost: Callable[[int], None],
-        now: Callable[[], float] = time.time,
+        on_lost: Callable[[int, str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = folder
         self._max_bytes = max_bytes
         self._on_lost = on_lost
-        self._now = now
+        self._clock = clock
         self._lock = threading.Lock()
         self._sealed: deque[Segment] = deque()
         self._open: Segment | None = None
         self._descriptor = -1
         self._next = 0
         self._size_bytes = 0
+        self._closed = False
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.name, self._owner = _own_lock(folder, now())
+        self.name, self._owner = _own_lock(folder)
 
     @property
-    def waiting(self) -> int:
-        """Records in the files, but for those in a file that is taken."""
+    def files(self) -> int:
+        """How many files can be taken now."""
         with self._lock:
-            return sum(segment.records for segment in self._sealed) + (
-                self._open.records if self._open else 0
-            )
+            return len(self._sealed) + (self._open is not None)
 
     def append(self, line: bytes, *, spooled: bool) -> bool:
         """Write one line; whether that made a whole file.
@@ -101,9 +99,14 @@ class Spool:
             spooled: Whether the record has been counted as waiting for MLflow.
 
         Raises:
-            OSError: It cannot be written; nothing of it is left in the file.
+            OSError: It cannot be written; nothing of it is left in the file. So after ``close``: the files
+                may be an heir's already.
         """
         with self._lock:
+            if self._closed:
+                raise OSError(errno.EBADF, "the spool is closed")
+            if len(line) > self._max_bytes:
+                raise OSError(errno.EFBIG, "a line is larger than all that may wait")
             self._make_room(len(line))
             segment = self._open or self._begin()
             try:
@@ -130,28 +133,31 @@ class Spool:
             path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600
         )
         self._next += 1
-        self._open = Segment(path, self._now())
+        self._open = Segment(path, self._clock())
         return self._open
 
     def _undo(self, segment: Segment) -> None:
-        try:
+        # Should a torn line stay, it is the last one of its file; whoever reads it passes it over. The next
+        # line gets a file of its own in any case: this one may have reached the size that a file may have.
+        torn = True
+        with suppress(OSError):
             os.ftruncate(self._descriptor, segment.size_bytes)
-        except OSError:
-            # A torn line stays at the end of a file that gets no other; whoever reads it passes it over.
+            torn = False
+        if torn or segment.records:
             self._seal()
 
     def _make_room(self, size_bytes: int) -> None:
         while self._size_bytes + size_bytes > self._max_bytes and (self._sealed or self._open):
             if not self._sealed:
                 self._seal()
-            self._give_up(self._sealed.popleft())
+            self._give_up(self._sealed.popleft(), "the spool is full")
 
-    def _give_up(self, segment: Segment) -> None:
+    def _give_up(self, segment: Segment, reason: str) -> None:
         self._size_bytes -= segment.size_bytes
         with suppress(OSError):
             segment.path.unlink(missing_ok=True)
         if segment.records:
-            self._on_lost(segment.records)
+            self._on_lost(segment.records, reason)
 
     def _seal(self) -> None:
         if self._open is None:
@@ -181,6 +187,7 @@ class Spool:
         """Take a file back: before all others, or behind them."""
         with self._lock:
             if last:
+                self._seal()
                 self._sealed.append(segment)
             else:
                 self._sealed.appendleft(segment)
@@ -195,8 +202,8 @@ class Spool:
     def expire(self, max_age_s: float) -> None:
         """Give up the files that are older than this."""
         with self._lock:
-            while self._sealed and self._now() - self._sealed[0].began_s > max_age_s:
-                self._give_up(self._sealed.popleft())
+            while self._sealed and self._clock() - self._sealed[0].began_s > max_age_s:
+                self._give_up(self._sealed.popleft(), "too old")
 
     def sync(self) -> None:
         """Write what lies here through to the disk."""
@@ -209,10 +216,15 @@ class Spool:
             # Gone in the meantime, or a disk that fails: the next line will tell.
             with suppress(OSError):
                 sync_file(segment.path)
+        if unsynced:
+            # That there are these files stands in the folder, which is written by itself.
+            with suppress(OSError):
+                sync_file(self.folder)
 
     def close(self) -> None:
         """Let go of the files: whoever comes next is their heir. Nothing is left behind of an empty spool."""
         with self._lock:
+            self._closed = True
             self._seal()
             if not files_of(self.folder, self.name):
                 with suppress(OSError):
@@ -220,21 +232,34 @@ class Spool:
             os.close(self._owner)
 
 
-def _own_lock(folder: Path, now_s: float) -> tuple[str, int]:
+def _own_lock(folder: Path) -> tuple[str, int]:
     """Choose a name that nobody has, and hold its lock until the process ends."""
     while True:
-        moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now_s))
+        moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         name = f"{moment}-{os.getpid()}-{secrets.token_hex(3)}"
         path = lock_path(folder, name)
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Between the two an heir may have come by, and taken it for a dead one's.
-            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+            if hold(descriptor, path):
                 return name, descriptor
-        except (BlockingIOError, FileNotFoundError):
-            pass
+        except OSError:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
+
+
+def hold(descriptor: int, path: Path) -> bool:
+    """Lock a file that was opened at this path; whether it is ours now, and is there still.
+
+    Whoever has a lock removes it with the last of the files. One that was opened before and locked after
+    that keeps nobody out.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def run_file(folder: Path, name: str) -> Path:

@@ -20,6 +20,7 @@ LINES = (
     "Waiting for",
     "Request completed",
     "Closing Qdrant connections...",
+    "Finalizing MLflow run...",
     "Graceful shutdown completed in",
 )
 
@@ -43,8 +44,8 @@ def test_with_nothing_in_flight_it_ends_at_once(upstream: FakeUpstream, number: 
         lines = stop_lines(process)
     assert lines[0] == "Received shutdown signal"
     assert lines[1] == "Waiting for 0 in-flight request(s)..."
-    assert lines[2] == "Closing Qdrant connections..."
-    assert lines[3].startswith("Graceful shutdown completed in ")
+    assert lines[2:4] == ["Closing Qdrant connections...", "Finalizing MLflow run..."]
+    assert lines[4].startswith("Graceful shutdown completed in ")
 
 
 def test_a_slow_call_ends_and_new_ones_are_refused(upstream: FakeUpstream) -> None:
@@ -73,7 +74,8 @@ def test_a_slow_call_ends_and_new_ones_are_refused(upstream: FakeUpstream) -> No
         "Waiting for 1 in-flight request(s)...",
         "Request completed",
     ]
-    assert lines[3] == "Closing Qdrant connections..."
+    assert lines[3:5] == ["Closing Qdrant connections...", "Finalizing MLflow run..."]
+    assert lines[5].startswith("Graceful shutdown completed in ")
 
 
 def test_in_the_grace_new_requests_are_still_taken(upstream: FakeUpstream) -> None:

@@ -28,6 +28,7 @@ def chunk(delta: Mapping[str, Any] | None = None, reason: str | None = None, **m
         "created": 1_700_000_000,
         "model": "demo",
     }
+    # What more there is may be other choices.
     return b"data: " + json.dumps({**fields, "choices": choices, **more}).encode() + b"\n\n"
 
 

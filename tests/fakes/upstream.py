@@ -85,6 +85,7 @@ class FakeUpstream(Watched):
         self.models: list[str] = ["demo", "other-model"]
         self.models_behaviour: Behaviour | None = None
         self.health_behaviour: Behaviour | None = None
+        self.embeddings_behaviour: Behaviour = Embeddings()
         self.unknown_model_error = True
         self._script: deque[Behaviour] = deque()
         self._requests: list[SeenRequest] = []
@@ -238,7 +239,7 @@ class FakeUpstream(Watched):
         if _is_chat(request):
             return self._choose_for_chat(request)
         if _is_embeddings(request):
-            return self._script.popleft() if self._script else Embeddings()
+            return self._script.popleft() if self._script else self.embeddings_behaviour
         if request.method == "GET" and request.path in {"/models", "/v1/models"}:
             return self.models_behaviour or self._list_of_models()
         if request.method == "GET" and request.path in {"/health/liveliness", "/health/readiness"}:
@@ -248,12 +249,12 @@ class FakeUpstream(Watched):
     def _choose_for_chat(self, request: SeenRequest) -> Behaviour:
         if self._script:
             return self._script.popleft()
-        if isinstance(self.default, AcceptOnly) or not self.unknown_model_error:
+        if isinstance(self.default, AcceptOnly):
             return self.default
         model = request.json.get("model")
-        if model not in self.models:
+        if self.unknown_model_error and model not in self.models:
             return _unknown_model(model)
-        streamed = request.json.get("stream") and type(self.default) is Answer
+        streamed = type(self.default) is Answer and request.json.get("stream")
         return self.default_stream if streamed else self.default
 
     def _list_of_models(self) -> Behaviour:

@@ -1,0 +1,102 @@
+"""A record and its line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.clients.call_record import CallRecord, read
+from tests.unit.recording import lines, make_record, number_of
+
+ANY_TEXT = st.text(st.sampled_from('a\u00e9\U0001f600\ud800\0\n\u2028"\\'), max_size=8)
+"""Half characters too."""
+
+
+@given(
+    user=ANY_TEXT,
+    prompt=st.none() | ANY_TEXT,
+    cost=st.none() | st.floats(0, 1e6),
+    tokens=st.none() | st.integers(0, 10**300),
+    streamed=st.booleans(),
+)
+def test_a_record_is_the_same_after_its_line(
+    user: str, prompt: str | None, cost: float | None, tokens: int | None, *, streamed: bool
+) -> None:
+    record = make_record(
+        user=user, prompt=prompt, cost=cost, prompt_tokens=tokens, streamed=streamed, error=prompt
+    )
+    line = record.as_line()
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    assert CallRecord.from_line(line) == record
+
+
+def test_what_is_none_is_left_out_and_a_later_versions_fields_are_passed_over() -> None:
+    written = json.loads(make_record().as_line())
+    assert "prompt" not in written
+    assert "error" not in written
+    line = json.dumps({**written, "colour": "blue", "cost": 0.5}).encode()
+    assert CallRecord.from_line(line) == make_record(cost=0.5)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"{}",
+        b"\xff\xfe\x00",
+        b"\x00" * 100,
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"9" * 5_000,
+    ],
+    ids=lambda line: repr(line[:8]),
+)
+def test_a_line_that_is_no_record_is_a_value_error(line: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        CallRecord.from_line(line)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trace_id": "abc"},
+        {"trace_id": 5},
+        {"trace_id": "4b f92f3577b34da6a3ce929d0e0e4736a"},
+        {"span_id": "x" * 16},
+        {"started_ns": "now"},
+        {"started_ns": None},
+        {"started_ns": -1},
+        {"duration_s": "long"},
+        {"duration_s": float("nan")},
+    ],
+)
+def test_a_record_needs_ids_and_times(changes: dict[str, Any]) -> None:
+    written = json.loads(make_record().as_line())
+    line = json.dumps({**written, **changes}).encode()
+    with pytest.raises(ValueError, match="no record"):
+        CallRecord.from_line(line)
+
+
+def test_garbled_lines_are_counted_and_the_rest_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    torn = lines(9)[:-20]
+    path.write_bytes(lines(1, 2) + b"garbled\n" + lines(3) + torn)
+    records, garbled = read(path)
+    assert [number_of(record) for record in records] == [1, 2, 3]
+    # What a crash has cut off was never answered.
+    assert garbled == 1
+
+
+def test_a_last_line_that_lacks_its_line_feed_only_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(lines(1, 2)[:-1])
+    records, garbled = read(path)
+    assert ([number_of(record) for record in records], garbled) == ([1, 2], 0)

@@ -1,0 +1,341 @@
+"""Delivery: what it sends, what it counts, when it asks again, and what it says."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode, format_trace_id
+
+from service.clients.mlflow import GoneError, TrackerError
+from service.services.mlflow_delivery import FRUITLESS, Delivery
+from service.services.spool import SEGMENT_RECORDS, Spool, files_of
+from tests.fakes.clock import FakeClock
+from tests.unit.recording import FakeTracker, Lost, lines, make_record, number_of
+from tests.unit.resilience import Readable, readable
+
+
+@pytest.fixture
+def metrics() -> Iterator[Readable]:
+    with readable() as found:
+        yield found
+
+
+class Sender:
+    """A delivery, the spool it sends from, and all that can be seen of them."""
+
+    def __init__(self, metrics: Readable, folder: Path) -> None:
+        self.metrics = metrics
+        self.clock = FakeClock()
+        self.tracker = FakeTracker()
+        self.lost, self.settled = Lost(), 0
+        self.spans_out = InMemorySpanExporter()
+        provider = TracerProvider(shutdown_on_exit=False)
+        provider.add_span_processor(SimpleSpanProcessor(self.spans_out))
+        self.spool = Spool(folder, 10_000_000, self.lost)
+        self.delivery = Delivery(
+            self.tracker,
+            metrics.instruments,
+            provider.get_tracer("test"),
+            on_lost=self.lost,
+            on_settled=self._settle,
+            clock=self.clock,
+        )
+        self.run = self.tracker.start_run("run", 0)
+
+    def _settle(self, count: int) -> None:
+        self.settled += count
+
+    def write(self, *numbers: int) -> None:
+        """Put these records into the spool, as the recorder does."""
+        for number in numbers:
+            failing = self.delivery.failing
+            self.spool.append(lines(number), spooled=failing)
+            self.metrics.instruments.recorder_spooled.add(int(failing))
+
+    def send(self) -> str | None:
+        """Send the spool; the reason when that fails, which is noted as the recorder does."""
+        try:
+            self.delivery.send_spool(self.spool, self.run)
+        except TrackerError as error:
+            self.delivery.failed(error, self.spool)
+            return error.reason
+        return None
+
+    @property
+    def counts(self) -> list[float]:
+        """Spooled, replayed and lost; the last from what was told."""
+        counters = [self.metrics.value(f"llmops.recorder.{name}") for name in ("spooled", "replayed")]
+        return [*counters, self.lost.total]
+
+    @property
+    def left(self) -> int:
+        """How many files lie in the spool."""
+        return len(files_of(self.spool.folder, self.spool.name))
+
+
+@pytest.fixture
+def sender(metrics: Readable, tmp_path: Path) -> Sender:
+    return Sender(metrics, tmp_path)
+
+
+def events(caplog: pytest.LogCaptureFixture) -> list[tuple[Any, Any, str]]:
+    return [
+        (vars(record)["otel.event.name"], vars(record)["records"], record.levelname)
+        for record in caplog.records
+        if "otel.event.name" in vars(record)
+    ]
+
+
+def test_what_mlflow_takes_at_once_has_not_waited(sender: Sender, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    sender.write(*range(SEGMENT_RECORDS + 20))
+    assert sender.send() is None
+    assert list(sender.tracker.kept) == list(range(120))
+    assert [len(export) for export in sender.tracker.exports] == [SEGMENT_RECORDS, 20]
+    assert (sender.counts, sender.left, sender.settled) == ([0, 0, 0], 0, 120)
+    assert events(caplog) == []
+
+
+def test_what_had_to_wait_is_counted_and_told_once_each_way(
+    sender: Sender, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    sender.write(*range(150))
+    sender.tracker.error = TrackerError("Connection error")
+    assert sender.send() == "Connection error"
+    assert sender.counts == [150, 0, 0]
+    sender.write(150, 151)
+    for _again in range(3):
+        sender.send()
+    assert sender.counts == [152, 0, 0]
+    sender.tracker.error = None
+    assert sender.send() is None
+    assert (sender.counts, sender.settled) == ([152, 152, 0], 152)
+    # What comes afterwards has not waited.
+    sender.write(152)
+    sender.send()
+    assert sender.counts == [152, 152, 0]
+    assert events(caplog) == [
+        ("llmops.recorder.spooled", 150, "WARNING"),
+        ("llmops.recorder.replayed", 152, "INFO"),
+    ]
+    assert list(sender.tracker.kept) == list(range(153))
+
+
+def test_a_second_failure_is_told_again(sender: Sender, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for number in range(2):
+        sender.write(number)
+        sender.tracker.error = TrackerError("Timeout")
+        sender.send()
+        sender.tracker.error = None
+        sender.send()
+    assert [name.rsplit(".")[-1] for name, _records, _level in events(caplog)] == [
+        "spooled",
+        "replayed",
+        "spooled",
+        "replayed",
+    ]
+
+
+def test_a_failure_half_way_leaves_the_rest_and_the_replay_is_told_in_one(
+    sender: Sender, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    sender.write(*range(250))
+    sender.tracker.error = TrackerError("Timeout")
+    sender.send()
+    sender.tracker.error = None
+    left = [TrackerError("Timeout"), None]
+
+    def fail_after_the_first() -> None:
+        sender.tracker.error = left.pop() if left else None
+
+    sender.tracker.on_send = fail_after_the_first
+    assert sender.send() == "Timeout"
+    assert (len(sender.tracker.kept), sender.left) == (100, 2)
+    sender.send()
+    assert sender.counts == [250, 250, 0]
+    assert events(caplog)[-1] == ("llmops.recorder.replayed", 250, "INFO")
+
+
+def test_back_off_doubles_up_to_ten_seconds_and_begins_anew_after_success(sender: Sender) -> None:
+    waits = []
+    for _failure in range(7):
+        sender.delivery.failed(TrackerError("Timeout"), sender.spool)
+        waits.append(waited_s(sender))
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
+    sender.delivery.passed()
+    sender.delivery.failed(TrackerError("Timeout"), None)
+    assert waited_s(sender) == 0.5
+
+
+def waited_s(sender: Sender) -> float:
+    """How long until the server may be asked."""
+    began = sender.clock()
+    while not sender.delivery.due:
+        sender.clock.advance(0.25)
+    return sender.clock() - began
+
+
+def test_the_queue_is_not_sent_until_it_is_empty_but_as_it_is(sender: Sender) -> None:
+    sender.write(0)
+    coming = iter(range(1, 1_000))
+    sender.tracker.on_send = lambda: sender.write(next(coming))
+    sender.send()
+    # Under load there is always more: the recorder has other things to do, too.
+    assert sender.tracker.exports == [[0]]
+    sender.send()
+    assert sender.tracker.exports == [[0], [1]]
+
+
+def test_a_poison_record_is_lost_and_no_other(sender: Sender) -> None:
+    sender.write(*range(5))
+    sender.tracker.refuses = lambda record: number_of(record) == 2
+    assert sender.send() is None
+    assert sorted(sender.tracker.kept) == [0, 1, 3, 4]
+    assert sender.lost.said == [(1, "refused or unreadable")]
+    assert (sender.left, sender.settled) == (0, 5)
+
+
+@pytest.mark.parametrize("poison", [{0}, {0, 1, 2}, {4}, {0, 2, 4}])
+def test_poison_first_or_last_or_many(sender: Sender, poison: set[int]) -> None:
+    sender.write(*range(5))
+    sender.tracker.refuses = lambda record: number_of(record) in poison
+    assert sender.send() is None
+    assert set(sender.tracker.kept) == set(range(5)) - poison
+    assert (sender.lost.total, sender.left) == (len(poison), 0)
+
+
+def test_when_everybody_is_refused_nothing_is_lost(sender: Sender) -> None:
+    sender.write(*range(SEGMENT_RECORDS))
+    sender.tracker.refuses = lambda _record: True
+    for _again in range(3):
+        assert sender.send() == "HTTP 422"
+    assert (sender.lost.said, sender.left, sender.delivery.failing) == ([], 1, True)
+    # And it does not ask for each of them again and again.
+    assert len(sender.tracker.exports) == 3 * (1 + FRUITLESS)
+    sender.tracker.refuses = lambda _record: False
+    assert sender.send() is None
+    assert len(sender.tracker.kept) == SEGMENT_RECORDS
+    assert sender.counts == [100, 100, 0]
+
+
+def test_a_file_of_poison_is_kept_until_others_pass(sender: Sender) -> None:
+    sender.write(*range(SEGMENT_RECORDS))
+    sender.tracker.refuses = lambda record: number_of(record) < SEGMENT_RECORDS
+    assert sender.send() == "HTTP 422"
+    sender.write(1_000)
+    # It lets the other go first, and is known for what it is when that has passed.
+    sender.send()
+    sender.send()
+    assert list(sender.tracker.kept) == [1_000]
+    assert (sender.lost.total, sender.left, sender.settled) == (SEGMENT_RECORDS, 0, SEGMENT_RECORDS + 1)
+
+
+def test_a_database_that_fails_in_the_middle_costs_nothing(sender: Sender) -> None:
+    sender.write(*range(20))
+    allowed = 5
+
+    def refuses(_record: object) -> bool:
+        # The whole file is refused, five pass by themselves, and then none does: not the records' fault.
+        return len(sender.tracker.exports) == 1 or len(sender.tracker.kept) >= allowed
+
+    sender.tracker.refuses = refuses
+    assert sender.send() == "HTTP 422"
+    assert (sender.lost.said, sender.left) == ([], 1)
+    sender.tracker.refuses = lambda _record: False
+    assert sender.send() is None
+    assert len(sender.tracker.kept) == 20
+    assert sender.lost.said == []
+
+
+def test_a_file_that_somebody_removed_or_changed_is_counted(sender: Sender) -> None:
+    sender.write(*range(2 * SEGMENT_RECORDS))
+    first, second = files_of(sender.spool.folder, sender.spool.name)
+    first.unlink()
+    second.write_bytes(lines(100, 101) + b"garbled\n")
+    assert sender.send() is None
+    assert sender.lost.total == 198
+    assert sender.settled == 200
+
+
+def test_a_file_that_cannot_be_read_now_is_kept(sender: Sender) -> None:
+    sender.write(*range(SEGMENT_RECORDS))
+    (path,) = files_of(sender.spool.folder, sender.spool.name)
+    away = path.with_name("away")
+    path.rename(away)
+    # Root may read everything; a folder is what it cannot read, either.
+    path.mkdir()
+    assert sender.send() == "a file cannot be read"
+    assert (sender.lost.said, sender.spool.files) == ([], 1)
+    path.rmdir()
+    away.rename(path)
+    assert sender.send() is None
+    assert len(sender.tracker.kept) == SEGMENT_RECORDS
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), TrackerError("Timeout"), GoneError("HTTP 404")])
+def test_whatever_is_raised_the_file_is_there_still(sender: Sender, error: Exception) -> None:
+    sender.write(0)
+    sender.tracker.error = error
+    with pytest.raises(type(error)):
+        sender.delivery.send_spool(sender.spool, sender.run)
+    sender.tracker.error = None
+    assert sender.send() is None
+    assert list(sender.tracker.kept) == [0]
+
+
+def test_what_memory_held_is_sent_and_poison_in_it_is_lost(sender: Sender) -> None:
+    records = [make_record(number) for number in range(5)]
+    sender.tracker.refuses = lambda record: number_of(record) == 3
+    sender.delivery.send_memory(records, sender.run)
+    assert sorted(sender.tracker.kept) == [0, 1, 2, 4]
+    assert (sender.lost.said, sender.settled) == ([(1, "refused")], 5)
+    sender.tracker.error = TrackerError("Timeout")
+    with pytest.raises(TrackerError, match="Timeout"):
+        sender.delivery.send_memory(records, sender.run)
+    assert sender.settled == 5
+
+
+def spans_named(sender: Sender, name: str) -> list[ReadableSpan]:
+    return [span for span in sender.spans_out.get_finished_spans() if span.name == name]
+
+
+def test_a_delivery_is_one_root_span_linked_to_its_calls(sender: Sender) -> None:
+    sender.write(1, 2)
+    sender.send()
+    (span,) = spans_named(sender, "mlflow record")
+    assert span.parent is None
+    assert dict(span.attributes or {}) == {"llmops.recorder.records": 2}
+    traces = [format_trace_id(link.context.trace_id) for link in span.links]
+    assert traces == [make_record(1).trace_id, make_record(2).trace_id]
+    assert span.status.status_code == StatusCode.UNSET
+
+
+def test_a_replay_has_a_name_of_its_own_and_a_failure_is_seen(sender: Sender) -> None:
+    sender.write(1)
+    sender.tracker.error = TrackerError("HTTP 503")
+    sender.send()
+    (failed,) = spans_named(sender, "mlflow record")
+    assert (failed.status.status_code, failed.status.description) == (StatusCode.ERROR, "HTTP 503")
+    sender.tracker.error = None
+    sender.send()
+    assert len(spans_named(sender, "spool replay")) == 1
+
+
+def test_what_was_sent_before_a_crash_is_sent_again_and_kept_once(sender: Sender) -> None:
+    sender.write(*range(2 * SEGMENT_RECORDS))
+    taken = sender.spool.take()
+    assert taken is not None
+    # It has the first file, and the process ends before the file goes.
+    sender.tracker.send([make_record(number) for number in range(SEGMENT_RECORDS)], sender.run)
+    sender.spool.close()
+    sender.delivery.send_estates(sender.spool.folder, 3_600)
+    assert sorted(sender.tracker.kept) == list(range(2 * SEGMENT_RECORDS))
+    sent = [number for export in sender.tracker.exports for number in export]
+    assert sorted(sent) == sorted([*range(SEGMENT_RECORDS), *range(2 * SEGMENT_RECORDS)])

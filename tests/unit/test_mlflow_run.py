@@ -1,0 +1,193 @@
+"""A process's run, on disk and on the server; its totals, its losses, and what of the settings is shown."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from service.clients.mlflow import GoneError, Run, TrackerError
+from service.config.settings import Settings
+from service.services.mlflow_run import LATENCIES, Losses, ProcessRun, Totals, params_of
+from tests.fakes.clock import FakeClock
+from tests.harness import make_settings
+from tests.unit.recording import FakeTracker, make_record
+from tests.unit.resilience import Readable, readable
+
+MOST_PARAMS = 100
+"""So many the server takes at once."""
+
+
+@pytest.fixture
+def metrics() -> Iterator[Readable]:
+    with readable() as found:
+        yield found
+
+
+def test_it_is_on_disk_as_it_was(tmp_path: Path) -> None:
+    run = ProcessRun("name", 5, {"version": "1"}, "run-1", "2", described=True, totals={"calls": 3.0})
+    run.status, run.ended_ms = "FINISHED", 9
+    run.save(tmp_path / "run.json")
+    assert ProcessRun.load(tmp_path / "run.json", "other", 0) == run
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert (tmp_path / "run.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"colour": 1}'])
+def test_what_cannot_be_read_is_known_by_its_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    assert ProcessRun.load(path, "name", 5) == ProcessRun("name", 5)
+    assert ProcessRun.load(tmp_path / "none", "name", 5) == ProcessRun("name", 5)
+
+
+def test_a_later_versions_fields_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"name": "name", "started_ms": 5, "status": "FINISHED", "colour": "blue"}))
+    assert ProcessRun.load(path, "other", 0) == ProcessRun("name", 5, status="FINISHED")
+
+
+def test_a_disk_that_takes_nothing_is_passed_over_and_nothing_is_left(tmp_path: Path) -> None:
+    run = ProcessRun("name", 5)
+    run.save(tmp_path / "nowhere" / "run.json")
+    # The draft can be written, and not be put in its place.
+    (tmp_path / "run.json").mkdir()
+    run.save(tmp_path / "run.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_it_is_made_and_described_once() -> None:
+    tracker, run = FakeTracker(), ProcessRun("name", 5, {"version": "1"})
+    assert run.on_server(tracker) == run.on_server(tracker) == Run("run-1", "1")
+    assert [(kept.name, kept.params) for kept in tracker.runs.values()] == [("name", {"version": "1"})]
+
+
+def test_an_answer_that_was_lost_makes_no_second_run() -> None:
+    tracker, run = FakeTracker(), ProcessRun("name", 5, {"version": "1"})
+    tracker.answers_lost = 1
+    with pytest.raises(TrackerError):
+        run.on_server(tracker)
+    run.on_server(tracker)
+    assert len(tracker.runs) == 1
+    assert tracker.runs["run-1"].params == {"version": "1"}
+
+
+def test_a_run_that_is_forgotten_is_made_anew_and_described_again() -> None:
+    tracker, run = FakeTracker(), ProcessRun("name", 5, {"version": "1"})
+    run.on_server(tracker)
+    tracker.runs = {"other": tracker.runs.pop("run-1")}
+    tracker.runs["other"].name = "somebody else's"
+    with pytest.raises(GoneError):
+        run.end(tracker, 9)
+    run.forget()
+    run.end(tracker, 9)
+    assert tracker.runs["run-2"].params == {"version": "1"}
+
+
+@pytest.mark.parametrize(("status", "expected"), [("FINISHED", "FINISHED"), (None, "FAILED")])
+def test_it_ends_as_the_process_did(status: Literal["FINISHED"] | None, expected: str) -> None:
+    tracker, run = FakeTracker(), ProcessRun("name", 5, totals={"calls": 2.0}, status=status)
+    run.end(tracker, 9)
+    (kept,) = tracker.runs.values()
+    assert (kept.status, kept.ended_ms, kept.totals) == (expected, 9, {"calls": 2.0})
+
+
+def test_totals_add_up() -> None:
+    totals = Totals()
+    assert totals.metrics == {}
+    totals.add(make_record(prompt_tokens=10, completion_tokens=5, cost=0.25, cache="miss"))
+    totals.add(make_record(outcome="error", error="UpstreamError"))
+    totals.add(make_record(outcome="cancelled"))
+    totals.add(make_record(outcome="cached", cache="hit", saved_cost=0.5))
+    found = totals.metrics
+    assert {name: found[name] for name in found if not name.startswith("latency")} == {
+        "calls": 4,
+        "calls_success": 1,
+        "calls_error": 1,
+        "calls_cancelled": 1,
+        "calls_cached": 1,
+        "prompt_tokens": 10,
+        "completion_tokens": 5,
+        "cost_usd": 0.25,
+        "saved_usd": 0.5,
+        "cache_hits": 1,
+    }
+
+
+def test_quantiles_are_those_of_the_latest_calls() -> None:
+    totals = Totals()
+    for _call in range(50):
+        totals.add(make_record(duration_s=1_000.0))
+    for number in range(LATENCIES):
+        totals.add(make_record(duration_s=number / 100))
+    found = totals.metrics
+    assert (found["latency_p50_s"], found["latency_p95_s"], found["latency_p99_s"]) == (50.0, 95.0, 99.0)
+    assert found["calls"] == LATENCIES + 50
+
+
+def test_one_call_has_quantiles_too() -> None:
+    totals = Totals()
+    totals.add(make_record(duration_s=0.5))
+    assert {totals.metrics[f"latency_p{share}_s"] for share in (50, 95, 99)} == {0.5}
+
+
+def test_parameters_hold_the_settings_and_no_secret() -> None:
+    settings = make_settings(litellm_api_key="sk-canary-1", qdrant_api_key="canary-2", rate_limit="7/minute")
+    shown = params_of(settings, "1.2.3")
+    assert (shown["version"], shown["rate_limit"]) == ("1.2.3", "7/minute")
+    secret = {
+        name: value.get_secret_value()
+        for name in Settings.model_fields
+        if hasattr(value := getattr(settings, name), "get_secret_value")
+    }
+    assert {"jwt_secret_key", "litellm_api_key", "qdrant_api_key", "auth_admin_password"} <= set(secret)
+    assert not set(secret) & set(shown)
+    assert not [value for value in secret.values() if value in json.dumps(dict(shown))]
+    assert len(shown) <= MOST_PARAMS
+
+
+def test_losses_are_counted_exactly_and_told_once_a_minute(
+    metrics: Readable, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = FakeClock(1_000.0)
+    losses = Losses(metrics.instruments, clock)
+    losses.add(1, "first")
+    losses.add(2, "second")
+    clock.advance(59)
+    losses.add(3, "third")
+    losses.say(at_once=False)
+    assert told(caplog) == [(1, "first")]
+    # Also when nothing is lost any more, what was lost is said.
+    clock.advance(1)
+    losses.say(at_once=False)
+    losses.say(at_once=False)
+    assert told(caplog) == [(1, "first"), (5, "third")]
+    losses.add(4, "fourth")
+    losses.say()
+    losses.say()
+    assert told(caplog) == [(1, "first"), (5, "third"), (4, "fourth")]
+    assert metrics.value("llmops.recorder.lost") == 10
+    assert set(caplog.messages) == {"Records of calls are lost"}
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    return [(vars(record)["records"], vars(record)["reason"]) for record in caplog.records]
+
+
+def test_losses_of_two_threads_are_counted(metrics: Readable, caplog: pytest.LogCaptureFixture) -> None:
+    losses = Losses(metrics.instruments)
+
+    def lose() -> None:
+        for _record in range(1_000):
+            losses.add(1, "many")
+
+    threads = [threading.Thread(target=lose) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    losses.say()
+    assert metrics.value("llmops.recorder.lost") == 2_000
+    assert sum(count for count, _reason in told(caplog)) == 2_000
