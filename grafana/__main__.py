@@ -1,4 +1,4 @@
-"""`python -m grafana` writes the dashboards; they are committed, and a test keeps them as generated."""
+"""`python -m grafana` writes dashboards and the table of signals; a test keeps both as generated."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from typing import Final
 
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
+from grafana import signals
 from grafana.dependencies import dependencies
 from grafana.llm import llm
 from grafana.panels import Board
@@ -30,6 +31,9 @@ def main() -> int:
     FOLDER.mkdir(exist_ok=True)
     for name, text in generated().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
+    signals.README.write_text(
+        signals.with_table(signals.README.read_text(encoding="utf-8")), encoding="utf-8"
+    )
     return 0
 
 

@@ -4,7 +4,6 @@ from typing import Final
 
 from grafana_foundation_sdk.models import dashboard
 
-from grafana.coming import CACHE_LOOKUP_DURATION, CACHE_LOOKUPS
 from grafana.panels import (
     FULL,
     RED_FROM_ONE,
@@ -252,7 +251,8 @@ def dependencies() -> dashboard.Dashboard:
             [
                 Query(
                     zeroed(
-                        f"sum by ({by(CACHE_LOOKUPS, 'kind', 'result')}) ({rate(value(CACHE_LOOKUPS))})",
+                        f"sum by ({by(names.CACHE_LOOKUPS, 'kind', 'result')})"
+                        f" ({rate(value(names.CACHE_LOOKUPS))})",
                     ),
                     "{{kind}} {{result}}",
                 )
@@ -269,13 +269,31 @@ def dependencies() -> dashboard.Dashboard:
             [
                 Query(
                     zeroed(
-                        f"histogram_quantile(0.95, sum by ({by(CACHE_LOOKUP_DURATION, 'kind')}, le)"
-                        f" ({rate(bucket(CACHE_LOOKUP_DURATION))})) >= 0"
+                        f"histogram_quantile(0.95, sum by ({by(names.CACHE_LOOKUP_DURATION, 'kind')}, le)"
+                        f" ({rate(bucket(names.CACHE_LOOKUP_DURATION))})) >= 0"
                     ),
                     "{{kind}}",
                 )
             ],
             unit="s",
+            links=[SERVICE_PAGE],
+        ),
+        graph(
+            Words(
+                "Cache writes",
+                "Answers on their way into the store, per second: stored, dropped because too many waited,"
+                " or failed.",
+                "“failed”: look at qdrant above; “dropped”: the store is slower than the answers come.",
+            ),
+            [
+                Query(
+                    zeroed(
+                        f"sum by ({by(names.CACHE_WRITES, 'outcome')}) ({rate(value(names.CACHE_WRITES))})"
+                    ),
+                    "{{outcome}}",
+                )
+            ],
+            unit="ops",
             links=[SERVICE_PAGE],
         ),
     ]

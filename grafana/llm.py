@@ -4,7 +4,6 @@ from typing import Final
 
 from grafana_foundation_sdk.models import dashboard
 
-from grafana.coming import CACHE_LOOKUPS, CACHE_SAVED_TOKENS, CACHE_SIMILARITY
 from grafana.panels import (
     QUARTER,
     THIRD,
@@ -66,8 +65,9 @@ def llm() -> dashboard.Dashboard:
                 "0 with traffic: Qdrant is down (see “Whose fault is it?”), or the requests never repeat.",
             ),
             Query(
-                f"sum({increase(value(CACHE_LOOKUPS, result='hit'))})"
-                f" / (sum({increase(value(CACHE_LOOKUPS, result=_HIT_OR_MISS))}) > 0) or on () vector(0)",
+                f"sum({increase(value(names.CACHE_LOOKUPS, result='hit'))})"
+                f" / (sum({increase(value(names.CACHE_LOOKUPS, result=_HIT_OR_MISS))}) > 0) or on ()"
+                f" vector(0)",
                 "",
             ),
             unit="percentunit",
@@ -76,11 +76,22 @@ def llm() -> dashboard.Dashboard:
         ),
         number(
             Words(
+                "Saved",
+                "What the answers from the cache had cost when a model made them.",
+                "compare with the cost beside it: a cache that saves nothing costs a look-up for each call.",
+            ),
+            Query(zeroed(f"sum({increase(value(names.CACHE_SAVED_COST))})"), ""),
+            unit="currencyUSD",
+            decimals=4,
+            links=[DEPENDENCIES],
+        ),
+        number(
+            Words(
                 "Tokens saved",
                 "Tokens that the cache answered for, and nobody paid for again.",
                 "as for the hits: few hits, few tokens.",
             ),
-            Query(zeroed(f"sum({increase(value(CACHE_SAVED_TOKENS))})"), ""),
+            Query(zeroed(f"sum({increase(value(names.CACHE_SAVED_TOKENS))})"), ""),
             unit="short",
             decimals=0,
             links=[DEPENDENCIES],
@@ -229,7 +240,7 @@ def llm() -> dashboard.Dashboard:
             [
                 Query(
                     zeroed(
-                        f"histogram_quantile(0.5, sum by (le) ({rate(bucket(CACHE_SIMILARITY))})) >= 0",
+                        f"histogram_quantile(0.5, sum by (le) ({rate(bucket(names.CACHE_SIMILARITY))})) >= 0",
                     ),
                     "median",
                 )
@@ -246,7 +257,10 @@ def llm() -> dashboard.Dashboard:
             ),
             [
                 Query(
-                    zeroed(f"sum by ({by(CACHE_SAVED_TOKENS, 'kind')}) ({rate(value(CACHE_SAVED_TOKENS))})"),
+                    zeroed(
+                        f"sum by ({by(names.CACHE_SAVED_TOKENS, 'kind')})"
+                        f" ({rate(value(names.CACHE_SAVED_TOKENS))})"
+                    ),
                     "{{kind}}",
                 )
             ],

@@ -112,7 +112,7 @@ def _dressed(panel: Any, words: Words, links: Links, width: int, height: int) ->
     )
 
 
-def number(  # noqa: PLR0913 - a panel has so many sides
+def number(
     words: Words,
     query: Query,
     *,
@@ -137,7 +137,7 @@ def number(  # noqa: PLR0913 - a panel has so many sides
     return panel if decimals is None else panel.decimals(decimals)
 
 
-def graph(  # noqa: PLR0913 - as `number`
+def graph(
     words: Words,
     queries: Sequence[Query],
     *,

@@ -54,10 +54,33 @@ class Caller:
                 model=model,
                 outcome=found if answer.status == 200 else "error",
                 attempts=int(answer.headers.get("x-llm-attempts", 0)),
-                cached=cached,
+                cache=answer.headers.get("x-cache", "").lower(),
                 input_tokens=said.get("prompt_tokens") or 0,
                 output_tokens=said.get("completion_tokens") or 0,
                 cost=said.get("cost") or 0.0,
+                upstream=self._upstream,
+            )
+        )
+        return answer
+
+    def openai(self, path: str, fields: Any) -> Answer:
+        """Make a model call in OpenAI's words."""
+        body = {"model": "demo", **fields}
+        route = f"/v1/{path}"
+        answer = self._process.call("POST", route, body=body, token=self.token)
+        usage = answer.json["usage"]
+        self._ledger.add(
+            entry_of(
+                route,
+                answer,
+                model="demo",
+                outcome="cached" if answer.headers["x-cache"] == "HIT" else "success",
+                attempts=int(answer.headers.get("x-llm-attempts", 0)),
+                cache=answer.headers["x-cache"].lower(),
+                operation="embeddings" if path == "embeddings" else "chat",
+                input_tokens=usage["prompt_tokens"],
+                output_tokens=usage.get("completion_tokens") or 0,
+                cost=float(answer.headers.get("x-litellm-response-cost") or 0),
                 upstream=self._upstream,
             )
         )
@@ -96,6 +119,7 @@ class Caller:
                 model=model,
                 outcome="cancelled" if left else "success",
                 attempts=1,
+                cache=(answer.headers["X-Cache"] or "").lower(),
                 streamed=True,
                 input_tokens=last.get("prompt_tokens") or 0,
                 output_tokens=last.get("completion_tokens") or 0,
@@ -129,6 +153,7 @@ class Caller:
                 model="demo",
                 outcome="cancelled",
                 attempts=1,
+                cache="miss",
                 upstream=self._upstream,
             )
         )

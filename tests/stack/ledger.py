@@ -22,7 +22,8 @@ class Entry:
     model: str = ""
     outcome: str = ""
     attempts: int = 0
-    cached: bool = False
+    cache: str = ""
+    operation: str = "chat"
     streamed: bool = False
     input_tokens: int = 0
     output_tokens: int = 0
@@ -30,6 +31,11 @@ class Entry:
     first_piece_s: float | None = None
     upstream: str = ""
     at: float = field(default_factory=time.time)
+
+    @property
+    def cached(self) -> bool:
+        """Whether the cache had the answer."""
+        return self.outcome == "cached"
 
 
 @dataclass

@@ -21,6 +21,7 @@ from tests.stack.world import World
 SLOW_S = 10.6
 """Longer than the latency objective, shorter than the deadline below."""
 
+CACHE = {"CACHE_ENABLED": "true", "QDRANT_PATH": ":memory:"}
 FAULTY = {
     "LLM_TIMEOUT_S": "12",
     "RETRY_BASE_DELAY_S": "0.05",
@@ -31,18 +32,18 @@ FAULTY = {
     "REQUEST_BODY_TIMEOUT_S": "1",
     "LOGIN_FAILURES_PER_NAME": "3/minute",
     "HEALTH_INTERVAL_S": "1",
-    "QDRANT_PATH": ":memory:",
+    **CACHE,
 }
 BRIEF = {
     "RATE_LIMIT": "3/minute",
-    "QDRANT_PATH": ":memory:",
+    **CACHE,
     "RETRY_MAX": "0",
 }
 REAL = {
     "HEALTH_INTERVAL_S": "1",
     "HEALTH_TIMEOUT_S": "15",
     "MLFLOW_TIMEOUT_S": "10",
-    "QDRANT_PATH": ":memory:",
+    **CACHE,
 }
 
 
@@ -164,7 +165,9 @@ class Mix:
             for _ in range(5):
                 caller.generate()
             time.sleep(30)  # so that each series has points for long enough to be extrapolated fairly
-            self.seen_upstream = len(upstream.chat_requests)
+            self.seen_upstream = sum(
+                seen.path.endswith(("/chat/completions", "/embeddings")) for seen in upstream.requests
+            )
             self.ledger.mark("faulty ends")
             process.stop()
             self._read(process)
@@ -173,6 +176,17 @@ class Mix:
     def _well(caller: Caller, upstream: FakeUpstream) -> None:
         for _ in range(10):
             caller.generate()
+        again = {"prompt": "What is asked again?"}
+        caller.generate(fields=again)
+        time.sleep(1)  # entries are written after the answer
+        for _ in range(4):
+            caller.generate(fields=again)
+        caller.generate(fields=again, headers={"Cache-Control": "no-cache"})
+        caller.send("DELETE", "/llm/cache", token=caller.token)
+        for number in range(2):
+            messages = [{"role": "user", "content": f"Number {number} of fake?"}]
+            caller.openai("chat/completions", {"messages": messages})
+        caller.openai("embeddings", {"input": "A text of fake?"})
         for _ in range(3):
             upstream.script(Stream(interval_s=0.05))
             caller.stream("other-model")

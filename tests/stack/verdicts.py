@@ -33,9 +33,11 @@ class Expected(Protocol):
 def show(values: Mapping[Labels, float | str]) -> str:
     """Write values down in one short line; zeros are left out when there is anything else."""
     written = {
-        ",".join(value for _, value in sorted(key)): f"{value:.4g}" if isinstance(value, float) else value
+        ",".join(value for _, value in sorted(key)): f"{value:.4g}"
+        if isinstance(value, int | float)
+        else value
         for key, value in values.items()
-        if not isinstance(value, float) or value
+        if value
     }
     if not written:
         return "0" if values else "nothing"
