@@ -1,6 +1,5 @@
 """The run that the proof is about: made once, then looked at from all sides."""
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,13 +24,6 @@ class Run:
     mix: Mix
     at: float
     rows: list[Row] = field(default_factory=list)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _programs() -> None:
-    for name in ("LITELLM_BIN", "MLFLOW_BIN"):
-        if not os.environ.get(name):
-            pytest.fail(f"{name} is not set; `make stack-test` builds and names what is needed")
 
 
 @pytest.fixture(scope="session")
