@@ -11,7 +11,8 @@ from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.semconv.attributes.server_attributes import SERVER_ADDRESS, SERVER_PORT
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
 
-from service.clients.vectors import COLLECTION, Found, NoCollectionError, Point, StoreError, Vectors
+from service.clients.vectors import COLLECTION, NoCollectionError, StoreError, Vectors
+from service.clients.vectors_points import Found, Point
 from service.errors import ServiceError, UpstreamError
 from service.services.circuit_breaker import CircuitBreaker
 from service.telemetry import names

@@ -9,7 +9,8 @@ from functools import partial
 from opentelemetry.trace import Span, SpanContext, Tracer
 
 from service.clients.llm_answers import Reply
-from service.clients.vectors import COLLECTION, Point, StoreError
+from service.clients.vectors import COLLECTION, StoreError
+from service.clients.vectors_points import Point
 from service.config.settings import Settings
 from service.services.cache_entry import DamagedEntryError, Entry, entry_of
 from service.services.cache_key import CacheKey, key_of, tenant_of
