@@ -38,20 +38,23 @@ class CacheStore:
         breaker: Keeps a store that fails from being asked.
         tracer: For the CLIENT spans.
         limit_s: Seconds that a read may take.
+        search_breaker: The same for searches: among too many points they are slow while reads are not.
         on_failing: Called when the store has failed after it had worked.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - ends, a limit and seams
         self,
         vectors: Vectors,
         breaker: CircuitBreaker,
         tracer: Tracer,
         limit_s: float,
         *,
+        search_breaker: CircuitBreaker | None = None,
         on_failing: Callable[[], None] = lambda: None,
     ) -> None:
         self._vectors = vectors
         self._breaker = breaker
+        self._search_breaker = search_breaker or breaker
         self._tracer = tracer
         self._limit_s = limit_s
         self._on_failing = on_failing
@@ -78,7 +81,7 @@ class CacheStore:
         """The points most like the vector among those that say this; none where there is no collection."""
         work = self._vectors.search(collection, vector, equal, threshold, limit)
         try:
-            return await self._do("query", collection, work, self._limit_s)
+            return await self._do("query", collection, work, self._limit_s, self._search_breaker)
         except NoCollectionError:
             self._lost(collection)
             return []
@@ -143,9 +146,17 @@ class CacheStore:
             level=logging.WARNING,
         )
 
-    async def _do(self, operation: str, collection: str, work: Awaitable[T], limit_s: float) -> T:
+    async def _do(
+        self,
+        operation: str,
+        collection: str,
+        work: Awaitable[T],
+        limit_s: float,
+        breaker: CircuitBreaker | None = None,
+    ) -> T:
         """Await the work within the limit, under the breaker and a CLIENT span."""
-        if self._breaker.rejects:
+        breaker = breaker or self._breaker
+        if breaker.rejects:
             _never_awaited(work)
             raise StoreError(OPEN)
         with self._tracer.start_as_current_span(
@@ -161,7 +172,7 @@ class CacheStore:
             set_status_on_exception=False,
         ) as span:
             try:
-                result = await self._attempt(work, limit_s)
+                result = await self._attempt(work, limit_s, breaker)
             except NoCollectionError:
                 if collection in self._ready:
                     span.set_attribute(ERROR_TYPE, "no_collection")
@@ -174,10 +185,10 @@ class CacheStore:
         self._worked()
         return result
 
-    async def _attempt(self, work: Awaitable[T], limit_s: float) -> T:
+    async def _attempt(self, work: Awaitable[T], limit_s: float, breaker: CircuitBreaker) -> T:
         reason = SLOW
         try:
-            with self._breaker.attempt():
+            with breaker.attempt():
                 try:
                     async with asyncio.timeout(limit_s):
                         return await work
