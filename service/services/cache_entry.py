@@ -145,7 +145,8 @@ def is_whole(content: bytes, completion: Completion) -> bool:
     if not completion.finish_reasons or not WHOLE.issuperset(completion.finish_reasons):
         return False
     try:
-        choices = json.loads(content)["choices"]
+        # As it is stored, it is UTF-8; JSON may be something else.
+        choices = json.loads(content.decode())["choices"]
         refused = any((choice.get("message") or {}).get("refusal") for choice in choices)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ SYSTEM = "qdrant"
 WRITE_LIMIT_S = 10.0
 """Time limit of what nobody waits for."""
 
+SAY_AGAIN_S = 60.0
 OPEN = "circuit_open"
 SLOW = "slow"
 
@@ -40,6 +42,7 @@ class CacheStore:
         limit_s: Seconds that a read may take.
         search_breaker: The same for searches: among too many points they are slow while reads are not.
         on_failing: Called when the store has failed after it had worked.
+        clock: Monotonic, in seconds.
     """
 
     def __init__(  # noqa: PLR0913 - ends, a limit and seams
@@ -51,6 +54,7 @@ class CacheStore:
         *,
         search_breaker: CircuitBreaker | None = None,
         on_failing: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._vectors = vectors
         self._breaker = breaker
@@ -61,6 +65,9 @@ class CacheStore:
         self._ready: set[str] = set()
         self._failing = ""
         self._failures = 0
+        self._clock = clock
+        self._damaged = 0
+        self._damaged_said_at = float("-inf")
         self._server: dict[str, str | int] = {SERVER_ADDRESS: vectors.address} if vectors.address else {}
         if vectors.port:
             self._server[SERVER_PORT] = vectors.port
@@ -137,12 +144,16 @@ class CacheStore:
             await self._do("delete_collection", collection, self._vectors.drop(collection), WRITE_LIMIT_S)
 
     def damaged(self, reason: str) -> None:
-        """Say that the store holds what cannot be an entry; the store itself works."""
+        """Say, now and then, that the store holds what cannot be an entry; the store itself works."""
+        self._damaged += 1
+        if self._clock() < self._damaged_said_at + SAY_AGAIN_S:
+            return
+        self._damaged_said_at = self._clock()
         emit(
             logger,
             names.EVENT_CACHE_ERROR,
             f"The cache holds a damaged entry: {reason}",
-            {"reason": "damaged_entry", "failures": 1},
+            {"reason": "damaged_entry", "failures": self._damaged},
             level=logging.WARNING,
         )
 

@@ -1,8 +1,8 @@
 """What a cache hit takes beside a route that does nothing: `python -m tests.bench.cache_hit`.
 
 One app, as it is served, on a real socket, with three more routes behind the same middleware: one answers at
-once; one signs the caller in and counts the call, like every model call; and one has all that the route of the
-hit has, body and answer included, but for the call itself. They are asked in turns over one connection, from
+once; one signs the caller in and counts the call, like every model call; and one has all that the hit's route
+has, body and answer included, but for the call itself. They are asked in turns over one connection, from
 a process of its own; ratios of the rounds' medians are printed.
 """
 
