@@ -114,11 +114,15 @@ class CacheAdmin:
         await cache.writer.idle(self._limit_s)
         try:
             async with cache.writer.paused():
-                return await self._clear_store(equal)
+                cleared = await self._clear_store(equal)
         except StoreError as error:
             raise UpstreamError(
                 f"The cache's store did not do it ({error.reason}). Try again.", label=error.reason
             ) from None
+        # Look-ups that read the store while it was being cleared do not bring back what they found.
+        cache.epoch += 1
+        cache.memory.clear(tenant=equal.get("tenant"), model=model)
+        return cleared
 
     async def _clear_store(self, equal: dict[str, str]) -> int:
         store = self._cache.store
