@@ -87,6 +87,8 @@ class Entry:
             created_at, expires_at = float(created), float(expires)
         except (ServiceError, KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
             raise DamagedEntryError(type(error).__name__) from None
+        if not is_whole(content, reply.completion):
+            raise DamagedEntryError("not whole")
         cost = cost_of({}, {"cost": payload.get("cost")})
         return cls(key, model, created_at, expires_at, content, replace(reply.completion, cost=cost))
 

@@ -189,12 +189,13 @@ class Generation:
     async def _share(self, call: Call, ticket: Ticket, flights: Flights) -> Reply:
         """The answer of an equal call that is under way; made here where there is none."""
         here = trace.get_current_span()
+        if call.cache.shared:
+            # It is a hit when the answer is there.
+            call.cache.result = "miss"
         reply, pays = await flights.share(
             ticket.key.digest, call.deadline, call.progress, lambda: self._fetch(call, ticket, here)
         )
         if pays:
-            if call.cache.shared:
-                call.cache.result = "miss"
             return reply
         call.cached = True
         call.cache.result = "hit"
