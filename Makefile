@@ -12,6 +12,7 @@ ARGS :=
 VENV := .venv/.project
 LITELLM := .venv-litellm/.packages
 MLFLOW := .venv-mlflow/.packages
+CLIENTS := .venv-clients/.packages
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 # A lock is whole: without --no-deps an older pip prefers a newer release of a package that is asked for with an
@@ -25,7 +26,12 @@ unexport PYTHONHOME PYTHONPATH PYTHONWARNINGS
 RUN = env -i CI="$$CI" HOME="$$HOME" LANG=C.UTF-8 PATH="$(CURDIR)/.venv/bin:$$PATH" TMPDIR="$${TMPDIR:-/tmp}"
 
 PYTEST = $(RUN) LITELLM_BIN="$(CURDIR)/.venv-litellm/bin/litellm" \
-	MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" pytest
+	MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" CLIENTS_PYTHON="$(CURDIR)/.venv-clients/bin/python" pytest
+
+# OpenAI's JavaScript client is tried where npm is; in CI it must be.
+ifneq ($(CI)$(shell command -v npm 2>/dev/null),)
+CLIENTS += tests/e2e/clients/node/node_modules/.packages
+endif
 
 # $(call new_venv,folder): the first interpreter that runs; a version manager's name for an absent one fails.
 define new_venv
@@ -44,7 +50,7 @@ help: ## Show this list
 demo: $(VENV) $(LITELLM) $(MLFLOW) ## Start the whole thing, without Docker or an API key
 	@.venv/bin/python -m deploy.demo $(ARGS)
 
-test: $(VENV) $(LITELLM) $(MLFLOW) ## Run the tests, with branch coverage and its floor; ARGS="-k name" runs some, without
+test: $(VENV) $(LITELLM) $(MLFLOW) $(CLIENTS) ## Run the tests, with branch coverage and its floor; ARGS="-k name" runs some, without
 ifdef ARGS
 	$(PYTEST) $(ARGS)
 else
@@ -71,9 +77,11 @@ lock: .venv-lock/.packages ## Write the lock files; UPGRADE=1 takes newer versio
 	$(UV_COMPILE) --constraint requirements.lock --group dev --output-file requirements-dev.lock pyproject.toml
 	$(UV_COMPILE) --output-file deploy/litellm/requirements.lock deploy/litellm/requirements.in
 	$(UV_COMPILE) --output-file deploy/mlflow/requirements.lock deploy/mlflow/requirements.in
+	$(UV_COMPILE) --output-file tests/e2e/clients/requirements.lock tests/e2e/clients/requirements.in
+	cd tests/e2e/clients/node && npm $(if $(UPGRADE),update,install) --package-lock-only --silent --no-audit --no-fund
 
 clean: ## Remove everything that make made; .env stays
-	rm -rf .venv .venv-litellm .venv-mlflow .venv-lock .demo .coverage .coverage.* htmlcov
+	rm -rf .venv .venv-litellm .venv-mlflow .venv-clients tests/e2e/clients/node/node_modules .venv-lock .demo .coverage .coverage.* htmlcov
 	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find deploy service tests -name __pycache__ -prune -exec rm -rf {} +
 
@@ -97,6 +105,16 @@ $(MLFLOW): deploy/mlflow/requirements.lock
 	@echo "Installing MLflow into .venv-mlflow (once, about a minute)"
 	$(call new_venv,.venv-mlflow)
 	@.venv-mlflow/bin/python $(PIP_INSTALL_LOCK) -r deploy/mlflow/requirements.lock
+	@touch $@
+
+.venv-clients/.packages: tests/e2e/clients/requirements.lock
+	@echo "Installing clients to test with into .venv-clients (once, about half a minute)"
+	$(call new_venv,.venv-clients)
+	@.venv-clients/bin/python $(PIP_INSTALL_LOCK) -r tests/e2e/clients/requirements.lock
+	@touch $@
+
+tests/e2e/clients/node/node_modules/.packages: tests/e2e/clients/node/package-lock.json
+	@cd tests/e2e/clients/node && npm ci --silent --no-audit --no-fund --ignore-scripts
 	@touch $@
 
 .venv-lock/.packages: Makefile

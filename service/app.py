@@ -17,7 +17,7 @@ from service.middleware.inbound import make_harmless
 from service.middleware.request_id import RequestIdMiddleware
 from service.middleware.request_limits import RequestLimitsMiddleware
 from service.middleware.shutdown import ShutdownMiddleware
-from service.routers import auth, llm, system
+from service.routers import auth, llm, openai, system
 from service.telemetry.providers import Telemetry
 from service.telemetry.server import instrument_server
 
@@ -29,6 +29,20 @@ EXPOSED = (
     "RateLimit-Policy",
     "Server-Timing",
     "X-LLM-Attempts",
+    "X-Cache",
+    "Age",
+)
+
+ACCEPTED = (
+    *("Authorization", "Content-Type", "X-Request-ID", "traceparent", "tracestate", "OpenAI-Beta"),
+    # What OpenAI's library for JavaScript sends from a browser, too; it goes no further than here.
+    *(
+        f"X-Stainless-{name}"
+        for name in (
+            *("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version"),
+            *("Retry-Count", "Timeout", "Helper-Method"),
+        )
+    ),
 )
 
 
@@ -64,7 +78,7 @@ def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
         },
     )
     app.trust_traceparent = settings.trust_traceparent == "all"
-    for router in (auth.router, llm.router, system.router):
+    for router in (auth.router, llm.router, openai.router, system.router):
         app.include_router(router)
     app.router.routes.append(system.docs_assets())
     instrument_server(app, telemetry)
@@ -81,7 +95,7 @@ def _middleware(settings: Settings, telemetry: Telemetry) -> list[Middleware]:
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-ID", "traceparent", "tracestate"],
+            allow_headers=ACCEPTED,
             expose_headers=EXPOSED,
         ),
         # What is raised further in, by middleware too, becomes an answer here.

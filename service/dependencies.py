@@ -76,6 +76,10 @@ async def _request_id() -> str:
     return context.request_id if context else ""
 
 
+async def _keep_alive_s(request: Request) -> float:
+    return _state(request)["stream_keep_alive_s"]
+
+
 async def _drain(request: Request) -> Drain:
     return _state(request)["drain"]
 
@@ -96,5 +100,6 @@ AuthDep = Annotated[Authenticator, Depends(_auth)]
 GenerationDep = Annotated[Generation, Depends(_generation)]
 CurrentUser = Annotated[User, Depends(current_user)]
 ModelCaller = Annotated[User, Depends(model_caller)]
+KeepAlive = Annotated[float, Depends(_keep_alive_s)]
 CallDeadline = Annotated[Deadline, Depends(_deadline)]
 AdminUser = Annotated[User, Depends(admin_user)]

@@ -43,12 +43,15 @@ class ServiceError(Exception):
         label: What happened in two or three words, for the log lines of attempts.
         details: One entry for each field at fault: ``field``, ``message``, ``type``.
         headers: More header fields for the answer.
+        param: The field at fault, where one is; for clients that speak OpenAI's protocol.
+        code: What went wrong in OpenAI's words, where they have some and they differ from the class's.
     """
 
     status: ClassVar[int] = 500
     default_message: ClassVar[str] = "The service could not handle the request."
     retry: ClassVar[bool] = False
     default_retry_after_s: ClassVar[float | None] = None
+    default_code: ClassVar[str | None] = None
 
     def __init__(  # noqa: PLR0913 - all but the message have defaults
         self,
@@ -60,6 +63,8 @@ class ServiceError(Exception):
         label: str | None = None,
         details: Sequence[Mapping[str, str]] = (),
         headers: Mapping[str, str] | None = None,
+        param: str | None = None,
+        code: str | None = None,
     ) -> None:
         self.message = message or self.default_message
         self.retry_after_s = retry_after_s
@@ -68,6 +73,8 @@ class ServiceError(Exception):
         self.label = label or type(self).__name__
         self.details = tuple(details)
         self.headers = dict(headers or {})
+        self.param = param
+        self.code = code or self.default_code
         super().__init__(self.message)
 
     @property
@@ -92,6 +99,7 @@ class AuthenticationError(CallerError):
     """There is no valid token; answered with ``WWW-Authenticate: Bearer`` (RFC 6750, section 3)."""
 
     status = 401
+    default_code = "invalid_api_key"
     default_message = "A valid bearer token is required. Sign in at POST /auth/login."
 
     def __init__(self, message: str | None = None) -> None:
@@ -153,6 +161,7 @@ class RateLimitError(CallerError):
     """Too many requests, by this service's limit or by the upstream's."""
 
     status = 429
+    default_code = "rate_limit_exceeded"
     default_message = "Too many requests. Wait for the seconds in Retry-After, then try again."
     retry = True
     default_retry_after_s = 1.0

@@ -18,3 +18,4 @@ class State(TypedDict):
     drain: Drain
     health: HealthChecker
     health_required: frozenset[str]
+    stream_keep_alive_s: float

@@ -31,7 +31,7 @@ ECHO_CHARS = 8
 UNKNOWN_MODEL = re.compile(
     r"invalid model name|model( [`'\"]?[^\s`'\"]+[`'\"]?)? (was )?(not found|does not exist)", re.IGNORECASE
 )
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+PLAIN_NAME = re.compile(r"[a-z][a-z0-9_.\[\]]{0,63}")
 NO_DEPLOYMENT = "no healthy deployments"
 INTERNALS = re.compile(
     r"traceback|\w://|/[\w.-]+/[\w.-]+/|[a-z]:\\|\.py\b| at 0x|\b[\w-]+(\.[\w-]+)+:\d|\bhost\b|bearer|basic "
@@ -55,23 +55,6 @@ def nonsense() -> UpstreamError:
     )
 
 
-def read_json(response: httpx2.Response) -> dict[str, Any]:
-    """The body as a JSON object; ``UpstreamError`` when it is none."""
-    try:
-        payload = json.loads(response.content)
-    except (ValueError, RecursionError):
-        raise nonsense() from None
-    if not isinstance(payload, dict):
-        raise nonsense()
-    if SURROGATE.search(response.content):
-        # Half an emoji, cut off by the model: valid JSON that no answer and no exporter could encode.
-        cleaned: dict[str, Any] = json.loads(
-            json.dumps(payload, ensure_ascii=False).encode("utf-8", "replace")
-        )
-        return cleaned
-    return payload
-
-
 def translate(error: openai.APIError, request: Mapping[str, Any], *, known_model: bool) -> ServiceError:
     """The service's error for an SDK error.
 
@@ -82,32 +65,55 @@ def translate(error: openai.APIError, request: Mapping[str, Any], *, known_model
     """
     match error:
         case openai.APIStatusError():
-            return _from_status(error, request, known_model=known_model)
+            body = error.body if isinstance(error.body, dict) else {}
+            return _from_status(
+                error.status_code, body, error.response.headers, request, known_model=known_model
+            )
         case openai.APITimeoutError():
             return UpstreamTimeoutError(label=TIMEOUT)
-        case openai.APIConnectionError() if isinstance(error.__cause__, httpx2.ConnectError):
+        case openai.APIConnectionError():
+            return from_transport(error.__cause__)
+        case _:
+            return nonsense()
+
+
+def from_transport(error: BaseException | None) -> ServiceError:
+    """The service's error for what went wrong on the wire."""
+    match error:
+        case httpx2.ConnectError():
             return UpstreamTimeoutError("The model's side cannot be reached. Try again.", label=CONNECTION)
-        case openai.APIConnectionError() if isinstance(error.__cause__, AnswerTooLargeError):
+        case AnswerTooLargeError():
             return UpstreamError(
                 "The model's answer is larger than this service accepts.",
                 transient=False,
                 label="Answer too large",
             )
-        case openai.APIConnectionError():
+        case _:
             return UpstreamError(
                 "The model's side broke the connection before a whole answer. Try again.", label=CONNECTION
             )
-        case _:
-            return nonsense()
+
+
+def from_event(said: object, request: Mapping[str, Any], *, known_model: bool) -> ServiceError:
+    """The service's error for one that the upstream sends as an event of a stream that it had begun."""
+    body = said if isinstance(said, dict) else {}
+    code = str(body.get("code", ""))
+    # LiteLLM puts the status there, as text.
+    status = int(code) if re.fullmatch(r"[45]\d\d", code) else SERVER_ERRORS
+    return _from_status(status, body, {}, request, known_model=known_model)
 
 
 def _from_status(
-    error: openai.APIStatusError, request: Mapping[str, Any], *, known_model: bool
+    status: int,
+    body: Mapping[str, Any],
+    headers: Mapping[str, str],
+    request: Mapping[str, Any],
+    *,
+    known_model: bool,
 ) -> ServiceError:
-    body = error.body if isinstance(error.body, dict) else {}
-    match error.status_code:
+    wait_s = retry_after(headers.get("retry-after"))
+    match status:
         case 429:
-            wait_s = retry_after(error.response.headers.get("retry-after"))
             return RateLimitError(
                 "The model's rate limit is reached. Wait for the seconds in Retry-After, then try again.",
                 retry_after_s=wait_s,
@@ -122,8 +128,7 @@ def _from_status(
             return _our_credentials()
         case 400 | 404 | 413 | 415 | 422:
             return _refused(body, request, known_model=known_model)
-        case status:
-            wait_s = retry_after(error.response.headers.get("retry-after"))
+        case _:
             again = status == CONFLICT or status >= SERVER_ERRORS
             return UpstreamError(retry_after_s=wait_s, transient=again, label=f"HTTP {status}")
 
@@ -140,8 +145,19 @@ def _refused(body: Mapping[str, Any], request: Mapping[str, Any], *, known_model
     if NO_DEPLOYMENT in text and known_model:
         return UpstreamError("The model has no healthy deployment at the moment. Try again.")
     if body.get("code") == "model_not_found" or UNKNOWN_MODEL.search(text) or NO_DEPLOYMENT in text:
-        return BadRequestError(f"Model '{request.get('model')}' not found")
-    return BadRequestError(_reason(text, request))
+        message = f"Model '{request.get('model')}' not found"
+        return BadRequestError(message, param="model", code="model_not_found")
+    return BadRequestError(
+        _reason(text, request),
+        param=_plain(body.get("param"), request),
+        code=_plain(body.get("code"), request),
+    )
+
+
+def _plain(value: object, request: Mapping[str, Any]) -> str | None:
+    """A field's name or a code as the upstream gives it, where it is one: clients look for some of them."""
+    plain = isinstance(value, str) and PLAIN_NAME.fullmatch(value) and not _echoes(value, request)
+    return str(value) if plain else None
 
 
 def _reason(text: str, request: Mapping[str, Any]) -> str:
@@ -154,7 +170,7 @@ def _reason(text: str, request: Mapping[str, Any]) -> str:
 
 
 def _echoes(reason: str, request: Mapping[str, Any]) -> bool:
-    texts = [text for message in request.get("messages", ()) for text in _strings(message)]
+    texts = [text for name, value in request.items() if name != "model" for text in _strings(value)]
     # Upstreams quote with JSON's or Python's escapes too.
     texts += [json.dumps(text)[1:-1] for text in texts if not text.isascii()]
     # Pieces side by side: an echo of twice their length contains one whole, wherever it starts.
@@ -169,7 +185,7 @@ def _echoes(reason: str, request: Mapping[str, Any]) -> bool:
 
 
 def _strings(value: object) -> Iterator[str]:
-    """All texts in a message but its role."""
+    """All texts in a value, but roles and types."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

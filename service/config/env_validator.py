@@ -100,6 +100,7 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
                 f"LLM_TIMEOUT_S ({settings.llm_timeout_s:g}): connecting is a part of the call."
             ),
         )
+    yield from _stream_problems(settings)
     if settings.health_interval_s + settings.health_timeout_s > settings.health_ttl_s:
         yield (
             "HEALTH_TTL_S",
@@ -125,6 +126,25 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
                 "The embedded store's files belong to one process."
             ),
         )
+
+
+def _stream_problems(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Of two limits that contradict each other, the one that somebody chose."""
+    for name, other, what in (
+        ("stream_timeout_s", "llm_timeout_s", "at least {}: a stream is not over before its first piece"),
+        ("stream_chunk_timeout_s", "stream_timeout_s", "at most {}: it is a part of it"),
+        ("stream_keep_alive_s", "stream_chunk_timeout_s", "less than {}: it is sent within that silence"),
+    ):
+        value, bound = getattr(settings, name), getattr(settings, other)
+        fits = {
+            "stream_timeout_s": value >= bound,
+            "stream_chunk_timeout_s": value <= bound,
+            "stream_keep_alive_s": value < bound,
+        }[name]
+        # A default gives way by itself; two values that somebody chose must agree.
+        if not fits and name in settings.model_fields_set:
+            rule = what.format(f"{other.upper()} ({bound:g})")
+            yield name.upper(), f"{name.upper()} ({value:g}) must be {rule}."
 
 
 def _origin_problems(origins: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -104,6 +104,7 @@ def lifespan_of(
                 "drain": drain,
                 "health": health,
                 "health_required": frozenset(settings.health_required),
+                "stream_keep_alive_s": keep_alive_s(settings),
             }
 
     return lifespan
@@ -168,6 +169,12 @@ async def _recording(settings: Settings, telemetry: Telemetry) -> AsyncIterator[
 
 def _record_nothing(_record: CallRecord) -> None:
     """Where there is no MLflow."""
+
+
+def keep_alive_s(settings: Settings) -> float:
+    """Seconds of a stream's silence until a comment; the default gives way to a shorter limit of silence."""
+    asked_s, limit_s = settings.stream_keep_alive_s, settings.stream_chunk_timeout_s
+    return asked_s if asked_s < limit_s else limit_s / 2
 
 
 def _say_completed(drain: Drain) -> None:

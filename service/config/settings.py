@@ -91,6 +91,9 @@ class Settings(BaseSettings):
     llm_timeout_s: float = Field(30.0, gt=0, le=3_600)
     llm_connect_timeout_s: float = Field(5.0, gt=0, le=300)
     llm_max_answer_bytes: int = Field(33_554_432, ge=1_024, le=1_073_741_824)
+    stream_chunk_timeout_s: float = Field(60.0, gt=0, le=3_600)
+    stream_timeout_s: float = Field(600.0, gt=0, le=86_400)
+    stream_keep_alive_s: float = Field(15.0, gt=0, le=3_600)
     models_ttl_s: float = Field(300.0, ge=1, le=86_400)
 
     # Resilience

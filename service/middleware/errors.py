@@ -8,6 +8,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from opentelemetry import trace
+from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +27,7 @@ from service.errors import (
     ValidationError,
 )
 
+OPENAI_PREFIX = "/v1"
 MAX_DETAILS = 50
 MAX_FIELD_CHARS = 100
 
@@ -95,24 +97,71 @@ def error_body(error: ServiceError) -> dict[str, Any]:
     return body
 
 
-def answer(error: Exception) -> JSONResponse:
-    """The answer to an exception; marks the request, and logs what is a bug with its stack trace."""
+def openai_error_body(error: ServiceError) -> dict[str, Any]:
+    """The body of an error's answer under ``/v1``: OpenAI's fields, with the same facts beside them.
+
+    ``type`` is the error's name; ``code`` and ``param`` are OpenAI's own words where there are some.
+    """
+    request = current_request.get()
+    param = error.param or (error.details[0]["field"] if error.details else None)
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.name,
+            "param": param,
+            "code": error.code,
+            "incident_id": request.incident_id if request else None,
+            "request_id": request.request_id if request else None,
+            "timestamp": timestamp(),
+        }
+    }
+
+
+def noted(error: Exception) -> ServiceError:
+    """The error of our tree, noted on the request; what is a bug is logged with its stack trace."""
     found = as_service_error(error)
     if isinstance(found, InternalError):
         logger.error("Unhandled exception", exc_info=error, extra={"error": found.name})
     request = current_request.get()
     if request is not None:
         request.error = found.name
+    return found
+
+
+def broken_off(error: Exception) -> ServiceError:
+    """The same for an error after the head of the answer is out: the status says nothing of it any more."""
+    found = noted(error)
+    # Now: the instrumentation ends the span with the last byte.
+    span = trace.get_current_span()
+    span.set_status(trace.StatusCode.ERROR)
+    span.set_attribute(ERROR_TYPE, found.name)
+    return found
+
+
+def answer(error: Exception, scope: Scope) -> JSONResponse:
+    """The answer to an exception, in the shape of the path's family."""
+    found = noted(error)
     headers = dict(found.headers)
     wait_s = found.default_retry_after_s if found.retry_after_s is None else found.retry_after_s
     if wait_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
-    return JSONResponse(error_body(found), status_code=found.status, headers=headers)
+    if not speaks_openai(scope):
+        return JSONResponse(error_body(found), status_code=found.status, headers=headers)
+    if not found.retryable and found.status >= InternalError.status:
+        # OpenAI's clients try every 5xx again unless they are told that it is of no use.
+        headers["X-Should-Retry"] = "false"
+    return JSONResponse(openai_error_body(found), status_code=found.status, headers=headers)
 
 
-async def handle(_request: Request, error: Exception) -> JSONResponse:
+def speaks_openai(scope: Scope) -> bool:
+    """Whether the path is of the family that speaks OpenAI's protocol, errors included."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path == OPENAI_PREFIX or path.startswith(f"{OPENAI_PREFIX}/")
+
+
+async def handle(request: Request, error: Exception) -> JSONResponse:
     """Answer what a route, a dependency or the routing raised; FastAPI calls it."""
-    return answer(error)
+    return answer(error, request.scope)
 
 
 class ErrorMiddleware:
@@ -140,8 +189,7 @@ class ErrorMiddleware:
         try:
             await self._app(scope, receive, send_and_note)
         except Exception as error:  # noqa: BLE001 - the last place that can answer
-            response = answer(error)
             if started:
-                trace.get_current_span().set_status(trace.StatusCode.ERROR)
+                broken_off(error)
             else:
-                await response(scope, receive, send)
+                await answer(error, scope)(scope, receive, send)

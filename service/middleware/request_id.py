@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.config.logging import RequestContext, current_request
+from service.errors import CallerLeftError
 from service.telemetry.names import ATTR_CLIENT_REQUEST_ID, ATTR_INCIDENT_ID
 from service.telemetry.sampling import PROBES
 
@@ -98,8 +99,12 @@ class _Responder:
         self._mark_error()
 
     def _mark_error(self) -> None:
-        if self._context.error is not None and self._span.is_recording():
-            self._span.set_attribute(ERROR_TYPE, self._context.error)
+        if self._context.error is None or not self._span.is_recording():
+            return
+        self._span.set_attribute(ERROR_TYPE, self._context.error)
+        if self._context.error == CallerLeftError.__name__:
+            # Whatever the status was: nobody has got the answer.
+            self._span.set_status(trace.StatusCode.ERROR)
 
     def _timing(self) -> str:
         """Where the time went so far, in milliseconds: the W3C's Server-Timing."""

@@ -74,7 +74,7 @@ class RequestLimitsMiddleware:
             error = PayloadTooLargeError(
                 f"The request's body is {declared} bytes long; the limit is {self._max_body_bytes}."
             )
-            await answer(error)(scope, receive, lingering)
+            await answer(error, scope)(scope, receive, lingering)
         else:
             await self._app(scope, in_time, lingering)
 

@@ -1,8 +1,14 @@
 """Asking a model, in this service's own shape."""
 
-from fastapi import APIRouter, Request
+import json
 
-from service.dependencies import CallDeadline, GenerationDep, ModelCaller, RequestId
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from service.clients.llm_answers import Completion
+from service.clients.llm_stream import StreamEvent
+from service.clients.sse import event
+from service.dependencies import CallDeadline, GenerationDep, KeepAlive, ModelCaller, RequestId
 from service.errors import (
     AuthenticationError,
     BadRequestError,
@@ -11,11 +17,22 @@ from service.errors import (
     PayloadTooLargeError,
     RateLimitError,
     RequestTimeoutError,
+    ServiceError,
+    ShuttingDownError,
     UpstreamError,
     UpstreamTimeoutError,
     ValidationError,
 )
-from service.routers.schemas import GenerateRequest, GenerateResponse, ModelsResponse, errors
+from service.middleware.errors import error_body
+from service.routers.event_stream import EventStream
+from service.routers.schemas import (
+    GENERATED,
+    DoneEvent,
+    GenerateRequest,
+    GenerateResponse,
+    ModelsResponse,
+    errors,
+)
 from service.services.call_report import Call
 from service.utils.disconnect import unless_caller_left
 
@@ -23,11 +40,39 @@ router = APIRouter(prefix="/llm", tags=["llm"])
 
 UPSTREAM_ERRORS = (BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError)
 BODY_ERRORS = (RequestTimeoutError, PayloadTooLargeError, ValidationError)
+UNAVAILABLE = (OverloadedError, ShuttingDownError)
+
+
+class TokenWire:
+    """A stream in this service's own words: ``token`` for each piece of text, then ``done`` or ``error``.
+
+    Args:
+        request_id: Stands in the last event.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+
+    def piece(self, event_: StreamEvent) -> bytes:
+        """A piece of text; the upstream's events without one are its own business."""
+        return event(json.dumps({"text": event_.text}).encode(), "token") if event_.text else b""
+
+    def done(self, completion: Completion) -> bytes:
+        """What the answer came to."""
+        return event(DoneEvent.of(completion, self._request_id).model_dump_json().encode(), "done")
+
+    def error(self, error: ServiceError) -> bytes:
+        """The error's body."""
+        return event(json.dumps(error_body(error)).encode(), "error")
 
 
 @router.post(
     "/generate",
-    responses=errors(AuthenticationError, *BODY_ERRORS, *UPSTREAM_ERRORS, CircuitOpenError, OverloadedError),
+    response_model=GenerateResponse,
+    responses={
+        200: GENERATED,
+        **errors(AuthenticationError, *BODY_ERRORS, *UPSTREAM_ERRORS, CircuitOpenError, *UNAVAILABLE),
+    },
 )
 async def generate(
     body: GenerateRequest,
@@ -36,23 +81,23 @@ async def generate(
     generation: GenerationDep,
     deadline: CallDeadline,
     request_id: RequestId,
-) -> GenerateResponse:
-    """Send a prompt to a model; a caller who closes the connection stops the model's work."""
-    call = Call(body.as_chat(), body.model or generation.default_model, user.username, deadline)
+    keep_alive_s: KeepAlive,
+) -> GenerateResponse | Response:
+    """Send a prompt to a model; a caller who closes the connection stops the model's work.
+
+    With `stream` the answer comes as server-sent events: `token` for each piece of text, then `done` with
+    what the answer came to, or `error` with an error's body.
+    """
+    model = body.model or generation.default_model
+    call = Call(body.as_chat(), model, user.username, deadline, streamed=body.stream)
+    if call.streamed:
+        return EventStream(lambda relay: generation.stream(call, relay), TokenWire(request_id), keep_alive_s)
     completion = await unless_caller_left(request.receive, generation.generate(call))
-    return GenerateResponse(
-        response=completion.text,
-        model=completion.model,
-        prompt_tokens=completion.prompt_tokens,
-        completion_tokens=completion.completion_tokens,
-        total_tokens=completion.total_tokens,
-        cost=completion.cost,
-        cache="bypass",
-        request_id=request_id,
-    )
+    return GenerateResponse.of(completion, request_id)
 
 
-@router.get("/models", responses=errors(AuthenticationError, *UPSTREAM_ERRORS, OverloadedError))
+@router.get("/models", responses=errors(AuthenticationError, *UPSTREAM_ERRORS, *UNAVAILABLE))
 async def models(_user: ModelCaller, generation: GenerationDep) -> ModelsResponse:
     """The models that LiteLLM offers."""
-    return ModelsResponse(models=list(await generation.models()), default_model=generation.default_model)
+    listed = await generation.models()
+    return ModelsResponse(models=list(listed.names), default_model=generation.default_model)

@@ -1,10 +1,19 @@
 """The wire models of the routes outside ``/v1``, and how their errors are documented."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+)
 
+from service.clients.llm_answers import Completion
 from service.errors import InternalError, MethodNotAllowedError, ServiceError
 
 
@@ -26,13 +35,18 @@ def _plain_text(value: SecretStr) -> SecretStr:
     return value
 
 
+def _whole(value: object) -> object:
+    """Take 1.0 for the integer that it is in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+ -]*$", max_length=200)]
 
 
 class Inbound(BaseModel):
-    """A request's body; a field that we do not know is an error, not a silence."""
+    """A request's body; a field that we do not know is an error, and no value is guessed at."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class LoginRequest(Inbound):
@@ -65,11 +79,11 @@ class GenerateRequest(Inbound):
     model: ModelName | None = Field(None, description="One of GET /llm/models; the default model without it.")
     system_prompt: str | None = Field(None, min_length=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    max_tokens: int | None = Field(None, ge=1, le=10_000_000)
+    max_tokens: Annotated[int, Field(ge=1, le=10_000_000), BeforeValidator(_whole)] | None = None
     response_format: Annotated[dict[str, Any], AfterValidator(_encodable)] | None = Field(
         None, examples=[{"type": "json_object"}]
     )
-    stream: Literal[False] = Field(default=False, description="Streaming is not offered on this route yet.")
+    stream: bool = Field(default=False, description="Whether the answer comes as server-sent events.")
 
     def as_chat(self) -> dict[str, Any]:
         """The same in OpenAI's shape, without what was not given."""
@@ -82,24 +96,54 @@ class GenerateRequest(Inbound):
         return {"messages": messages, **given}
 
 
-class GenerateResponse(BaseModel):
-    """The model's answer; counts and cost (US dollars) are null where the upstream reported none."""
+class DoneEvent(BaseModel):
+    """What an answer came to; counts and cost (US dollars) are null where the upstream reported none."""
 
-    response: str
-    model: str
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    total_tokens: int | None
-    cost: float | None
+    model: str = Field(examples=["demo"])
+    prompt_tokens: int | None = Field(examples=[9])
+    completion_tokens: int | None = Field(examples=[12])
+    total_tokens: int | None = Field(examples=[21])
+    cost: float | None = Field(examples=[0.00033])
     cache: Literal["hit", "miss", "bypass"]
-    request_id: str = Field(description="The trace id, equal to the header X-Request-ID.")
+    request_id: str = Field(
+        description="The trace id, equal to the header X-Request-ID.",
+        examples=["4bf92f3577b34da6a3ce929d0e0e4736"],
+    )
+
+    @classmethod
+    def of(cls, completion: Completion, request_id: str) -> Self:
+        """What a completion says; an estimate is no count."""
+        return cls(**cls._fields(completion, request_id))
+
+    @staticmethod
+    def _fields(completion: Completion, request_id: str) -> dict[str, Any]:
+        return {
+            "model": completion.model,
+            "prompt_tokens": completion.prompt_tokens,
+            "completion_tokens": None if completion.estimated else completion.completion_tokens,
+            "total_tokens": completion.total_tokens,
+            "cost": completion.cost,
+            "cache": "bypass",
+            "request_id": request_id,
+        }
+
+
+class GenerateResponse(DoneEvent):
+    """The model's answer, and what it came to."""
+
+    response: str = Field(examples=["The path of one request."])
+
+    @classmethod
+    def of(cls, completion: Completion, request_id: str) -> Self:
+        """What a completion says."""
+        return cls(response=completion.text, **cls._fields(completion, request_id))
 
 
 class ModelsResponse(BaseModel):
     """The models on offer."""
 
-    models: list[str]
-    default_model: str
+    models: list[str] = Field(examples=[["demo"]])
+    default_model: str = Field(examples=["demo"])
 
 
 class HealthResponse(BaseModel):
@@ -144,12 +188,34 @@ class ErrorBody(BaseModel):
     details: list[FieldProblem] | None = Field(None, description="With ValidationError: each field at fault.")
 
 
-def errors(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
+def event_schema(*names: str) -> dict[str, Any]:
+    """The shape of each event of a stream; its data is JSON, or the word that ends the stream."""
+    return {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"event": {"type": "string", "enum": list(names)}, "data": {"type": "string"}},
+    }
+
+
+GENERATED: Final[dict[str, Any]] = {
+    "description": "The model's answer; with `stream`, in pieces.",
+    "content": {
+        "text/event-stream": {
+            "schema": event_schema("token", "done", "error"),
+            "example": 'event: token\ndata: {"text": "The path"}\n\nevent: done\ndata: {"model": "demo", '
+            '"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21, "cost": 0.00033, '
+            '"cache": "bypass", "request_id": "4bf92f3577b34da6a3ce929d0e0e4736"}\n\n',
+        }
+    },
+}
+
+
+def errors(*kinds: type[ServiceError], model: type[BaseModel] = ErrorBody) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI ``responses`` of a route with these errors, and with those that every route has."""
     documented: dict[int | str, dict[str, Any]] = {}
     everywhere: tuple[type[ServiceError], ...] = (MethodNotAllowedError, InternalError)
     for kind in kinds + everywhere:
         sentence = f"`{kind.__name__}`: {kind.default_message}"
-        entry = documented.setdefault(kind.status, {"model": ErrorBody, "description": ""})
+        entry = documented.setdefault(kind.status, {"model": model, "description": ""})
         entry["description"] = " ".join(filter(None, (entry["description"], sentence)))
     return documented

@@ -12,17 +12,14 @@ from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.trace import Span, Status, StatusCode, format_span_id, format_trace_id
 
 from service.clients.call_record import CallRecord
-from service.clients.llm import Completion
+from service.clients.llm_answers import MAX_CONTENT_CHARS, Completion
+from service.clients.llm_request import LlmRequest, Operation, to_json, with_fields
 from service.config.logging import current_request
 from service.errors import ServiceError
 from service.telemetry import names
 from service.telemetry.instruments import Instruments
 from service.utils.deadline import Deadline
 from service.utils.retry import Progress
-
-OPERATION = "chat"
-MAX_CONTENT_CHARS = 65_536
-"""So much of a prompt, and of an answer, is kept where content is captured at all."""
 
 Outcome = Literal["success", "error", "cancelled"]
 
@@ -31,14 +28,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Call:
-    """One prompt on its way: what is asked, by whom, until when, and how far it has come.
+    """One request on its way: what is asked, by whom, until when, and how far it has come.
 
     Args:
         body: The request in OpenAI's shape.
         model: The model that is asked.
         user: Who asks; stands in the log lines.
-        deadline: When the answer must be there.
+        deadline: When the answer must be there, or its first piece.
         clock: For durations, in seconds.
+        operation: The GenAI operation.
+        content: The request as the caller wrote it, whose bytes go upstream and come back as they are.
+            Without it the body is written here, and what comes back is read.
+        headers: More header fields for the upstream.
+        streamed: Whether the answer is wanted in pieces.
+        progress: How far the attempts have come.
+        llm_s: Seconds spent waiting for the upstream.
+        first_chunk_s: Seconds until the first piece of a streamed answer.
+        completion: What is known of the answer: all of it, or the part that came.
     """
 
     body: Mapping[str, Any]
@@ -46,13 +52,30 @@ class Call:
     user: str
     deadline: Deadline
     clock: Callable[[], float] = time.perf_counter
+    operation: Operation = "chat"
+    content: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    streamed: bool = False
     progress: Progress = field(default_factory=Progress)
     llm_s: float = 0.0
+    first_chunk_s: float | None = None
+    completion: Completion | None = None
     started_ns: int = field(default_factory=time.time_ns)
     started_s: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.started_s = self.clock()
+
+    def as_request(self) -> LlmRequest:
+        """What goes to the client."""
+        body = {**self.body, "model": self.model}
+        verbatim = self.content is not None
+        if self.content is None:
+            content = to_json(body)
+        else:
+            unnamed = self.body.get("model") is None
+            content = with_fields(self.body, self.content, {"model": self.model} if unnamed else {})
+        return LlmRequest(self.operation, self.model, body, content, self.headers, verbatim=verbatim)
 
 
 class CallReport:
@@ -75,6 +98,7 @@ class CallReport:
     ) -> None:
         self._calls = instruments.llm_calls
         self._cost = instruments.llm_cost
+        self._first_chunk = instruments.llm_first_chunk
         self._known = known
         self._on_ended = on_ended
         self._capture = capture
@@ -82,6 +106,12 @@ class CallReport:
     def started(self, call: Call) -> None:
         """Say that the call began."""
         logger.info("llm_request_started", extra={"user": call.user, "model": call.model})
+
+    def answering(self, call: Call) -> None:
+        """Say that the first piece of a streamed answer is there, and is about to go out."""
+        call.first_chunk_s = round(call.clock() - call.started_s, 6)
+        self._first_chunk.record(call.first_chunk_s, {"model": self._known(call.model)})
+        _mark_answer(call)
 
     def ended(
         self,
@@ -96,7 +126,7 @@ class CallReport:
         Args:
             span: The ``llm call`` span, still current.
             call: The call, with how far it came.
-            completion: The answer of a call that succeeded.
+            completion: The answer, or the part of it that came before the error.
             error: What ended it otherwise; a cancelled call ends with ``CancelledError``.
         """
         outcome: Outcome = "success"
@@ -128,7 +158,7 @@ def _record(
     return CallRecord(
         trace_id=format_trace_id(context.trace_id),
         span_id=format_span_id(context.span_id),
-        operation=OPERATION,
+        operation=call.operation,
         started_ns=call.started_ns,
         duration_s=round(call.clock() - call.started_s, 6),
         user=call.user,
@@ -141,11 +171,16 @@ def _record(
         completion_tokens=completion.completion_tokens if completion else None,
         total_tokens=completion.total_tokens if completion else None,
         cost=completion.cost if completion else None,
+        estimated=completion.estimated if completion else False,
+        streamed=call.streamed,
+        first_chunk_s=call.first_chunk_s,
     )
 
 
 def _with_content(record: CallRecord, call: Call, completion: Completion | None) -> CallRecord:
-    asked = json.dumps(call.body.get("messages"), ensure_ascii=False)
+    asked = json.dumps(call.body.get("messages", call.body.get("input")), ensure_ascii=False)
+    # A caller of /v1 may send half an emoji, which nothing further on could encode.
+    asked = asked.encode("utf-8", "replace").decode()
     return replace(
         record,
         prompt=asked[:MAX_CONTENT_CHARS],
@@ -175,6 +210,7 @@ def _mark_answer(call: Call) -> None:
     if answer is None:
         return
     answer.headers["X-LLM-Attempts"] = str(call.progress.attempts)
+    answer.headers["X-Cache"] = "BYPASS"
     answer.timings_s["auth"] = answer.auth_s
     answer.timings_s["llm"] = call.llm_s
     if call.progress.waited_s:
@@ -193,7 +229,10 @@ def _write_line(record: CallRecord, reason: str) -> None:
         "completion_tokens": record.completion_tokens,
         "total_tokens": record.total_tokens,
         "cost": record.cost,
+        "estimated": record.estimated or None,
         "attempts": record.attempts,
+        "streamed": record.streamed or None,
+        "first_chunk_s": record.first_chunk_s,
         "duration_s": record.duration_s,
     }
     logger.log(

@@ -16,6 +16,7 @@ class Instruments:
         self._meter = meter
         self.llm_calls = _counter(meter, names.LLM_CALLS)
         self.llm_cost = _counter(meter, names.LLM_COST)
+        self.llm_first_chunk = _histogram(meter, names.LLM_FIRST_CHUNK)
         self.retry_attempts = _counter(meter, names.RETRY_ATTEMPTS)
         self.breaker_transitions = _counter(meter, names.BREAKER_TRANSITIONS)
         self.breaker_rejections = _counter(meter, names.BREAKER_REJECTIONS)

@@ -50,13 +50,21 @@ LLM_COST: Final = Metric(
     "What the model calls cost, as LiteLLM reports it",
     {"model": UPSTREAM_LISTED},
 )
+LLM_FIRST_CHUNK: Final = Metric(
+    "llmops.llm.time_to_first_chunk",
+    "histogram",
+    "s",
+    "Time from a streamed call's start, attempts and waits together, to the first piece for the caller",
+    {"model": UPSTREAM_LISTED},
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 60),
+)
 RETRY_ATTEMPTS: Final = Metric(
     "llmops.retry.attempts",
     "counter",
     "{attempt}",
     "Attempts at an upstream by what came after them",
     {
-        "operation": ("chat",),
+        "operation": ("chat", "embeddings"),
         "outcome": ("success", "retried", "exhausted", "not_retryable", "deadline", "budget"),
         "error.type": ERROR_NAMES,
     },
@@ -159,6 +167,7 @@ EVENT_LOOP_LAG: Final = Metric(
 METRICS: Final = (
     LLM_CALLS,
     LLM_COST,
+    LLM_FIRST_CHUNK,
     RETRY_ATTEMPTS,
     BREAKER_STATE,
     BREAKER_TRANSITIONS,

@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from openai import BadRequestError, NotFoundError, OpenAI
 
 from tests.e2e.support import generate, stopped
 from tests.e2e.tap import Tap
 from tests.harness import ServiceProcess, free_port, request
+from tests.http.streaming import data, events
+from tests.http.support import eventually
 
 pytestmark = pytest.mark.e2e
 
@@ -115,6 +119,51 @@ def test_a_call_through_both_is_answered_counted_and_priced(
     assert body["total_tokens"] == body["prompt_tokens"] + body["completion_tokens"]
     assert body["cost"] > 0
     assert body["request_id"] == answer.request_id
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/llm/generate"])
+def test_a_stream_through_both_is_counted_and_priced(
+    service_and_tap: tuple[ServiceProcess, Tap], path: str
+) -> None:
+    process, tap = service_and_tap
+    body = {"prompt": "hi"} if path == "/llm/generate" else {"messages": [{"role": "user", "content": "hi"}]}
+    answer = process.call("POST", path, body={**body, "stream": True}, token=process.token())
+
+    assert answer.status == 200, answer.body
+    assert len(events(answer.body)) > 3
+    assert f"traceparent: 00-{answer.request_id}-".encode() in tap.sent.lower()
+
+    def completed() -> list[dict[str, Any]]:
+        lines = process.lines(answer.request_id)
+        return [line for line in lines if line["message"] == "llm_request_completed"]
+
+    (line,) = eventually(completed, "the call's last line")
+    assert line["streamed"]
+    assert line["total_tokens"] == line["prompt_tokens"] + line["completion_tokens"] > 0
+    assert line["cost"] > 0
+    last = events(answer.body)[-1]
+    if path == "/llm/generate":
+        assert data(last)["cost"] == line["cost"]
+    else:
+        assert last == b"data: [DONE]\n\n"
+        assert b'"prompt_tokens"' not in answer.body
+
+
+def test_openais_library_speaks_through_both(service_and_tap: tuple[ServiceProcess, Tap]) -> None:
+    process, _ = service_and_tap
+    base_url = f"http://127.0.0.1:{process.port}/v1"
+    with OpenAI(base_url=base_url, api_key=process.token(), max_retries=0) as client:
+        messages: Any = [{"role": "user", "content": "hi"}]
+        whole = client.chat.completions.create(model="demo", messages=messages).choices[0].message.content
+        pieces = client.chat.completions.create(model="demo", messages=messages, stream=True)
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole
+        found = client.embeddings.create(model="demo-embedding", input="x", encoding_format="float")
+        assert found.data[0].embedding
+        assert {"demo", "demo-embedding"} <= {model.id for model in client.models.list()}
+        with pytest.raises(NotFoundError):
+            client.models.retrieve("nope")
+        with pytest.raises(BadRequestError, match="Model 'nope' not found"):
+            client.chat.completions.create(model="nope", messages=messages, stream=True)
 
 
 def test_the_proxy_gets_our_trace(service_and_tap: tuple[ServiceProcess, Tap], litellm: LiteLlm) -> None:

@@ -79,6 +79,20 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Embeddings:
+    """A correct answer to an embeddings request: a small vector for each text."""
+
+    async def play(self, exchange: Exchange) -> None:
+        """Answer at once."""
+        given = exchange.request.json["input"]
+        number = len(given) if isinstance(given, list) else 1
+        vectors = [{"object": "embedding", "index": at, "embedding": [0.25, -0.5]} for at in range(number)]
+        usage = {"prompt_tokens": 3 * number, "total_tokens": 3 * number}
+        answer = {"object": "list", "data": vectors, "model": _requested_model(exchange), "usage": usage}
+        await exchange.respond(200, {"Content-Type": _JSON}, json.dumps(answer).encode())
+
+
+@dataclass(frozen=True)
 class Status:
     """Any status with any body; None as the body is an error in OpenAI's shape."""
 

@@ -15,6 +15,7 @@ from tests.fakes.behaviours import (
     Answer,
     Behaviour,
     Drip,
+    Embeddings,
     Endless,
     Garbage,
     NotJson,
@@ -43,6 +44,7 @@ __all__ = [
     "Answer",
     "Behaviour",
     "Drip",
+    "Embeddings",
     "Endless",
     "FakeUpstream",
     "Garbage",
@@ -61,6 +63,10 @@ def _is_chat(request: Head | SeenRequest) -> bool:
     return request.method == "POST" and request.path.endswith("/chat/completions")
 
 
+def _is_embeddings(request: SeenRequest) -> bool:
+    return request.method == "POST" and request.path.endswith("/embeddings")
+
+
 @contextmanager
 def refusing_port() -> Iterator[int]:
     """Hold a loopback port on which nothing listens, so that a connection to it is refused."""
@@ -70,11 +76,12 @@ def refusing_port() -> Iterator[int]:
 
 
 class FakeUpstream(Watched):
-    """A server that records every request and answers chat completions by script, else by default."""
+    """A server that records every request and answers model calls by script, else by default."""
 
     def __init__(self) -> None:
         super().__init__()
         self.default: Behaviour = Answer()
+        self.default_stream: Behaviour = Stream()
         self.models: list[str] = ["demo", "other-model"]
         self.models_behaviour: Behaviour | None = None
         self.health_behaviour: Behaviour | None = None
@@ -125,6 +132,11 @@ class FakeUpstream(Watched):
         return [request for request in self.requests if _is_chat(request)]
 
     @property
+    def open_connections(self) -> int:
+        """The number of TCP connections that are open now."""
+        return len(self._tasks)
+
+    @property
     def connections(self) -> int:
         """The number of TCP connections accepted since the start."""
         with self._changed:
@@ -137,7 +149,7 @@ class FakeUpstream(Watched):
             return self._disconnects
 
     def script(self, *behaviours: Behaviour) -> None:
-        """Queue behaviours for the next chat completions, whatever model they ask for."""
+        """Queue behaviours for the next model calls, whatever model they ask for."""
         with self._changed:
             self._script.extend(behaviours)
 
@@ -225,6 +237,8 @@ class FakeUpstream(Watched):
     def _choose(self, request: SeenRequest) -> Behaviour:
         if _is_chat(request):
             return self._choose_for_chat(request)
+        if _is_embeddings(request):
+            return self._script.popleft() if self._script else Embeddings()
         if request.method == "GET" and request.path in {"/models", "/v1/models"}:
             return self.models_behaviour or self._list_of_models()
         if request.method == "GET" and request.path in {"/health/liveliness", "/health/readiness"}:
@@ -234,10 +248,13 @@ class FakeUpstream(Watched):
     def _choose_for_chat(self, request: SeenRequest) -> Behaviour:
         if self._script:
             return self._script.popleft()
-        if isinstance(self.default, AcceptOnly) or not self.unknown_model_error:
+        if isinstance(self.default, AcceptOnly):
             return self.default
         model = request.json.get("model")
-        return self.default if model in self.models else _unknown_model(model)
+        if self.unknown_model_error and model not in self.models:
+            return _unknown_model(model)
+        streamed = type(self.default) is Answer and request.json.get("stream")
+        return self.default_stream if streamed else self.default
 
     def _list_of_models(self) -> Behaviour:
         entry = {"object": "model", "created": 0, "owned_by": "fake"}

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from service.dependencies import CurrentUser
 from service.routers.schemas import GenerateRequest
+from tests.fakes.streams import DONE, RawStream, chunk, usage
 from tests.fakes.upstream import Answer as Completion
 from tests.fakes.upstream import Behaviour, Drip, FakeUpstream, Garbage, NotJson, Reset, Silent, Status
 from tests.harness import AppUnderTest
@@ -40,6 +41,7 @@ class Planted:
     wrong_password: str = field(default_factory=lambda: new_canary("wrong-password"))
     prompt: str = field(default_factory=lambda: new_canary("prompt"))
     system: str = field(default_factory=lambda: new_canary("system-prompt"))
+    tool: str = field(default_factory=lambda: new_canary("tool-prompt"))
     header: str = field(default_factory=lambda: new_canary("header"))
     cookie: str = field(default_factory=lambda: new_canary("cookie"))
     basic: str = field(default_factory=lambda: new_canary("basic"))
@@ -71,6 +73,20 @@ class Planted:
         """Send prompt and system prompt."""
         return self.send(path, {"prompt": self.prompt, "system_prompt": self.system, **more})
 
+    def openai_chat(self, **more: object) -> RawAnswer:
+        """Send both, and tools with their arguments, to the other family."""
+        function = {"name": "look_up", "arguments": as_json({"what": self.tool}).decode()}
+        messages = [
+            {"role": "system", "content": self.system},
+            {"role": "user", "content": [{"type": "text", "text": self.prompt}]},
+            {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]},
+            {"role": "tool", "tool_call_id": "1", "content": self.tool},
+        ]
+        parameters = {"description": self.tool, "enum": [self.tool]}
+        tools = [{"type": "function", "function": {"name": "look_up", "parameters": parameters}}]
+        body = {"model": "demo", "messages": messages, "tools": tools, "metadata": {"x": self.tool}, **more}
+        return self.send("/v1/chat/completions", body)
+
 
 def new_canary(name: str) -> str:
     """A text that stands nowhere else; it looks like no key and no path, so no pattern removes it by luck."""
@@ -100,6 +116,32 @@ def _upstream(behaviour: Callable[[Planted], Behaviour]) -> Callable[[Planted], 
         return planted.chat()
 
     return act
+
+
+def _openai(
+    behaviour: Callable[[Planted], Behaviour] | None = None, **more: object
+) -> Callable[[Planted], RawAnswer]:
+    def act(planted: Planted) -> RawAnswer:
+        if behaviour is not None:
+            planted.upstream.script(behaviour(planted))
+        return planted.openai_chat(**more)
+
+    return act
+
+
+def _echoing_pieces(planted: Planted) -> tuple[bytes, ...]:
+    call = {"index": 0, "id": planted.tool, "function": {"name": "x", "arguments": planted.tool}}
+    said = {"content": planted.prompt + planted.system, "refusal": planted.prompt}
+    return chunk(said), chunk({"tool_calls": [call], "reasoning_content": planted.system})
+
+
+def _error_event(planted: Planted) -> bytes:
+    return b"data: " + as_json({"error": {**_error_said(planted), "status": 400}}) + b"\n\n"
+
+
+def _error_said(planted: Planted) -> dict[str, object]:
+    message = f"cannot say {planted.prompt} and {planted.tool} with {planted.key}"
+    return {"message": message, "type": message, "param": planted.tool, "code": "400"}
 
 
 def _echo(status: int) -> Callable[[Planted], RawAnswer]:
@@ -152,6 +194,24 @@ ACTS: Mapping[str, tuple[int, Callable[[Planted], RawAnswer]]] = {
     "not json": (502, _upstream(lambda it: NotJson(it.prompt.encode()))),
     "garbage": (502, _upstream(lambda _: Garbage())),
     "reset": (502, _upstream(lambda _: Reset("body"))),
+    "/v1 200": (200, _openai()),
+    "/v1 200 that echoes": (200, _openai(lambda it: Completion(content=it.prompt + it.tool))),
+    "/v1 400 that echoes": (400, _openai(lambda it: Status(400, {"error": _error_said(it)}))),
+    "/v1 422 that echoes": (400, _openai(lambda it: Status(422, _echoed(it)), stream=True)),
+    "/v1 500 that echoes": (502, _openai(lambda it: Status(500, _echoed(it)))),
+    "/v1 refused": (422, lambda it: it.openai_chat(stream=it.prompt)),
+    "/v1 broken json": (422, lambda it: it.send("/v1/embeddings", f'{{"input": "{it.prompt}'.encode())),
+    "/v1 embeddings": (200, lambda it: it.send("/v1/embeddings", {"model": "demo", "input": [it.prompt]})),
+    "/v1 bad token": (401, lambda it: it.send("/v1/embeddings", {"input": it.prompt}, f"Bearer {it.token}x")),
+    "/v1 no route": (404, lambda it: it.send("/v1/nope", {"input": it.prompt})),
+    "/v1 stream": (200, _openai(lambda it: RawStream((*_echoing_pieces(it), usage(), DONE)), stream=True)),
+    "/v1 stream that breaks": (200, _openai(lambda it: RawStream(_echoing_pieces(it), "cut"), stream=True)),
+    "/v1 stream of garbage": (
+        502,
+        _openai(lambda it: RawStream((b"data: " + it.prompt.encode() + b"\n\n",)), stream=True),
+    ),
+    "/v1 stream that is refused": (400, _openai(lambda it: RawStream((_error_event(it),)), stream=True)),
+    "stream": (200, lambda it: it.chat(stream=True)),
 }
 
 

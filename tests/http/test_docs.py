@@ -16,6 +16,10 @@ ERRORS = {
     ("get", "/auth/me"): {401, 503},
     ("post", "/llm/generate"): {400, 401, 408, 413, 422, 429, 502, 503, 504},
     ("get", "/llm/models"): {400, 401, 429, 502, 503, 504},
+    ("post", "/v1/chat/completions"): {400, 401, 408, 413, 422, 429, 502, 503, 504},
+    ("post", "/v1/embeddings"): {400, 401, 408, 413, 422, 429, 502, 503, 504},
+    ("get", "/v1/models"): {400, 401, 429, 502, 503, 504},
+    ("get", "/v1/models/{model}"): {400, 401, 404, 422, 429, 502, 503, 504},
     ("get", "/health"): set[int](),
     ("get", "/health/detailed"): {503},
     ("get", "/"): set[int](),
@@ -79,7 +83,8 @@ def test_every_error_of_a_route_is_documented_with_its_body(
     assert errors == ERRORS[method, path] | EVERYWHERE
     for status in errors:
         content = responses[str(status)]["content"]["application/json"]
-        body = "DetailedHealth" if (path, status) == ("/health/detailed", 503) else "ErrorBody"
+        body = "OpenAiErrorBody" if path.startswith("/v1/") else "ErrorBody"
+        body = "DetailedHealth" if (path, status) == ("/health/detailed", 503) else body
         assert content["schema"] == {"$ref": f"#/components/schemas/{body}"}
         assert responses[str(status)]["description"]
 

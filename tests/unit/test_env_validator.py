@@ -250,3 +250,43 @@ def test_several_workers_need_a_qdrant_server(read: Read) -> None:
     (error,) = read(WORKERS="2").errors
     assert error.startswith("WORKERS=2 needs a Qdrant server: set QDRANT_URL, or WORKERS=1.")
     assert read(WORKERS="2", QDRANT_URL="http://qdrant:6333").errors == ()
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        (
+            {"STREAM_TIMEOUT_S": "20"},
+            (
+                "STREAM_TIMEOUT_S (20) must be at least LLM_TIMEOUT_S (30): "
+                "a stream is not over before its first piece."
+            ),
+        ),
+        (
+            {"STREAM_CHUNK_TIMEOUT_S": "601"},
+            "STREAM_CHUNK_TIMEOUT_S (601) must be at most STREAM_TIMEOUT_S (600): it is a part of it.",
+        ),
+        (
+            {"STREAM_KEEP_ALIVE_S": "60"},
+            (
+                "STREAM_KEEP_ALIVE_S (60) must be less than STREAM_CHUNK_TIMEOUT_S (60): "
+                "it is sent within that silence."
+            ),
+        ),
+    ],
+)
+def test_limits_of_a_stream_must_agree(read: Read, variables: dict[str, str], sentence: str) -> None:
+    assert read(**variables).errors == (sentence,)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LLM_TIMEOUT_S": "900"},
+        {"STREAM_CHUNK_TIMEOUT_S": "10"},
+        {"STREAM_TIMEOUT_S": "40"},
+        {"STREAM_KEEP_ALIVE_S": "1"},
+    ],
+)
+def test_a_default_limit_of_a_stream_gives_way(read: Read, variables: dict[str, str]) -> None:
+    assert read(**variables).errors == ()

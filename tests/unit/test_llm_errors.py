@@ -9,7 +9,8 @@ import httpx2
 import openai
 import pytest
 
-from service.clients.llm_errors import nonsense, read_json, retry_after, timed_out, translate
+from service.clients.llm_answers import read_object
+from service.clients.llm_errors import nonsense, retry_after, timed_out, translate
 from service.errors import BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError
 from service.middleware.errors import answer
 from tests.unit.llm_answers import failing, sdk_error, translated
@@ -175,12 +176,12 @@ def test_a_rate_limit_waits_as_asked_and_always_says_when(value: str | None, sec
     error = translated(429, headers={"Retry-After": value} if value is not None else None)
     assert isinstance(error, RateLimitError)
     assert error.retry_after_s == seconds
-    assert answer(error).headers["Retry-After"] == str(max(1, int(seconds or 0)))
+    assert answer(error, {"path": "/llm/generate"}).headers["Retry-After"] == str(max(1, int(seconds or 0)))
 
 
 @pytest.mark.parametrize("content", [b'{"a": 1}', b"{}", '{"a": "ü"}'.encode()])
 def test_an_object_is_read(content: bytes) -> None:
-    assert read_json(httpx2.Response(200, content=content)) == json.loads(content)
+    assert read_object(content) == json.loads(content)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_an_object_is_read(content: bytes) -> None:
 )
 def test_what_is_no_object_is_nonsense(content: bytes) -> None:
     with pytest.raises(UpstreamError, match="something that is not an answer") as caught:
-        read_json(httpx2.Response(200, content=content))
+        read_object(content)
     # What json choked on is somebody's answer: it must not reach a stack trace.
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None or caught.value.__suppress_context__
