@@ -23,7 +23,7 @@ from service.clients.llm_errors import from_event, from_transport, nonsense
 from service.clients.llm_request import LlmRequest
 from service.clients.llm_spans import AttemptSpan
 from service.clients.sse import EventDecoder, EventTooLargeError, data_of
-from service.errors import UpstreamError
+from service.errors import ServiceError, UpstreamError
 
 DONE = b"[DONE]"
 LAST_BYTES_S = 0.1
@@ -75,6 +75,7 @@ class LlmStream:
         self._decoder = EventDecoder()
         self._ready: deque[StreamEvent] = deque()
         self._ended = False
+        self._failure: ServiceError | None = None
         self._pieces = 0
         self._keep_chars = keep_chars
         self._kept: list[str] = []
@@ -86,6 +87,8 @@ class LlmStream:
     async def first(self) -> None:
         """Wait until there is something to pass on; raises as iterating does."""
         while not self._ready and not self._ended:
+            if self._failure is not None:
+                raise self._failure
             await self._read()
 
     def __aiter__(self) -> Self:
@@ -139,7 +142,10 @@ class LlmStream:
                 if self._ended:
                     return
         except EventTooLargeError:
-            raise nonsense() from None
+            self._failure = nonsense()
+        except ServiceError as error:
+            # What came before it goes out first, though both were in one packet.
+            self._failure = error
 
     def _take(self, raw: bytes) -> None:
         data = data_of(raw)

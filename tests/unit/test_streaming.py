@@ -57,6 +57,9 @@ async def opened(upstream: FakeUpstream, **values: object) -> AsyncIterator[Benc
     records: list[CallRecord] = []
     async with open_llm(settings, telemetry) as llm:
         yield Bench(Generation(llm, telemetry, settings, on_ended=records.append), records)
+    for _ in range(10):
+        # The libraries' generators that were left in the middle are closed by tasks of a moment.
+        await asyncio.sleep(0)
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     assert not left
 
@@ -102,6 +105,7 @@ def test_a_whole_stream_is_recorded_once_before_anything_says_that_it_is_over(up
         (RawStream((), "silence"), UpstreamTimeoutError, None),
         (Status(500), UpstreamError, None),
         (RawStream((text("a"), usage(3, 4)), "cut"), UpstreamError, 4),
+        (RawStream((text("a") + text("b") + b"data: oops\n\n",)), UpstreamError, 2),
     ],
 )
 def test_a_stream_that_fails_is_recorded_once_with_what_was_seen(
@@ -197,3 +201,24 @@ def test_a_connection_is_used_again_after_a_stream(upstream: FakeUpstream) -> No
 
     asyncio.run(main())
     assert upstream.connections == 1
+
+
+def test_what_came_in_one_packet_with_the_failure_goes_out_before_it(upstream: FakeUpstream) -> None:
+    bench, error = run(upstream, RawStream((text("a") + text("b") + b"data: oops\n\n",)))
+    assert isinstance(error, UpstreamError)
+    assert bench.handed_on == [text("a"), text("b")]
+
+
+def test_what_was_said_is_kept_only_where_content_is_captured(upstream: FakeUpstream) -> None:
+    async def main(setting: str) -> CallRecord:
+        async with opened(upstream, otel_instrumentation_genai_capture_message_content=setting) as bench:
+            upstream.script(RawStream(WHOLE))
+            body = {"messages": [{"content": "half \ud83d"}]}
+            call = Call(body, "demo", "user", Deadline.after(1.0), streamed=True)
+            await bench.generation.stream(call, bench.relay)
+            (record,) = bench.records
+            return record
+
+    kept, bare = asyncio.run(main("SPAN_ONLY")), asyncio.run(main("NO_CONTENT"))
+    assert (kept.prompt, kept.answer) == ('[{"content": "half ?"}]', "a trace")
+    assert (bare.prompt, bare.answer) == (None, None)
