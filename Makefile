@@ -129,7 +129,7 @@ lock: .venv-lock/.packages ## Write the lock files; UPGRADE=1 takes newer versio
 clean: ## Remove everything that make made; .env stays
 	rm -rf .venv .venv-litellm .venv-mlflow .venv-clients tests/e2e/clients/node/node_modules .venv-lock
 	rm -rf .demo .stack .coverage .coverage.* htmlcov
-	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .schemathesis
 	find deploy grafana service tests -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.packages: requirements-dev.lock

@@ -3,8 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -19,6 +18,7 @@ from service.clients.vectors_embedded import (
     EmbeddedStore,
     Work,
 )
+from service.clients.vectors_points import INDEXES, Found, Point, filter_of, index, structs, upsert
 from service.config.settings import Settings
 from service.errors import UpstreamError
 
@@ -30,14 +30,6 @@ DELETE_CHUNK = 500
 WRITE_CHUNK = 16
 """Points that the embedded store writes before it looks whether something urgent waits."""
 
-KEYWORD = models.KeywordIndexType.KEYWORD
-INDEXES: Final = {
-    "tenant": models.KeywordIndexParams(type=KEYWORD, is_tenant=True),
-    "scope": models.PayloadSchemaType.KEYWORD,
-    "model": models.PayloadSchemaType.KEYWORD,
-    "expires": models.PayloadSchemaType.FLOAT,
-    "created": models.PayloadSchemaType.FLOAT,
-}
 NOT_FOUND = 404
 
 
@@ -54,24 +46,6 @@ class NoCollectionError(StoreError):
 
     def __init__(self) -> None:
         super().__init__("no_collection")
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A point: its id (a UUID), what it carries, its vector where its collection has any."""
-
-    id: str
-    payload: Mapping[str, Any]
-    vector: Sequence[float] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A point that was found, and how like it is (cosine, 1 for the same)."""
-
-    id: str
-    payload: Mapping[str, Any]
-    score: float
 
 
 @asynccontextmanager
@@ -145,9 +119,12 @@ class Vectors:
             raise UpstreamError(label=f"the store could not be opened: {type(error).__name__}") from None
 
     async def ensure(self, collection: str, dimension: int | None) -> None:
-        """Make the collection where it is not there; without a dimension its points have no vectors."""
+        """Make the collection unless it is there as it should be; without a dimension it has no vectors."""
         if await self._call(lambda client: client.collection_exists(collection)):
-            return
+            if await self._dimension(collection) == dimension:
+                return
+            # Its name says what its vectors are: somebody else has made this one.
+            await self.drop(collection)
         vectors: Any = {}
         if dimension is not None:
             vectors = models.VectorParams(size=dimension, distance=models.Distance.COSINE)
@@ -160,7 +137,11 @@ class Vectors:
         if self._server is None:
             return
         for name, schema in INDEXES.items():
-            await self._call(_index(collection, name, schema))
+            await self._call(index(collection, name, schema))
+
+    async def _dimension(self, collection: str) -> int | None:
+        info = await self._call(lambda client: client.get_collection(collection))
+        return getattr(info.config.params.vectors, "size", None)
 
     async def read(self, collection: str, point_id: str) -> Mapping[str, Any] | None:
         """What the point with this id carries; None when there is none."""
@@ -177,7 +158,7 @@ class Vectors:
             lambda client: client.query_points(
                 collection,
                 query=list(vector),
-                query_filter=_filter(equal),
+                query_filter=filter_of(equal),
                 score_threshold=threshold,
                 limit=limit,
                 with_payload=True,
@@ -187,15 +168,15 @@ class Vectors:
 
     async def write(self, collection: str, points: Sequence[Point]) -> None:
         """Write the points; one that is there already is replaced."""
-        made = [models.PointStruct(id=p.id, payload=dict(p.payload), vector=_vector(p)) for p in points]
+        made = structs(points)
         size = WRITE_CHUNK if self._server is None else len(made)
         for start in range(0, len(made), size):
             chunk = made[start : start + size]
-            await self._call(_upsert(collection, chunk), urgency=LATER)
+            await self._call(upsert(collection, chunk), urgency=LATER)
 
     async def count(self, collection: str, equal: Mapping[str, str] | None = None) -> int:
         """How many points there are, or how many whose payload says exactly this."""
-        wanted = _filter(equal) if equal else None
+        wanted = filter_of(equal) if equal else None
         found = await self._call(lambda client: client.count(collection, count_filter=wanted, exact=True))
         return int(found.count)
 
@@ -229,7 +210,7 @@ class Vectors:
 
     async def having(self, collection: str, equal: Mapping[str, str], limit: int) -> list[str]:
         """Ids of points whose payload says exactly this."""
-        return await self._ids(collection, limit, scroll_filter=_filter(equal))
+        return await self._ids(collection, limit, scroll_filter=filter_of(equal))
 
     async def _ids(self, collection: str, limit: int, **which: object) -> list[str]:
         found, _next = await self._call(
@@ -267,27 +248,6 @@ class Vectors:
             if isinstance(error, ValueError) and "not found" in str(error):
                 raise NoCollectionError from None
             raise StoreError("nonsense" if self._embedded is None else type(error).__name__) from None
-
-
-def _upsert(collection: str, points: list[models.PointStruct]) -> Work:
-    return lambda client: client.upsert(collection, points=points, wait=True)
-
-
-def _index(collection: str, name: str, schema: object) -> Work:
-    return lambda client: client.create_payload_index(collection, name, field_schema=schema)
-
-
-def _vector(point: Point) -> dict[str, Any] | list[float]:
-    return {} if point.vector is None else list(point.vector)
-
-
-def _filter(equal: Mapping[str, str]) -> models.Filter:
-    return models.Filter(
-        must=[
-            models.FieldCondition(key=name, match=models.MatchValue(value=value))
-            for name, value in equal.items()
-        ]
-    )
 
 
 def _transport_reason(error: ApiException) -> str:

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from service.clients.vectors import COLLECTION, StoreError, Vectors
 from service.config.settings import Settings
-from service.errors import UpstreamError
+from service.errors import UpstreamError, ValidationError
 from service.services.response_cache import ResponseCache
 
 PAGE = 1_000
@@ -71,6 +71,7 @@ class CacheAdmin:
         self._cache = cache
         self._vectors = vectors
         self._limit_s = settings.cache_timeout_s
+        self._shared = settings.cache_scope == "shared"
 
     async def stats(self) -> CacheStats:
         """How the cache does now; what has just been answered is counted, if the store takes it in time."""
@@ -95,9 +96,12 @@ class CacheAdmin:
         """Take out everything, or everything of this user and this model; how many answers that were.
 
         Raises:
+            ValidationError: No answer is one user's, because all of them share theirs.
             UpstreamError: The store did not do it, or not all of it.
         """
         cache = self._cache
+        if user is not None and self._shared:
+            raise ValidationError("The cache is shared (CACHE_SCOPE): no answer in it is one user's.")
         # Calls under way do not bring back what is being cleared.
         cache.epoch += 1
         equal: dict[str, str] = {}
@@ -110,11 +114,15 @@ class CacheAdmin:
         await cache.writer.idle(self._limit_s)
         try:
             async with cache.writer.paused():
-                return await self._clear_store(equal)
+                cleared = await self._clear_store(equal)
         except StoreError as error:
             raise UpstreamError(
                 f"The cache's store did not do it ({error.reason}). Try again.", label=error.reason
             ) from None
+        # Look-ups that read the store while it was being cleared do not bring back what they found.
+        cache.epoch += 1
+        cache.memory.clear(tenant=equal.get("tenant"), model=model)
+        return cleared
 
     async def _clear_store(self, equal: dict[str, str]) -> int:
         store = self._cache.store
@@ -125,6 +133,9 @@ class CacheAdmin:
             else:
                 gone = await store.count(collection)
                 await store.drop(collection)
+                if collection == COLLECTION:
+                    # Other processes are not to find it missing.
+                    await store.prepare(COLLECTION)
             cleared += gone if collection == COLLECTION else 0
         return cleared
 

@@ -87,6 +87,8 @@ class Entry:
             created_at, expires_at = float(created), float(expires)
         except (ServiceError, KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
             raise DamagedEntryError(type(error).__name__) from None
+        if not is_whole(content, reply.completion):
+            raise DamagedEntryError("not whole")
         cost = cost_of({}, {"cost": payload.get("cost")})
         return cls(key, model, created_at, expires_at, content, replace(reply.completion, cost=cost))
 
@@ -145,7 +147,8 @@ def is_whole(content: bytes, completion: Completion) -> bool:
     if not completion.finish_reasons or not WHOLE.issuperset(completion.finish_reasons):
         return False
     try:
-        choices = json.loads(content)["choices"]
+        # As it is stored, it is UTF-8; JSON may be something else.
+        choices = json.loads(content.decode())["choices"]
         refused = any((choice.get("message") or {}).get("refusal") for choice in choices)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False

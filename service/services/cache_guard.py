@@ -15,12 +15,9 @@ from collections.abc import Iterator
 
 from service.services.guard_words import HARMLESS, LANGUAGES, PHRASES, SAME, TURNING
 
-EXACT = re.compile(
-    r"```.*?```|`[^`]+`|\"[^\"]+\"|\u201c[^\u201d]+\u201d|\u00ab[^\u00bb]+\u00bb"  # quoted
-    r"|\S*(?:[_\\/@#=<>{}\[\]()|~^&*+$\u20ac\u00a3%]|\w\.\w|[a-z][A-Z]|::)\S*",  # code, paths, amounts
-    re.DOTALL,
-)
-"""What is compared letter by letter."""
+QUOTED = re.compile(r"```.*?```|`[^`]+`|\"[^\"]+\"|\u201c[^\u201d]+\u201d|\u00ab[^\u00bb]+\u00bb", re.DOTALL)
+CODE = re.compile(r"[_\\/@#=<>{}\[\]()|~^&*+$\u20ac\u00a3%]|\w\.\w|[a-z][A-Z]|::")
+"""What makes a word one that is compared letter by letter: code, a path, an amount."""
 
 TOKEN = re.compile(r"\d+(?:[.,:/-]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)*|[^\w\s.,!?;:'\"-]")
 DRESS = tuple((re.compile(pattern), plain) for pattern, plain in PHRASES)
@@ -48,13 +45,16 @@ def guard_of(text: str) -> str:
 
 def _features(text: str) -> Iterator[str]:
     text = text.replace("\u2019", "'")
-    plain = EXACT.sub(" ", text).casefold()
+    quoted = QUOTED.findall(text)
+    # Word by word: a pattern around the whole word would take long for a long one.
+    words = QUOTED.sub(" ", text).split()
+    plain = " ".join(word for word in words if not CODE.search(word)).casefold()
     for name, pattern in ASKED:
         if pattern.search(plain):
             yield f"asked:{name}"
     yield f"language:{language_of(text)}"
-    for found in EXACT.finditer(text):
-        yield f"exact:{found[0].strip('.,;:!?')}"
+    for exact in (*quoted, *(word for word in words if CODE.search(word))):
+        yield f"exact:{exact.strip('.,;:!?')}"
     yield from _stems(plain)
 
 

@@ -50,9 +50,14 @@ class CacheKey:
         return str(uuid.UUID(self.digest[:32]))
 
 
-def tenant_of(user: str | None) -> str:
-    """The tenant of a user; None stands for all of them together."""
-    return _hash(["tenant", "shared"] if user is None else ["tenant", "user", user])
+def tenant_of(user: str | None, realm: str = "") -> str:
+    """The tenant of a user; None stands for all of them together.
+
+    Args:
+        user: The user's name.
+        realm: What else keeps answers apart: the same name elsewhere is somebody else.
+    """
+    return _hash(["tenant", realm, "shared"] if user is None else ["tenant", realm, "user", user])
 
 
 def key_of(

@@ -9,7 +9,8 @@ from typing import Any
 
 from service.clients.llm import LlmClient
 from service.clients.llm_request import LlmRequest, to_json
-from service.clients.vectors import COLLECTION, Found, Point, StoreError
+from service.clients.vectors import COLLECTION, StoreError
+from service.clients.vectors_points import Found, Point
 from service.config.settings import Settings
 from service.errors import ServiceError, UpstreamError
 from service.services.cache_entry import Entry

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -11,7 +12,8 @@ from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.semconv.attributes.server_attributes import SERVER_ADDRESS, SERVER_PORT
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
 
-from service.clients.vectors import COLLECTION, Found, NoCollectionError, Point, StoreError, Vectors
+from service.clients.vectors import COLLECTION, NoCollectionError, StoreError, Vectors
+from service.clients.vectors_points import Found, Point
 from service.errors import ServiceError, UpstreamError
 from service.services.circuit_breaker import CircuitBreaker
 from service.telemetry import names
@@ -21,6 +23,7 @@ SYSTEM = "qdrant"
 WRITE_LIMIT_S = 10.0
 """Time limit of what nobody waits for."""
 
+SAY_AGAIN_S = 60.0
 OPEN = "circuit_open"
 SLOW = "slow"
 
@@ -37,26 +40,34 @@ class CacheStore:
         breaker: Keeps a store that fails from being asked.
         tracer: For the CLIENT spans.
         limit_s: Seconds that a read may take.
+        search_breaker: The same for searches: among too many points they are slow while reads are not.
         on_failing: Called when the store has failed after it had worked.
+        clock: Monotonic, in seconds.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - ends, a limit and seams
         self,
         vectors: Vectors,
         breaker: CircuitBreaker,
         tracer: Tracer,
         limit_s: float,
         *,
+        search_breaker: CircuitBreaker | None = None,
         on_failing: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._vectors = vectors
         self._breaker = breaker
+        self._search_breaker = search_breaker or breaker
         self._tracer = tracer
         self._limit_s = limit_s
         self._on_failing = on_failing
         self._ready: set[str] = set()
         self._failing = ""
         self._failures = 0
+        self._clock = clock
+        self._damaged = 0
+        self._damaged_said_at = float("-inf")
         self._server: dict[str, str | int] = {SERVER_ADDRESS: vectors.address} if vectors.address else {}
         if vectors.port:
             self._server[SERVER_PORT] = vectors.port
@@ -77,7 +88,7 @@ class CacheStore:
         """The points most like the vector among those that say this; none where there is no collection."""
         work = self._vectors.search(collection, vector, equal, threshold, limit)
         try:
-            return await self._do("query", collection, work, self._limit_s)
+            return await self._do("query", collection, work, self._limit_s, self._search_breaker)
         except NoCollectionError:
             self._lost(collection)
             return []
@@ -133,18 +144,30 @@ class CacheStore:
             await self._do("delete_collection", collection, self._vectors.drop(collection), WRITE_LIMIT_S)
 
     def damaged(self, reason: str) -> None:
-        """Say that the store holds what cannot be an entry; the store itself works."""
+        """Say, now and then, that the store holds what cannot be an entry; the store itself works."""
+        self._damaged += 1
+        if self._clock() < self._damaged_said_at + SAY_AGAIN_S:
+            return
+        self._damaged_said_at = self._clock()
         emit(
             logger,
             names.EVENT_CACHE_ERROR,
             f"The cache holds a damaged entry: {reason}",
-            {"reason": "damaged_entry", "failures": 1},
+            {"reason": "damaged_entry", "failures": self._damaged},
             level=logging.WARNING,
         )
 
-    async def _do(self, operation: str, collection: str, work: Awaitable[T], limit_s: float) -> T:
+    async def _do(
+        self,
+        operation: str,
+        collection: str,
+        work: Awaitable[T],
+        limit_s: float,
+        breaker: CircuitBreaker | None = None,
+    ) -> T:
         """Await the work within the limit, under the breaker and a CLIENT span."""
-        if self._breaker.rejects:
+        breaker = breaker or self._breaker
+        if breaker.rejects:
             _never_awaited(work)
             raise StoreError(OPEN)
         with self._tracer.start_as_current_span(
@@ -160,7 +183,7 @@ class CacheStore:
             set_status_on_exception=False,
         ) as span:
             try:
-                result = await self._attempt(work, limit_s)
+                result = await self._attempt(work, limit_s, breaker)
             except NoCollectionError:
                 if collection in self._ready:
                     span.set_attribute(ERROR_TYPE, "no_collection")
@@ -173,10 +196,10 @@ class CacheStore:
         self._worked()
         return result
 
-    async def _attempt(self, work: Awaitable[T], limit_s: float) -> T:
+    async def _attempt(self, work: Awaitable[T], limit_s: float, breaker: CircuitBreaker) -> T:
         reason = SLOW
         try:
-            with self._breaker.attempt():
+            with breaker.attempt():
                 try:
                     async with asyncio.timeout(limit_s):
                         return await work

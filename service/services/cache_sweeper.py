@@ -5,9 +5,10 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from opentelemetry.context import Context
-from opentelemetry.trace import Tracer
+from opentelemetry.trace import Span, Tracer
 
 from service.clients.vectors import StoreError, Vectors
 from service.services.cache_store import CacheStore
@@ -67,20 +68,29 @@ class CacheSweeper:
     def count_written(self, points: int) -> None:
         """Note that points were written; many of them bring the next round forward."""
         self._written += points
-        if self._written * SLACK >= self._max_entries:
+        if self._many_written:
             self._wake.set()
+
+    @property
+    def _many_written(self) -> bool:
+        return self._written * SLACK >= self._max_entries
 
     async def run(self) -> None:
         """Sweep for ever; ends by cancellation only."""
         while True:
+            due = False
             try:
                 async with asyncio.timeout(self._interval_s):
                     await self._wake.wait()
             except TimeoutError:
-                pass
+                due = True
             self._wake.clear()
             try:
-                await self.sweep()
+                if due or self._many_written:
+                    await self.sweep()
+                else:
+                    with self._round():
+                        await self._take_out_doomed()
             except StoreError:
                 # Said by the store; the next round finds what this one did not reach.
                 await asyncio.sleep(1)
@@ -89,21 +99,28 @@ class CacheSweeper:
                 logger.exception("The cache could not be swept")
                 await asyncio.sleep(1)
 
+    def _round(self) -> AbstractContextManager[Span]:
+        return self._tracer.start_as_current_span(
+            names.SPAN_CACHE_SWEEP, context=Context(), record_exception=False, set_status_on_exception=False
+        )
+
     async def sweep(self) -> int:
         """One round; how many points it took out. Raises ``StoreError``."""
         self._written = 0
-        with self._tracer.start_as_current_span(
-            names.SPAN_CACHE_SWEEP, context=Context(), record_exception=False, set_status_on_exception=False
-        ) as span:
-            gone = 0
-            while self._doomed:
-                collection, ids = self._doomed.popitem()
-                await self._store.delete(collection, list(ids))
-                gone += len(ids)
+        with self._round() as span:
+            gone = await self._take_out_doomed()
             for collection in await self._store.collections():
                 gone += await self._sweep_expired(collection)
                 gone += await self._sweep_excess(collection)
             span.set_attribute(names.ATTR_CACHE_ENTRIES, gone)
+        return gone
+
+    async def _take_out_doomed(self) -> int:
+        gone = 0
+        while self._doomed:
+            collection, ids = self._doomed.popitem()
+            await self._store.delete(collection, list(ids))
+            gone += len(ids)
         return gone
 
     async def _sweep_expired(self, collection: str) -> int:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from opentelemetry.context import Context
 from opentelemetry.trace import Link, SpanContext, Tracer
 
-from service.clients.vectors import COLLECTION, Point, StoreError
+from service.clients.vectors import COLLECTION, StoreError
+from service.clients.vectors_points import Point
 from service.services.cache_store import CacheStore
 from service.telemetry import names
 from service.telemetry.instruments import Instruments

@@ -61,7 +61,14 @@ async def open_cache(
     instruments = telemetry.instruments
     tracer = telemetry.tracer_provider.get_tracer(SCOPE)
     breaker = CircuitBreaker("qdrant", BREAKER_FAILURES, BREAKER_S, instruments)
-    store = CacheStore(vectors, breaker, tracer, settings.cache_timeout_s, on_failing=on_failing)
+    store = CacheStore(
+        vectors,
+        breaker,
+        tracer,
+        settings.cache_timeout_s,
+        search_breaker=CircuitBreaker("qdrant_search", BREAKER_FAILURES, BREAKER_S, instruments),
+        on_failing=on_failing,
+    )
     sweeper = CacheSweeper(store, vectors, settings.cache_max_entries, tracer)
     writer = CacheWriter(store, instruments, tracer, settings.cache_queue_bytes, after=sweeper.count_written)
     memory = EntryMemory(settings.cache_memory_bytes, TRUSTED_S if vectors.is_server else None)

@@ -201,6 +201,8 @@ def _record(
 
 def _with_content(record: CallRecord, call: Call, completion: Completion | None) -> CallRecord:
     asked = json.dumps(call.body.get("messages", call.body.get("input")), ensure_ascii=False)
+    # A caller of /v1 may send half an emoji, which nothing further on could encode.
+    asked = asked.encode("utf-8", "replace").decode()
     return replace(
         record,
         prompt=asked[:MAX_CONTENT_CHARS],

@@ -13,7 +13,7 @@ from service.clients.llm import LlmClient
 from service.clients.llm_answers import Completion, ModelList, Reply
 from service.clients.llm_errors import CONNECTION
 from service.clients.llm_request import PATHS, LlmRequest, Operation
-from service.clients.llm_stream import LlmStream
+from service.clients.llm_stream import LlmStream, StreamEvent
 from service.config.settings import Settings
 from service.errors import UpstreamTimeoutError
 from service.services.cache_entry import Entry, tokens_of
@@ -152,8 +152,7 @@ class Generation:
             if entry is not None:
                 call.completion = self._from_cache(call, entry.reply(), entry).completion
                 self._report.answering(call)
-                for event in entry.events():
-                    await relay(event)
+                await self._limits.hand_on(_in_turn(entry), relay, spent_s=call.clock() - call.started_s)
                 return call.completion
             assembler = None if self._cache is None or ticket is None else self._cache.assembler()
             events, held = await self._open(call.progress, call.deadline, call.as_request(), call)
@@ -190,12 +189,13 @@ class Generation:
     async def _share(self, call: Call, ticket: Ticket, flights: Flights) -> Reply:
         """The answer of an equal call that is under way; made here where there is none."""
         here = trace.get_current_span()
+        if call.cache.shared:
+            # It is a hit when the answer is there.
+            call.cache.result = "miss"
         reply, pays = await flights.share(
             ticket.key.digest, call.deadline, call.progress, lambda: self._fetch(call, ticket, here)
         )
         if pays:
-            if call.cache.shared:
-                call.cache.result = "miss"
             return reply
         call.cached = True
         call.cache.result = "hit"
@@ -261,6 +261,11 @@ class Generation:
             raise
         finally:
             call.llm_s += self._clock() - started
+
+
+async def _in_turn(entry: Entry) -> AsyncIterator[StreamEvent]:
+    for event in entry.events():
+        yield event
 
 
 def _nothing(_digest: object) -> bool:

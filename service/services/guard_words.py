@@ -55,7 +55,6 @@ not: not no never n't cannot isn't aren't doesn't don't didn't can't won't would
 suggest: suggest recommend propose
 create: create make making made
 plane: airplane aeroplane airplanes planes
-movie: movie film films movies
 tire: tire tyre tires tyres
 canceling: cancelling canceling
 word: synonym word
@@ -73,7 +72,6 @@ PHRASES: Final = (
     (r"\bi (?:want|need|would like|'d like) to\b", " "),
     (r"\b(?:can|could|would|will) you(?: please)?\b", " "),
     (r"\bwhat(?:'s| is| are) (?:the )?(?:best |right |good )?(?:way|ways) (?:to|of)\b", " "),
-    (r"\b(?:what|which) (?:makes|causes)\b", " why "),
     (r"\b(\w+)-(\w+)\b", r"\1 \2"),
 )
 """How questions are dressed: taken off before they are compared."""

@@ -9,7 +9,8 @@ from functools import partial
 from opentelemetry.trace import Span, SpanContext, Tracer
 
 from service.clients.llm_answers import Reply
-from service.clients.vectors import COLLECTION, Point, StoreError
+from service.clients.vectors import COLLECTION, StoreError
+from service.clients.vectors_points import Point
 from service.config.settings import Settings
 from service.services.cache_entry import DamagedEntryError, Entry, entry_of
 from service.services.cache_key import CacheKey, key_of, tenant_of
@@ -84,6 +85,8 @@ class ResponseCache:
         self._tracer = tracer
         self._now = now
         self._clock = clock
+        # Two deployments may have the same Qdrant, and the same names of users and models.
+        self._realm = f"{settings.environment} {settings.litellm_url}"
         self.epoch = 0
         self.results: dict[Result, int] = {"hit": 0, "miss": 0, "bypass": 0, "error": 0}
 
@@ -104,7 +107,7 @@ class ResponseCache:
 
     def tenant(self, user: str) -> str:
         """Whose answers a user gets."""
-        return tenant_of(None if self._settings.cache_scope == "shared" else user)
+        return tenant_of(None if self._settings.cache_scope == "shared" else user, self._realm)
 
     def _may_store(self, call: Call) -> bool:
         if call.operation != "chat":
@@ -182,6 +185,7 @@ class ResponseCache:
 
     async def _entry(self, key: CacheKey) -> Entry | None:
         """The entry in the store; raises ``StoreError``."""
+        epoch = self.epoch
         payload = await self.store.read(COLLECTION, key.point_id)
         if payload is None:
             self.memory.discard(key.digest)
@@ -194,7 +198,9 @@ class ResponseCache:
             return None
         if entry.expires_at <= self._now():
             return None
-        self.memory.put(entry)
+        if epoch == self.epoch:
+            # What was read before the cache was cleared does not come back through here.
+            self.memory.put(entry)
         return entry
 
     def _will_do(self, entry: Entry, ticket: Ticket) -> bool:
@@ -211,12 +217,9 @@ class ResponseCache:
             result = "error"
         if entry is not None:
             result = "hit"
-        elif in_flight(ticket.key.digest):
-            call.cache.shared = True
-            self._count(call.cache, "semantic", result, started, final=False)
-            self._count(call.cache, "exact", "hit")
-            return None
         self._count(call.cache, "semantic", result, started)
+        if entry is None and in_flight(ticket.key.digest):
+            call.cache.shared, call.cache.kind, call.cache.result = True, "exact", "hit"
         if entry is not None:
             call.cache.age_s = max(0.0, self._now() - entry.created_at)
         return entry

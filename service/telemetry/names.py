@@ -14,7 +14,7 @@ OTHER_MODEL: Final = "other"
 
 UPSTREAM_LISTED: Final = "whatever the upstream lists, else other"
 ERROR_NAMES: Final = tuple(error.__name__ for error in PUBLIC_ERRORS)
-BREAKERS: Final = ("litellm", "qdrant", "embeddings")
+BREAKERS: Final = ("litellm", "qdrant", "qdrant_search", "embeddings")
 CACHE_KINDS: Final = ("exact", "semantic")
 
 

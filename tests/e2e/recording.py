@@ -16,11 +16,11 @@ from tests.e2e.support import decoded
 from tests.fakes.mlflow import FakeMlflow
 from tests.harness import ServiceProcess
 
-LIMIT_S = 20.0
+LIMIT_S = 40.0
 
 QUICK = {
     "RATE_LIMIT": "1000000/minute",
-    "MLFLOW_TIMEOUT_S": "1",
+    "MLFLOW_TIMEOUT_S": "2",
     "HEALTH_INTERVAL_S": "0.3",
     "HEALTH_TIMEOUT_S": "0.3",
     "HEALTH_REQUIRED": "qdrant,litellm",

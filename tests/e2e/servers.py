@@ -160,15 +160,19 @@ class MlflowServer(Server):
         return answer.json
 
     def experiment_id(self, name: str) -> str:
-        """The experiment of this name."""
-        found = self.api("GET", f"2.0/mlflow/experiments/get-by-name?experiment_name={name}")
-        return str(found["experiment"]["experiment_id"])
+        """The experiment of this name; one that nobody has made yet has no runs."""
+        found = self.api("POST", "2.0/mlflow/experiments/search", {"max_results": 100})["experiments"]
+        return next((str(one["experiment_id"]) for one in found if one["name"] == name), "none")
 
     def runs(self, experiment: str) -> list[Any]:
         """The runs of an experiment, oldest first."""
         asked = {"experiment_ids": [self.experiment_id(experiment)], "order_by": ["attributes.start_time"]}
         found: list[Any] = self.api("POST", "2.0/mlflow/runs/search", asked).get("runs", [])
         return found
+
+    def statuses(self, experiment: str) -> list[str]:
+        """How the runs of an experiment stand, oldest first."""
+        return [run["info"]["status"] for run in self.runs(experiment)]
 
     def traces(self, experiment: str, query: str = "") -> list[Any]:
         """The traces of an experiment, as MLflow's page asks for them."""

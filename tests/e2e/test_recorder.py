@@ -62,7 +62,7 @@ def test_every_call_is_one_trace_that_says_how_it_ended(
         # Nobody called a model here, so there is nothing to record.
         assert process.call("POST", "/llm/generate", body={}, token=token).status == 422
         assert process.call("POST", "/llm/generate", body={"prompt": "x"}).status == 401
-        mlflow.wait_for(lambda fake: left in fake.trace_ids, timeout_s=10)
+        mlflow.wait_for(lambda fake: left in fake.trace_ids)
         stopped(process)
 
     asked = [answered, other, retried, refused, failed]
@@ -118,7 +118,7 @@ def test_a_run_ends_as_its_process_did(upstream: FakeUpstream, mlflow: FakeMlflo
         token = process.token()
         generate(process, token)
         answer = generate(process, token)
-        mlflow.wait_for(lambda fake: fake.runs[0].status == "FAILED", timeout_s=15)
+        mlflow.wait_for(lambda fake: fake.runs[0].status == "FAILED")
         stopped(process)
 
     first, second = mlflow.runs
@@ -163,7 +163,7 @@ def test_no_content_goes_anywhere_by_default(
         on_disk = b"".join(path.read_bytes() for path in spool.iterdir())
         files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in spool.iterdir()}
         mlflow.up()
-        mlflow.wait_for(lambda fake: waiting.request_id in fake.trace_ids, timeout_s=15)
+        mlflow.wait_for(lambda fake: waiting.request_id in fake.trace_ids)
         stopped(process)
         written = process.text().encode()
 

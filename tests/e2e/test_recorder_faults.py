@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from tests.e2e.recording import (
     ids_in_spool,
     in_spool,
     left_in,
+    show,
     until,
     variables,
 )
@@ -35,11 +36,11 @@ os.close(reading)
 os.dup2(writing, 1)
 os.dup2(writing, 2)
 os.close(writing)
-resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 without_coverage = {name: os.environ[name] for name in os.environ if not name.startswith("COVERAGE")}
 os.execve(sys.executable, [sys.executable, "-B", "-m", "service"], without_coverage)
 """
-"""The service with files of 8 KiB at most, but for its lines, which another process writes down."""
+"""The service with files of no bytes at all, but for its lines, which another process writes down."""
 
 Break = Callable[[FakeMlflow], None]
 
@@ -57,7 +58,7 @@ def mend(fake: FakeMlflow) -> None:
 BREAKS: dict[str, Break] = {
     "dead": FakeMlflow.down,
     "frozen": lambda fake: setattr(fake, "hang", True),
-    "too slow": lambda fake: setattr(fake, "delay_s", 1.5),
+    "too slow": lambda fake: setattr(fake, "delay_s", 3.0),
     "wrong": lambda fake: setattr(fake, "wrong_body", True),
     **{f"status {status}": set_status(status) for status in (403, 422, 500)},
 }
@@ -119,8 +120,19 @@ def recording_on_a_full_disk(given: dict[str, str], tmp_path: Path) -> Iterator[
     """A service whose spool takes a few records and then no more."""
     with small_disk(tmp_path / "disk") as mounted:
         arguments = ("-m", "service") if mounted else ("-c", LIMITED)
-        with ServiceProcess(given, arguments=arguments) as process:
+        with ServiceProcess({**given, "MLFLOW_TIMEOUT_S": "10"}, arguments=arguments) as process:
             yield process.wait_ready()
+
+
+@contextmanager
+def recording_on_no_disk(given: dict[str, str], tmp_path: Path) -> Iterator[ServiceProcess]:
+    """A service that may make files, and write nothing into them."""
+    tmp_path.joinpath("disk").mkdir()
+    with ServiceProcess({**given, "MLFLOW_TIMEOUT_S": "10"}, arguments=("-c", LIMITED)) as process:
+        yield process.wait_ready()
+
+
+FullDisk = Callable[[dict[str, str], Path], AbstractContextManager[ServiceProcess]]
 
 
 def test_on_a_full_disk_records_wait_in_memory(
@@ -144,25 +156,25 @@ def test_on_a_full_disk_records_wait_in_memory(
     assert receiver.value("llmops.recorder.lost") == 0
 
 
-def test_a_file_size_limit_and_a_dead_mlflow_to_the_end_lose_an_exact_number(
-    upstream: FakeUpstream, receiver: OtlpReceiver, mlflow: FakeMlflow, tmp_path: Path
+@pytest.mark.parametrize("full", [recording_on_a_full_disk, recording_on_no_disk])
+def test_a_full_disk_and_a_dead_mlflow_to_the_end_lose_an_exact_number(
+    upstream: FakeUpstream, receiver: OtlpReceiver, mlflow: FakeMlflow, tmp_path: Path, full: FullDisk
 ) -> None:
-    spool = tmp_path / "spool"
+    spool = tmp_path / "disk/spool"
     given = {**variables(upstream.url, mlflow.url, spool), **to_collector(receiver)}
     mlflow.down()
-    with ServiceProcess(given, arguments=("-c", LIMITED)) as process:
-        process.wait_ready()
+    with full(given, tmp_path) as process:
         load = Load(process, threads=4)
         with load.running():
-            load.wait_for(200)
+            load.wait_for(300)
         assert process.stop() == 0
         until(lambda: "Graceful shutdown completed" in process.text(), "the last line")
         lines = process.lines()
-    on_disk = ids_in_spool(spool)
+        on_disk = ids_in_spool(spool)
     assert load.statuses == {200}
-    assert 0 < len(on_disk) < len(load.answered)
     assert on_disk < load.answered
     lost = len(load.answered) - len(on_disk)
+    show({"answered": len(load.answered), "on disk": len(on_disk), "lost": lost})
     assert receiver.value("llmops.recorder.lost") == lost
     said = [line for line in lines if line["message"] == "Records of calls are lost"]
     assert [line["records"] for line in said] == [lost]
@@ -172,26 +184,26 @@ def test_full_memory_loses_an_exact_number(
     upstream: FakeUpstream, receiver: OtlpReceiver, mlflow: FakeMlflow, tmp_path: Path
 ) -> None:
     given = {
-        **variables(upstream.url, mlflow.url, tmp_path / "spool"),
+        **variables(upstream.url, mlflow.url, tmp_path / "disk/spool"),
         **to_collector(receiver),
         "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT": "SPAN_ONLY",
     }
     mlflow.down()
-    with ServiceProcess(given, arguments=("-c", LIMITED)) as process:
-        process.wait_ready()
+    with recording_on_no_disk(given, tmp_path) as process:
         load = Load(process, threads=4, prompt=64_000 * "p")
         with load.running():
             load.wait_for(400)
-        receiver.wait_for(lambda it: (it.value("llmops.recorder.lost") or 0) > 0)
-        assert not in_spool(tmp_path / "spool")
+        receiver.wait_for(lambda it: (it.value("llmops.recorder.lost") or 0) > 0, timeout_s=30)
+        assert not in_spool(tmp_path / "disk/spool")
         mlflow.up()
-        receiver.wait_for(lambda it: it.value("llmops.recorder.queue") == 0, timeout_s=30)
+        receiver.wait_for(lambda it: it.value("llmops.recorder.queue") == 0, timeout_s=60)
         assert process.stop() == 0
         until(lambda: "Graceful shutdown completed" in process.text(), "the last line")
         lines = process.lines()
     assert load.statuses == {200}
     assert mlflow.trace_ids < load.answered
     lost = len(load.answered) - len(mlflow.kept)
+    show({"answered": len(load.answered), "in MLflow": len(mlflow.kept), "lost": lost})
     assert receiver.value("llmops.recorder.lost") == lost
     said = [line["records"] for line in lines if line["message"] == "Records of calls are lost"]
     assert sum(said) == lost

@@ -61,7 +61,7 @@ def test_killed_with_mlflow_up_the_next_start_sends_the_rest(
 
     with ServiceProcess(given) as process:
         process.wait_ready()
-        mlflow.wait_for(lambda fake: bool(fake.runs) and fake.runs[0].status == "FAILED", timeout_s=20)
+        mlflow.wait_for(lambda fake: bool(fake.runs) and fake.runs[0].status == "FAILED")
         assert_each_once(mlflow, load)
         assert mlflow.repeats <= SEGMENT_RECORDS
         with Load(process).running() as second:
@@ -116,7 +116,7 @@ def test_two_replays_at_once_and_one_that_dies_half_way(
     dead_mlflow.up()
     process.folder = str(spool.parent)
     dying = start_replay(process)
-    dead_mlflow.wait_for(lambda fake: len(fake.kept) >= SEGMENT_RECORDS, timeout_s=20)
+    dead_mlflow.wait_for(lambda fake: len(fake.kept) >= SEGMENT_RECORDS)
     dying.kill()
     dying.communicate()
     sent = len(dead_mlflow.kept)

@@ -131,6 +131,11 @@ class FakeMlflow(Watched):
         self._http.server_close()
         self._http = None
 
+    def wait_for(self, predicate: Callable[[Self], bool], timeout_s: float = 40.0) -> None:
+        """Block until the predicate holds for this fake; raise TimeoutError when it never does."""
+        # A service on a busy machine takes its time to load MLflow's client.
+        super().wait_for(predicate, timeout_s)
+
     @property
     def url(self) -> str:
         """What MLFLOW_TRACKING_URI says."""

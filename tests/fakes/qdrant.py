@@ -25,6 +25,7 @@ class FakeQdrant:
         self.collections: dict[str, Points] = {}
         self.dimensions: dict[str, int | None] = {}
         self.mode: Mode = "ok"
+        self.ignores_filters = False
         self.slow_s = slow_s
         self.requests: list[tuple[str, str]] = []
         self.indexes: set[tuple[str, str]] = set()
@@ -105,6 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fake.mode == "error":
             self._send(500, b'{"status":{"error":"the fake was told to fail"}}')
             return
+        if fake.ignores_filters:
+            body.pop("filter", None)
         with fake.lock:
             status, result = self._answer(method, path.strip("/").split("/"), body)
         payload = {"result": result, "status": "ok", "time": 0.0}
@@ -124,7 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
 
-    def _answer(self, method: str, parts: list[str], body: dict[str, Any]) -> tuple[int, Any]:
+    def _answer(  # noqa: PLR0911 - one a route
+        self, method: str, parts: list[str], body: dict[str, Any]
+    ) -> tuple[int, Any]:
         fake = self.server_fake
         if parts == ["collections"]:
             return 200, {"collections": [{"name": name} for name in fake.collections]}
@@ -138,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, True
         if name not in fake.collections:
             return NOT_FOUND, None
+        if not rest and method == "GET":
+            return 200, _info(fake.dimensions[name])
         if not rest and method == "DELETE":
             del fake.collections[name]
             return 200, True
@@ -180,8 +187,28 @@ def _points(  # noqa: C901, PLR0911 - one case a route
     return 400, "the fake does not know this"
 
 
+def _info(dimension: int | None) -> dict[str, Any]:
+    vectors = {} if dimension is None else {"size": dimension, "distance": "Cosine"}
+    hnsw = {"m": 16, "ef_construct": 100, "full_scan_threshold": 10_000}
+    optimizer = {
+        "deleted_threshold": 0.2,
+        "vacuum_min_vector_number": 1_000,
+        "default_segment_number": 0,
+        "flush_interval_sec": 5,
+    }
+    config = {"params": {"vectors": vectors}, "hnsw_config": hnsw, "optimizer_config": optimizer}
+    return {
+        "status": "green",
+        "optimizer_status": "ok",
+        "segments_count": 1,
+        "config": config,
+        "payload_schema": {},
+    }
+
+
 def _nearest(points: Points, body: dict[str, Any]) -> list[dict[str, Any]]:
-    query = body["query"]
+    asked = body["query"]
+    query = asked["nearest"] if isinstance(asked, dict) else asked
     scored = [
         (_cosine(query, point["vector"]), key, point["payload"])
         for key, point in points.items()

@@ -127,7 +127,10 @@ def test_another_user_gets_an_answer_of_their_own(app: AppUnderTest, upstream: F
 def test_users_share_where_the_scope_says_so(upstream: FakeUpstream) -> None:
     with running_app(litellm_url=upstream.url, cache_enabled=True, cache_scope="shared") as app:
         ask(app, app.token())
-        assert ask(app, app.token("admin")).headers["x-cache"] == "HIT"
+        admin = app.token("admin")
+        assert ask(app, admin).headers["x-cache"] == "HIT"
+        refused = app.call("DELETE", "/llm/cache?user=user", token=admin)
+        assert (refused.status, refused.json["error"]) == (422, "ValidationError")
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ def test_a_failure_is_shared_too_and_the_next_call_is_a_new_one(
         answers = [future.result() for future in asking]
 
     assert {(answer.status, answer.json["error"]) for answer in answers} == {(502, "UpstreamError")}
+    assert {answer.headers["x-cache"] for answer in answers} == {"MISS"}
     assert len({answer.json["incident_id"] for answer in answers}) == 10
     assert len(upstream.chat_requests) == 1
     assert app.value("llmops.llm.calls", outcome="error") == 10

@@ -154,3 +154,7 @@ def test_a_name_cannot_run_into_the_model(
     assume((user, model) != (other_user, other_model))
 
     assert digest(body, model, tenant_of(user)) != digest(body, other_model, tenant_of(other_user))
+
+
+def test_the_same_name_in_another_realm_is_somebody_else() -> None:
+    assert len({tenant_of(user, realm) for user in ("user", None) for realm in ("", "a", "b")}) == 6

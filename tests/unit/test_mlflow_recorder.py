@@ -287,6 +287,21 @@ def test_what_neither_disk_nor_mlflow_took_is_lost_at_the_end_and_counted(
     ] == [(3, "no disk took them, and MLflow neither")]
 
 
+def test_what_is_in_memory_when_mlflow_holds_up_the_end_is_lost_once(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    recording = make(tmp_path / "file")
+    recording.tracker.hangs = True
+    recording.start()
+    recording.record(1, 2, 3)
+    recording.tracker.asked.wait(LIMIT_S)
+    with pytest.raises(TimeoutError):
+        recording.finish(limit_s=0.3)
+    assert (recording.value("lost"), recording.value("queue")) == (3, 0)
+    # What comes now is nobody's any more, either.
+    recording.record(4)
+    assert recording.value("lost") == 4
+
+
 def test_a_bug_does_not_end_the_recording(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     recording = make()
     recording.tracker.error = ValueError("a bug")

@@ -13,7 +13,7 @@ from service.services.spool import SEGMENT_BYTES, SEGMENT_RECORDS, Spool, files_
 from tests.fakes.clock import FakeClock
 from tests.unit.recording import Lost, lines, make_record, number_of
 
-LINE_BYTES = len(lines(10))
+LINE_BYTES = len(lines(100))
 
 
 class Opened:
@@ -96,11 +96,11 @@ def test_records_come_out_in_their_order_and_their_files_go(opened: Opened) -> N
 
 def test_beyond_the_bound_the_oldest_go_and_are_counted(tmp_path: Path) -> None:
     opened = Opened(tmp_path, max_bytes=LINE_BYTES * SEGMENT_RECORDS * 2)
-    opened.write(*range(10, 210))
+    opened.write(*range(110, 310))
     assert opened.lost.said == []
-    opened.write(210)
+    opened.write(310)
     assert opened.lost.said == [(SEGMENT_RECORDS, "the spool is full")]
-    assert opened.on_disk == list(range(110, 211))
+    assert opened.on_disk == list(range(210, 311))
     assert sum(path.stat().st_size for path in tmp_path.glob("*.jsonl")) <= LINE_BYTES * 200
 
 
@@ -115,6 +115,14 @@ def test_a_file_that_is_taken_is_not_given_up_but_counts(tmp_path: Path) -> None
     assert opened.lost.total == 1
     opened.spool.put_back(taken)
     assert opened.on_disk == [10, 11, 13]
+
+
+def test_what_was_sent_makes_room(tmp_path: Path) -> None:
+    opened = Opened(tmp_path, max_bytes=LINE_BYTES * 20)
+    for first in range(100, 500, 20):
+        opened.write(*range(first, first + 20))
+        assert opened.take_all() == [list(range(first, first + 20))]
+    assert opened.lost.said == []
 
 
 def test_a_line_larger_than_the_bound_costs_no_other(tmp_path: Path) -> None:

@@ -207,3 +207,18 @@ def test_what_came_in_one_packet_with_the_failure_goes_out_before_it(upstream: F
     bench, error = run(upstream, RawStream((text("a") + text("b") + b"data: oops\n\n",)))
     assert isinstance(error, UpstreamError)
     assert bench.handed_on == [text("a"), text("b")]
+
+
+def test_what_was_said_is_kept_only_where_content_is_captured(upstream: FakeUpstream) -> None:
+    async def main(setting: str) -> CallRecord:
+        async with opened(upstream, otel_instrumentation_genai_capture_message_content=setting) as bench:
+            upstream.script(RawStream(WHOLE))
+            body = {"messages": [{"content": "half \ud83d"}]}
+            call = Call(body, "demo", "user", Deadline.after(1.0), streamed=True)
+            await bench.generation.stream(call, bench.relay)
+            (record,) = bench.records
+            return record
+
+    kept, bare = asyncio.run(main("SPAN_ONLY")), asyncio.run(main("NO_CONTENT"))
+    assert (kept.prompt, kept.answer) == ('[{"content": "half ?"}]', "a trace")
+    assert (bare.prompt, bare.answer) == (None, None)
