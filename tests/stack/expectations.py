@@ -264,9 +264,9 @@ class Expectations:
         }
         return {
             "llm: Calls A": Same({ONE: float(len(self._calls))}),
-            "llm: Cost A": Same({ONE: spent}),
+            "llm: Cost A": Same({ONE: spent}, slack=0.0),
             "llm: Hits of the cache A": Same({ONE: len(hits) / (len(hits) + misses)}),
-            "llm: Saved A": Same({ONE: len(hits) * asked.cost}),
+            "llm: Saved A": Same({ONE: len(hits) * asked.cost}, slack=0.0),
             "llm: Tokens saved A": Same({ONE: saved}),
             "llm: Calls by how they ended A": Same(per_second(outcomes, "outcome")),
             "llm: Calls by model A": Same(per_second(models, "model")),
@@ -274,7 +274,7 @@ class Expectations:
             "llm: Tokens by model: input A": Same(per_second(inputs, "gen_ai_request_model")),
             "llm: Tokens by model: output A": Same(per_second(outputs, "gen_ai_request_model")),
             "llm: Cost by model A": Same(
-                {key: value * 3_600 for key, value in per_second(cost, "model").items()}
+                {key: value * 3_600 for key, value in per_second(cost, "model").items()}, slack=0.0
             ),
             "llm: Attempts by model: p95 A": Within(by_model),
             "llm: Time to first piece by model: p95 A": Within(first),

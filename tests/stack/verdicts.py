@@ -50,6 +50,7 @@ class Same:
 
     values: Mapping[Labels, float]
     tolerance: float = FAIR
+    slack: float = SLACK
 
     def differences(self, got: Values) -> list[str]:
         """What is otherwise."""
@@ -58,7 +59,7 @@ class Same:
         found = []
         for key in self.values.keys() | got.keys():
             wanted, is_ = self.values.get(key, 0.0), got.get(key, 0.0)
-            if math.isnan(is_) or abs(wanted - is_) > self.tolerance * abs(wanted) + SLACK:
+            if math.isnan(is_) or abs(wanted - is_) > self.tolerance * abs(wanted) + self.slack:
                 found.append(f"{show({key: is_})} where {wanted:.4g} was expected")
         return found
 
