@@ -77,13 +77,12 @@ def _show(ports: Ports, request_id: str) -> None:
     while time.monotonic() < end and request_id not in _text(FOLDER / "logs.jsonl"):
         time.sleep(0.5)
     folder = FOLDER.relative_to(backends.ROOT)
-    query = f"{ports.prometheus_url}/graph?g0.expr=sum%20by%20(outcome)%20(llmops_llm_calls_total)"
     print(
         f"""
-Where to look:
+Where to look (Prometheus's pages are not part of its Go module; its API answers all the same):
 
-  metrics         {ports.prometheus_url}, for instance {query}
-  alerts          {ports.prometheus_url}/alerts
+  metrics         curl -s '{ports.prometheus_url}/api/v1/query?query=llmops_llm_calls_total' | jq
+  alerts          curl -s '{ports.prometheus_url}/api/v1/rules?type=alert' | jq
   log records     grep {request_id} {folder}/logs.jsonl
   traces          {folder}/traces.jsonl (failed, slow or retried, and a fifth of the rest)
   the collector   http://{HOST}:{ports.metrics}/metrics""",
