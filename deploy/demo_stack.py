@@ -31,7 +31,7 @@ service:
       exporters: [file/logs]
 """
 EXPORTS_S: Final = 15
-"""Seconds until the trace is decided on: ten after its root, and the batches before."""
+"""Longer than the batches of the service and of the collector take."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def _telemetry(ports: Ports) -> dict[str, str]:
 
 def _show(ports: Ports, request_id: str) -> None:
     """Say where to look."""
-    print("\nWaiting for the collector to decide on the trace", flush=True)
+    print("\nWaiting for the collector to pass on the log records", flush=True)
     end = time.monotonic() + EXPORTS_S
     while time.monotonic() < end and request_id not in _text(FOLDER / "logs.jsonl"):
         time.sleep(0.5)
