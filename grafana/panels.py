@@ -216,7 +216,7 @@ def log_lines(words: Words, expr: str, *, width: int = FULL, links: Links = ()) 
 
 
 def traces(words: Words, query: str, *, width: int = FULL, links: Links = ()) -> table.Panel:
-    """Traces that Tempo finds; a click on an id opens the trace, or its page in MLflow."""
+    """Traces that Tempo finds; a click on an id opens the trace."""
     panel: table.Panel = _dressed(table.Panel(), words, links, width, TALL)
     target = (
         tempo.Dataquery()
