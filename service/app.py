@@ -17,7 +17,7 @@ from service.middleware.inbound import make_harmless
 from service.middleware.request_id import RequestIdMiddleware
 from service.middleware.request_limits import RequestLimitsMiddleware
 from service.middleware.shutdown import ShutdownMiddleware
-from service.routers import auth, llm, openai, system
+from service.routers import auth, cache, llm, openai, system
 from service.telemetry.providers import Telemetry
 from service.telemetry.server import instrument_server
 
@@ -31,10 +31,12 @@ EXPOSED = (
     "X-LLM-Attempts",
     "X-Cache",
     "Age",
+    "X-Cache-Similarity",
 )
 
 ACCEPTED = (
     *("Authorization", "Content-Type", "X-Request-ID", "traceparent", "tracestate", "OpenAI-Beta"),
+    "Cache-Control",
     # What OpenAI's library for JavaScript sends from a browser, too; it goes no further than here.
     *(
         f"X-Stainless-{name}"
@@ -78,7 +80,7 @@ def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
         },
     )
     app.trust_traceparent = settings.trust_traceparent == "all"
-    for router in (auth.router, llm.router, openai.router, system.router):
+    for router in (auth.router, llm.router, cache.router, openai.router, system.router):
         app.include_router(router)
     app.router.routes.append(system.docs_assets())
     instrument_server(app, telemetry)

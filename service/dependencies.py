@@ -1,6 +1,7 @@
 """What a route asks for, as annotated aliases; the one cast from ASGI's untyped state stands here."""
 
 import time
+from dataclasses import dataclass
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
@@ -11,6 +12,8 @@ from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDU
 from service.config.logging import current_request
 from service.errors import AuthenticationError, PermissionDeniedError
 from service.services.auth import Authenticator, User
+from service.services.cache_admin import CacheAdmin, CacheFacts
+from service.services.cache_use import CacheWish, wish_of
 from service.services.drain import Drain
 from service.services.generation import Generation
 from service.services.health_checker import HealthChecker
@@ -64,20 +67,37 @@ async def model_caller(request: Request, user: Annotated[User, Depends(current_u
     return user
 
 
-async def _deadline(request: Request) -> Deadline:
-    """When the call must be over; it began when the request entered, not when its body was there."""
-    context = current_request.get()
-    since = context.entered_s if context else None
-    return Deadline.after(_state(request)["generation"].timeout_s, since=since)
+@dataclass(frozen=True, slots=True)
+class ModelCall:
+    """What a route that calls a model needs beside the caller and the body.
+
+    One dependency for all of it: FastAPI spends more time on each than most of them do.
+
+    Args:
+        generation: The use case.
+        deadline: When the call must be over; it began when the request entered, not when its body was there.
+        wish: What the caller wants of the cache.
+        request_id: The trace id.
+        keep_alive_s: Seconds of silence after which a stream gets a comment.
+    """
+
+    generation: Generation
+    deadline: Deadline
+    wish: CacheWish
+    request_id: str
+    keep_alive_s: float
 
 
-async def _request_id() -> str:
-    context = current_request.get()
-    return context.request_id if context else ""
-
-
-async def _keep_alive_s(request: Request) -> float:
-    return _state(request)["stream_keep_alive_s"]
+async def _model_call(request: Request) -> ModelCall:
+    state, context = _state(request), current_request.get()
+    generation = state["generation"]
+    return ModelCall(
+        generation,
+        Deadline.after(generation.timeout_s, since=context.entered_s if context else None),
+        wish_of(", ".join(request.headers.getlist("cache-control"))),
+        context.request_id if context else "",
+        state["stream_keep_alive_s"],
+    )
 
 
 async def _drain(request: Request) -> Drain:
@@ -92,14 +112,22 @@ async def _required(request: Request) -> frozenset[str]:
     return _state(request)["health_required"]
 
 
+async def _cache(request: Request) -> CacheAdmin | None:
+    return _state(request)["cache"]
+
+
+async def _cache_facts(request: Request) -> CacheFacts:
+    return _state(request)["cache_facts"]
+
+
+CacheDep = Annotated[CacheAdmin | None, Depends(_cache)]
+CacheFactsDep = Annotated[CacheFacts, Depends(_cache_facts)]
 DrainDep = Annotated[Drain, Depends(_drain)]
 HealthDep = Annotated[HealthChecker, Depends(_health)]
 RequiredDep = Annotated[frozenset[str], Depends(_required)]
-RequestId = Annotated[str, Depends(_request_id)]
 AuthDep = Annotated[Authenticator, Depends(_auth)]
 GenerationDep = Annotated[Generation, Depends(_generation)]
 CurrentUser = Annotated[User, Depends(current_user)]
 ModelCaller = Annotated[User, Depends(model_caller)]
-KeepAlive = Annotated[float, Depends(_keep_alive_s)]
-CallDeadline = Annotated[Deadline, Depends(_deadline)]
+ModelCallDep = Annotated[ModelCall, Depends(_model_call)]
 AdminUser = Annotated[User, Depends(admin_user)]

@@ -3,6 +3,7 @@
 from typing import TypedDict
 
 from service.services.auth import Authenticator
+from service.services.cache_admin import CacheAdmin, CacheFacts
 from service.services.drain import Drain
 from service.services.generation import Generation
 from service.services.health_checker import HealthChecker
@@ -14,6 +15,8 @@ class State(TypedDict):
 
     auth: Authenticator
     generation: Generation
+    cache: CacheAdmin | None
+    cache_facts: CacheFacts
     rate_limiter: RateLimiter
     drain: Drain
     health: HealthChecker

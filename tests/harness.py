@@ -49,9 +49,15 @@ def new_secrets() -> dict[str, str]:
 def make_settings(**values: Any) -> Settings:
     """Settings from these values and the defaults; no ``.env`` is read.
 
-    Retries and breaker stay out of the way unless a test asks for them.
+    Retries, breaker and cache stay out of the way unless a test asks for them: most tests put one question
+    again and again, and want the model to be asked.
     """
-    quiet = {"retry_max": 0, "breaker_failure_threshold": 1_000, "qdrant_path": ":memory:"}
+    quiet = {
+        "retry_max": 0,
+        "breaker_failure_threshold": 1_000,
+        "qdrant_path": ":memory:",
+        "cache_enabled": False,
+    }
     return Settings(_env_file=None, **{**new_secrets(), **quiet, **values})
 
 
@@ -269,6 +275,8 @@ class ServiceProcess(Client):
             **{name: os.environ[name] for name in os.environ if name.startswith("COVERAGE")},
             **required,
             "PORT": str(self.port),
+            # As in `make_settings`: a test of the cache switches it on.
+            "CACHE_ENABLED": "false",
             **(variables or {}),
         }
         self.passwords = {

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
@@ -37,11 +38,13 @@ class StreamEvent:
         raw: As the upstream wrote it, with the empty line that ends it.
         text: The piece of the answer's text in it.
         usage_only: Whether it is the count of tokens that the upstream was asked for, and nothing else.
+        payload: The event, parsed.
     """
 
     raw: bytes
     text: str = ""
     usage_only: bool = False
+    payload: Mapping[str, Any] | None = None
 
 
 class LlmStream:
@@ -169,7 +172,7 @@ class LlmStream:
             self._kept.append(text[: self._keep_chars])
             self._keep_chars -= len(text)
         counted_only = bool(counts_of(payload)) and not any(map(_says_something, choices))
-        self._ready.append(StreamEvent(raw, text, usage_only=counted_only))
+        self._ready.append(StreamEvent(raw, text, counted_only, payload))
 
     def _learn(self, choices: list[Any]) -> str:
         """Take the reasons and count the pieces; the first choice's text."""

@@ -118,6 +118,16 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
                 f"({settings.shutdown_timeout_s:g}): it is a part of it."
             ),
         )
+    yield from _store_problems(settings)
+
+
+def _store_problems(settings: Settings) -> Iterator[tuple[str, str]]:
+    """What the cache and its store need."""
+    if settings.cache_semantic and not settings.embedding_model:
+        yield (
+            "EMBEDDING_MODEL",
+            "EMBEDDING_MODEL must be set when CACHE_SEMANTIC is on: the model that makes the vectors.",
+        )
     if settings.workers > 1 and not settings.qdrant_url:
         yield (
             "WORKERS",

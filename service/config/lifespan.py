@@ -18,7 +18,10 @@ from service.config.logging import detach_bridge, drain_lines
 from service.config.settings import Settings
 from service.config.signals import drain_on_signal
 from service.services.auth import Authenticator
+from service.services.cache_admin import CacheFacts
+from service.services.caching import open_cache
 from service.services.drain import Drain
+from service.services.flights import Flights
 from service.services.generation import Generation
 from service.services.health_checker import HealthChecker, Ping
 from service.services.mlflow_recorder import Recorder
@@ -70,6 +73,10 @@ def lifespan_of(
                 _recording(settings, telemetry), "Finalizing MLflow run...", FINALIZING_TIMEOUT_S
             )
             vectors = await closing.enter(open_vectors(settings), "Closing Qdrant connections...")
+            caching = await closing.enter(
+                open_cache(settings, telemetry, vectors, llm, lambda: health.look_again("qdrant")),
+                "Flushing cache...",
+            )
             auth = await anyio.to_thread.run_sync(Authenticator, settings, telemetry.instruments)
             pings: dict[str, Ping] = {"qdrant": vectors.ping, "litellm": llm.ping}
             if recorder is not None:
@@ -82,24 +89,29 @@ def lifespan_of(
                 instruments=telemetry.instruments,
                 tracer=telemetry.tracer_provider.get_tracer(SCOPE),
             )
+            tasks = await stack.enter_async_context(asyncio.TaskGroup())
             generation = Generation(
                 llm,
                 telemetry,
                 settings,
                 on_unreachable=lambda: health.look_again("litellm"),
                 on_ended=recorder.record if recorder else _record_nothing,
+                cache=caching.cache if caching else None,
+                flights=Flights(tasks.create_task) if caching else None,
             )
-            tasks = await stack.enter_async_context(asyncio.TaskGroup())
             for work in (
                 measure_lag(telemetry.instruments.event_loop_lag),
                 _keep_models_known(llm, settings.models_ttl_s),
                 health.run(),
+                *(work() for work in (caching.background if caching else ())),
             ):
                 stack.callback(tasks.create_task(work).cancel)
             stack.enter_context(drain_on_signal(drain, tasks))
             yield {
                 "auth": auth,
                 "generation": generation,
+                "cache": caching.admin if caching else None,
+                "cache_facts": CacheFacts.of(settings),
                 "rate_limiter": RateLimiter(settings.rate_limit, telemetry.instruments),
                 "drain": drain,
                 "health": health,

@@ -112,6 +112,21 @@ class Settings(BaseSettings):
     qdrant_api_key: SecretStr = SecretStr("")
     qdrant_timeout_s: int = Field(3, ge=1, le=300)
 
+    # The cache
+    cache_enabled: bool = True
+    cache_ttl_s: int = Field(3_600, ge=1, le=31_536_000)
+    cache_scope: Literal["user", "shared"] = "user"
+    cache_sampled: bool = True
+    cache_timeout_s: float = Field(0.25, gt=0, le=10)
+    cache_max_entries: int = Field(20_000, ge=1, le=1_000_000_000)
+    cache_max_entry_bytes: int = Field(1_048_576, ge=1_024, le=33_554_432)
+    cache_memory_bytes: int = Field(67_108_864, ge=0, le=17_179_869_184)
+    cache_queue_bytes: int = Field(33_554_432, ge=1_024, le=17_179_869_184)
+    cache_semantic: bool = False
+    cache_similarity: float = Field(0.9, gt=0, le=1)
+    cache_embedding_timeout_s: float = Field(0.5, gt=0, le=30)
+    embedding_model: str = Field("", max_length=200)
+
     # The tracker
     mlflow_tracking_uri: str = ""
     mlflow_experiment_name: str = Field("llmops-api", min_length=1, max_length=256)

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from service.clients.llm_answers import Completion
 from service.clients.llm_stream import StreamEvent
 from service.clients.sse import event
-from service.dependencies import CallDeadline, GenerationDep, KeepAlive, ModelCaller, RequestId
+from service.dependencies import GenerationDep, ModelCallDep, ModelCaller
 from service.errors import (
     AuthenticationError,
     BadRequestError,
@@ -47,10 +47,12 @@ class TokenWire:
     """A stream in this service's own words: ``token`` for each piece of text, then ``done`` or ``error``.
 
     Args:
+        call: The call.
         request_id: Stands in the last event.
     """
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, call: Call, request_id: str) -> None:
+        self._call = call
         self._request_id = request_id
 
     def piece(self, event_: StreamEvent) -> bytes:
@@ -59,7 +61,8 @@ class TokenWire:
 
     def done(self, completion: Completion) -> bytes:
         """What the answer came to."""
-        return event(DoneEvent.of(completion, self._request_id).model_dump_json().encode(), "done")
+        done = DoneEvent.of(completion, self._call.cache, self._request_id)
+        return event(done.model_dump_json().encode(), "done")
 
     def error(self, error: ServiceError) -> bytes:
         """The error's body."""
@@ -75,25 +78,23 @@ class TokenWire:
     },
 )
 async def generate(
-    body: GenerateRequest,
-    request: Request,
-    user: ModelCaller,
-    generation: GenerationDep,
-    deadline: CallDeadline,
-    request_id: RequestId,
-    keep_alive_s: KeepAlive,
+    body: GenerateRequest, request: Request, user: ModelCaller, asked: ModelCallDep
 ) -> GenerateResponse | Response:
     """Send a prompt to a model; a caller who closes the connection stops the model's work.
 
     With `stream` the answer comes as server-sent events: `token` for each piece of text, then `done` with
     what the answer came to, or `error` with an error's body.
     """
+    generation = asked.generation
     model = body.model or generation.default_model
-    call = Call(body.as_chat(), model, user.username, deadline, streamed=body.stream)
+    call = Call(body.as_chat(), model, user.username, asked.deadline, streamed=body.stream, wish=asked.wish)
     if call.streamed:
-        return EventStream(lambda relay: generation.stream(call, relay), TokenWire(request_id), keep_alive_s)
-    completion = await unless_caller_left(request.receive, generation.generate(call))
-    return GenerateResponse.of(completion, request_id)
+        wire = TokenWire(call, asked.request_id)
+        return EventStream(lambda relay: generation.stream(call, relay), wire, asked.keep_alive_s)
+    reply = generation.recall(call)
+    if reply is None:
+        reply = await unless_caller_left(request.receive, generation.forward(call))
+    return GenerateResponse.of(reply.completion, call.cache, asked.request_id)
 
 
 @router.get("/models", responses=errors(AuthenticationError, *UPSTREAM_ERRORS, *UNAVAILABLE))

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from service.clients.llm_answers import Completion
 from service.clients.llm_stream import StreamEvent
 from service.clients.sse import event
-from service.dependencies import CallDeadline, GenerationDep, KeepAlive, ModelCaller
+from service.dependencies import GenerationDep, ModelCallDep, ModelCaller
 from service.errors import (
     AuthenticationError,
     BadRequestError,
@@ -84,33 +84,31 @@ class OpenAiWire:
     responses={200: CHAT_ANSWER, **openai_errors(*CALL_ERRORS)},
     openapi_extra={"requestBody": CHAT_REQUEST},
 )
-async def chat_completions(
-    request: Request,
-    user: ModelCaller,
-    generation: GenerationDep,
-    deadline: CallDeadline,
-    keep_alive_s: KeepAlive,
-) -> Response:
+async def chat_completions(request: Request, user: ModelCaller, asked: ModelCallDep) -> Response:
     """OpenAI's chat completion; the default model answers where none is named.
 
     What is not known here reaches the model, and what it answers comes back as it is. With `stream` the
     answer comes as server-sent events; a failure after the first of them is an event with an `error`, and
     then there is no `[DONE]`.
     """
+    generation = asked.generation
     body = read_chat(await request.body())
     call = Call(
         body.fields,
         body.model or generation.default_model,
         user.username,
-        deadline,
+        asked.deadline,
         content=body.content,
         headers=_passed(request),
         streamed=body.stream,
+        wish=asked.wish,
     )
     if call.streamed:
         wire = OpenAiWire(show_usage=body.wants_usage)
-        return EventStream(lambda relay: generation.stream(call, relay), wire, keep_alive_s)
-    reply = await unless_caller_left(request.receive, generation.forward(call))
+        return EventStream(lambda relay: generation.stream(call, relay), wire, asked.keep_alive_s)
+    reply = generation.recall(call)
+    if reply is None:
+        reply = await unless_caller_left(request.receive, generation.forward(call))
     return Response(reply.content, media_type=JSON)
 
 
@@ -120,21 +118,19 @@ async def chat_completions(
     responses={200: EMBEDDINGS_ANSWER, **openai_errors(*CALL_ERRORS)},
     openapi_extra={"requestBody": EMBEDDINGS_REQUEST},
 )
-async def embeddings(
-    request: Request, user: ModelCaller, generation: GenerationDep, deadline: CallDeadline
-) -> Response:
+async def embeddings(request: Request, user: ModelCaller, asked: ModelCallDep) -> Response:
     """OpenAI's embeddings; the model must be named, since the default one chats."""
     body = read_embeddings(await request.body())
     call = Call(
         body.fields,
         str(body.model),
         user.username,
-        deadline,
+        asked.deadline,
         operation="embeddings",
         content=body.content,
         headers=_passed(request),
     )
-    reply = await unless_caller_left(request.receive, generation.forward(call))
+    reply = await unless_caller_left(request.receive, asked.generation.forward(call))
     return Response(reply.content, media_type=JSON)
 
 

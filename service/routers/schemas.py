@@ -15,6 +15,7 @@ from pydantic import (
 
 from service.clients.llm_answers import Completion
 from service.errors import InternalError, MethodNotAllowedError, ServiceError
+from service.services.cache_use import CacheUse
 
 
 def _encodable(value: dict[str, Any]) -> dict[str, Any]:
@@ -105,25 +106,29 @@ class DoneEvent(BaseModel):
     total_tokens: int | None = Field(examples=[21])
     cost: float | None = Field(examples=[0.00033])
     cache: Literal["hit", "miss", "bypass"]
+    cache_kind: Literal["exact", "semantic"] | None = Field(
+        None, description="With a hit: what kind.", exclude_if=lambda kind: kind is None
+    )
     request_id: str = Field(
         description="The trace id, equal to the header X-Request-ID.",
         examples=["4bf92f3577b34da6a3ce929d0e0e4736"],
     )
 
     @classmethod
-    def of(cls, completion: Completion, request_id: str) -> Self:
+    def of(cls, completion: Completion, cache: CacheUse, request_id: str) -> Self:
         """What a completion says; an estimate is no count."""
-        return cls(**cls._fields(completion, request_id))
+        return cls(**cls._fields(completion, cache, request_id))
 
     @staticmethod
-    def _fields(completion: Completion, request_id: str) -> dict[str, Any]:
+    def _fields(completion: Completion, cache: CacheUse, request_id: str) -> dict[str, Any]:
         return {
             "model": completion.model,
             "prompt_tokens": completion.prompt_tokens,
             "completion_tokens": None if completion.estimated else completion.completion_tokens,
             "total_tokens": completion.total_tokens,
             "cost": completion.cost,
-            "cache": "bypass",
+            "cache": cache.seen,
+            "cache_kind": cache.kind if cache.seen == "hit" else None,
             "request_id": request_id,
         }
 
@@ -134,9 +139,9 @@ class GenerateResponse(DoneEvent):
     response: str = Field(examples=["The path of one request."])
 
     @classmethod
-    def of(cls, completion: Completion, request_id: str) -> Self:
+    def of(cls, completion: Completion, cache: CacheUse, request_id: str) -> Self:
         """What a completion says."""
-        return cls(response=completion.text, **cls._fields(completion, request_id))
+        return cls(response=completion.text, **cls._fields(completion, cache, request_id))
 
 
 class ModelsResponse(BaseModel):
@@ -144,6 +149,32 @@ class ModelsResponse(BaseModel):
 
     models: list[str] = Field(examples=[["demo"]])
     default_model: str = Field(examples=["demo"])
+
+
+class CacheStatsResponse(BaseModel):
+    """How the cache is set and does; counts are this process's since its start, `entries` the store's."""
+
+    enabled: bool
+    semantic: bool
+    scope: Literal["user", "shared"]
+    ttl_s: int
+    max_entries: int
+    entries: int | None = Field(description="Null while the store does not answer.")
+    hits: int
+    misses: int
+    ratio: float = Field(description="Hits as a share of the look-ups that could have been hits.")
+    bypassed: int
+    errors: int
+    memory_entries: int
+    memory_bytes: int
+    waiting: int = Field(description="Answers that are not in the store yet.")
+    dropped: int = Field(description="Answers that never got there.")
+
+
+class CacheCleared(BaseModel):
+    """What clearing the cache came to."""
+
+    cleared: int = Field(description="Answers that were taken out of the store.")
 
 
 class HealthResponse(BaseModel):
@@ -204,7 +235,7 @@ GENERATED: Final[dict[str, Any]] = {
             "schema": event_schema("token", "done", "error"),
             "example": 'event: token\ndata: {"text": "The path"}\n\nevent: done\ndata: {"model": "demo", '
             '"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21, "cost": 0.00033, '
-            '"cache": "bypass", "request_id": "4bf92f3577b34da6a3ce929d0e0e4736"}\n\n',
+            '"cache": "miss", "request_id": "4bf92f3577b34da6a3ce929d0e0e4736"}\n\n',
         }
     },
 }

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.trace import Span, Status, StatusCode, format_span_id, format_trace_id
@@ -16,12 +16,17 @@ from service.clients.llm_answers import MAX_CONTENT_CHARS, Completion
 from service.clients.llm_request import LlmRequest, Operation, to_json, with_fields
 from service.config.logging import current_request
 from service.errors import ServiceError
+from service.services.cache_use import ANY, CacheUse, CacheWish
 from service.telemetry import names
 from service.telemetry.instruments import Instruments
 from service.utils.deadline import Deadline
 from service.utils.retry import Progress
 
-Outcome = Literal["success", "error", "cancelled"]
+if TYPE_CHECKING:
+    from service.services.response_cache import Ticket
+
+Outcome = Literal["success", "cached", "error", "cancelled"]
+ENDED_WELL: Final = frozenset({"success", "cached"})
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,10 @@ class Call:
             Without it the body is written here, and what comes back is read.
         headers: More header fields for the upstream.
         streamed: Whether the answer is wanted in pieces.
+        wish: What the caller wants of the cache.
+        cache: What came of the cache.
+        ticket: Its way through the cache, where it has one.
+        cached: Whether the answer is one that another call has paid for.
         progress: How far the attempts have come.
         llm_s: Seconds spent waiting for the upstream.
         first_chunk_s: Seconds until the first piece of a streamed answer.
@@ -56,6 +65,10 @@ class Call:
     content: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     streamed: bool = False
+    wish: CacheWish = ANY
+    cache: CacheUse = field(default_factory=CacheUse)
+    ticket: "Ticket | None" = None
+    cached: bool = False
     progress: Progress = field(default_factory=Progress)
     llm_s: float = 0.0
     first_chunk_s: float | None = None
@@ -98,6 +111,8 @@ class CallReport:
     ) -> None:
         self._calls = instruments.llm_calls
         self._cost = instruments.llm_cost
+        self._saved_tokens = instruments.cache_saved_tokens
+        self._saved_cost = instruments.cache_saved_cost
         self._first_chunk = instruments.llm_first_chunk
         self._known = known
         self._on_ended = on_ended
@@ -129,7 +144,7 @@ class CallReport:
             completion: The answer, or the part of it that came before the error.
             error: What ended it otherwise; a cancelled call ends with ``CancelledError``.
         """
-        outcome: Outcome = "success"
+        outcome: Outcome = "cached" if call.cached else "success"
         if error is not None:
             outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
         name = _name_of(error) if outcome == "error" else None
@@ -144,6 +159,9 @@ class CallReport:
         self._calls.add(1, labels if name is None else {**labels, ERROR_TYPE: name})
         if record.cost is not None:
             self._cost.add(record.cost, {"model": known})
+        if outcome == "cached":
+            self._saved_tokens.add(call.cache.saved_tokens, {"kind": call.cache.kind})
+            self._saved_cost.add(call.cache.saved_cost or 0.0, {"kind": call.cache.kind})
         _write_line(record, reason=error.label if isinstance(error, ServiceError) else "Bug")
 
 
@@ -155,6 +173,8 @@ def _record(
     span: Span, call: Call, outcome: Outcome, error: str | None, completion: Completion | None
 ) -> CallRecord:
     context = span.get_span_context()
+    # The tokens of an answer that another call has paid for are in that call's record.
+    spent = None if call.cached else completion
     return CallRecord(
         trace_id=format_trace_id(context.trace_id),
         span_id=format_span_id(context.span_id),
@@ -167,13 +187,15 @@ def _record(
         error=error,
         attempts=call.progress.attempts,
         response_model=completion.model if completion else None,
-        prompt_tokens=completion.prompt_tokens if completion else None,
-        completion_tokens=completion.completion_tokens if completion else None,
-        total_tokens=completion.total_tokens if completion else None,
+        prompt_tokens=spent.prompt_tokens if spent else None,
+        completion_tokens=spent.completion_tokens if spent else None,
+        total_tokens=spent.total_tokens if spent else None,
         cost=completion.cost if completion else None,
-        estimated=completion.estimated if completion else False,
+        estimated=spent.estimated if spent else False,
         streamed=call.streamed,
         first_chunk_s=call.first_chunk_s,
+        cache=call.cache.seen,
+        saved_cost=call.cache.saved_cost if outcome == "cached" else None,
     )
 
 
@@ -194,13 +216,17 @@ def _mark_span(span: Span, call: Call, record: CallRecord) -> None:
             names.ATTR_LLM_OUTCOME: record.outcome,
             names.ATTR_LLM_ATTEMPTS: record.attempts,
             names.ATTR_LLM_DEADLINE_LEFT: round(call.deadline.left_s, 3),
+            names.ATTR_CACHE_RESULT: record.cache,
         }
     )
+    if record.outcome == "cached":
+        span.set_attribute(names.ATTR_CACHE_SAVED_TOKENS, call.cache.saved_tokens)
+        span.set_attribute(names.ATTR_CACHE_SAVED_COST, record.saved_cost or 0.0)
     if call.progress.ended and record.outcome == "error":
         span.set_attribute(names.ATTR_RETRY_OUTCOME, call.progress.ended)
     if record.error is not None:
         span.set_attribute(ERROR_TYPE, record.error)
-    if record.outcome != "success":
+    if record.outcome not in ENDED_WELL:
         span.set_status(Status(StatusCode.ERROR))
 
 
@@ -210,15 +236,22 @@ def _mark_answer(call: Call) -> None:
     if answer is None:
         return
     answer.headers["X-LLM-Attempts"] = str(call.progress.attempts)
-    answer.headers["X-Cache"] = "BYPASS"
+    cache = call.cache
+    answer.headers["X-Cache"] = cache.seen.upper()
+    if cache.seen == "hit":
+        answer.headers["Age"] = str(int(cache.age_s))
+    if cache.similarity is not None:
+        answer.headers["X-Cache-Similarity"] = f"{cache.similarity:.4f}"
     answer.timings_s["auth"] = answer.auth_s
+    if cache.lookup_s:
+        answer.timings_s["cache"] = cache.lookup_s
     answer.timings_s["llm"] = call.llm_s
     if call.progress.waited_s:
         answer.timings_s["retry"] = call.progress.waited_s
 
 
 def _write_line(record: CallRecord, reason: str) -> None:
-    succeeded = record.outcome == "success"
+    succeeded = record.outcome in ENDED_WELL
     fields = {
         "user": record.user,
         "model": record.model,
@@ -230,6 +263,8 @@ def _write_line(record: CallRecord, reason: str) -> None:
         "total_tokens": record.total_tokens,
         "cost": record.cost,
         "estimated": record.estimated or None,
+        "cache": record.cache,
+        "saved_cost": record.saved_cost,
         "attempts": record.attempts,
         "streamed": record.streamed or None,
         "first_chunk_s": record.first_chunk_s,

@@ -77,6 +77,12 @@ class CircuitBreaker:
         state = STATES[self._model.state]
         return "half_open" if state == "open" and self._remaining_s() <= 0 else state
 
+    @property
+    def rejects(self) -> bool:
+        """Whether an attempt would be turned away now; for who has another way, and no error to report."""
+        state = self.state
+        return state == "open" or (state == "half_open" and self._probing)
+
     def _remaining_s(self) -> float:
         return self._opened_at + self._timeout_s - self._clock()
 

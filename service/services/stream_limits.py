@@ -1,11 +1,11 @@
 """How long a stream may be silent, and how long it may go on."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Self
 
-from service.clients.llm_stream import LlmStream, StreamEvent
+from service.clients.llm_stream import StreamEvent
 from service.config.settings import Settings
 from service.errors import UpstreamTimeoutError
 
@@ -30,7 +30,7 @@ class StreamLimits:
         """The limits as they are set; the whole is never shorter than the wait for the first piece."""
         return cls(settings.stream_chunk_timeout_s, max(settings.stream_timeout_s, settings.llm_timeout_s))
 
-    async def hand_on(self, events: LlmStream, relay: Relay, spent_s: float) -> None:
+    async def hand_on(self, events: AsyncIterator[StreamEvent], relay: Relay, spent_s: float) -> None:
         """Hand each event on as it comes.
 
         Args:

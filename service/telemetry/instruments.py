@@ -14,12 +14,19 @@ class Instruments:
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
+        self._breakers: dict[str, Callable[[], str]] = {}
         self.llm_calls = _counter(meter, names.LLM_CALLS)
         self.llm_cost = _counter(meter, names.LLM_COST)
         self.llm_first_chunk = _histogram(meter, names.LLM_FIRST_CHUNK)
         self.retry_attempts = _counter(meter, names.RETRY_ATTEMPTS)
         self.breaker_transitions = _counter(meter, names.BREAKER_TRANSITIONS)
         self.breaker_rejections = _counter(meter, names.BREAKER_REJECTIONS)
+        self.cache_lookups = _counter(meter, names.CACHE_LOOKUPS)
+        self.cache_lookup_duration = _histogram(meter, names.CACHE_LOOKUP_DURATION)
+        self.cache_similarity = _histogram(meter, names.CACHE_SIMILARITY)
+        self.cache_saved_tokens = _counter(meter, names.CACHE_SAVED_TOKENS)
+        self.cache_saved_cost = _counter(meter, names.CACHE_SAVED_COST)
+        self.cache_writes = _counter(meter, names.CACHE_WRITES)
         self.requests_in_flight = _up_down_counter(meter, names.REQUESTS_IN_FLIGHT)
         self.requests_rejected = _counter(meter, names.REQUESTS_REJECTED)
         self.auth_attempts = _counter(meter, names.AUTH_ATTEMPTS)
@@ -32,6 +39,10 @@ class Instruments:
             (self.retry_attempts, names.RETRY_ATTEMPTS),
             (self.breaker_transitions, names.BREAKER_TRANSITIONS),
             (self.breaker_rejections, names.BREAKER_REJECTIONS),
+            (self.cache_lookups, names.CACHE_LOOKUPS),
+            (self.cache_saved_tokens, names.CACHE_SAVED_TOKENS),
+            (self.cache_saved_cost, names.CACHE_SAVED_COST),
+            (self.cache_writes, names.CACHE_WRITES),
             (self.requests_rejected, names.REQUESTS_REJECTED),
             (self.auth_attempts, names.AUTH_ATTEMPTS),
             (self.recorder_spooled, names.RECORDER_SPOOLED),
@@ -43,14 +54,19 @@ class Instruments:
 
     def show_breaker(self, breaker: str, state: Callable[[], str]) -> None:
         """Show a breaker's state as one series per state, 1 for the one it is in; read at each collection."""
+        # One gauge for all breakers: of two with the same name the SDK asks only one.
+        if not self._breakers:
+            metric = names.BREAKER_STATE
+            self._meter.create_observable_gauge(
+                metric.name, [self._observe_breakers], metric.unit, metric.description
+            )
+        self._breakers[breaker] = state
 
-        def observe(_options: CallbackOptions) -> Iterator[Observation]:
+    def _observe_breakers(self, _options: CallbackOptions) -> Iterator[Observation]:
+        for breaker, state in list(self._breakers.items()):
             now = state()
             for value in names.BREAKER_STATE.attributes["state"]:
                 yield Observation(int(value == now), {"breaker": breaker, "state": value})
-
-        metric = names.BREAKER_STATE
-        self._meter.create_observable_gauge(metric.name, [observe], metric.unit, metric.description)
 
     def show_health(self, statuses: Callable[[], Mapping[str, tuple[bool, float | None]]]) -> None:
         """Show each dependency's status, and its result's age (None before the first), at each collection."""

@@ -4,32 +4,18 @@ Standard names come from the OpenTelemetry semantic-convention packages. Units a
 metric has a closed set of values, given here where it is known before the first request.
 """
 
-from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
 from service.errors import PUBLIC_ERRORS
+from service.telemetry.metric import Metric as Metric  # noqa: PLC0414 - says that it is offered here, too
 
 OTHER_MODEL: Final = "other"
 """The value of ``model`` for a name that the upstream does not list: no caller can make a new series."""
 
 UPSTREAM_LISTED: Final = "whatever the upstream lists, else other"
 ERROR_NAMES: Final = tuple(error.__name__ for error in PUBLIC_ERRORS)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric of our own.
-
-    ``attributes`` maps each attribute to its closed set of values, or to a sentence where the set is known
-    only at run time. ``buckets`` are a histogram's upper bounds.
-    """
-
-    name: str
-    kind: Literal["counter", "up_down_counter", "gauge", "histogram"]
-    unit: str
-    description: str
-    attributes: dict[str, tuple[str, ...] | str] = field(default_factory=dict)
-    buckets: tuple[float, ...] = ()
+BREAKERS: Final = ("litellm", "qdrant", "qdrant_search", "embeddings")
+CACHE_KINDS: Final = ("exact", "semantic")
 
 
 LLM_CALLS: Final = Metric(
@@ -39,7 +25,7 @@ LLM_CALLS: Final = Metric(
     "Model calls by how they ended",
     {
         "model": UPSTREAM_LISTED,
-        "outcome": ("success", "error", "cancelled"),
+        "outcome": ("success", "cached", "error", "cancelled"),
         "error.type": ERROR_NAMES,
     },
 )
@@ -74,21 +60,65 @@ BREAKER_STATE: Final = Metric(
     "gauge",
     "1",
     "1 for the state that the breaker is in, 0 for the others",
-    {"breaker": ("litellm",), "state": ("closed", "open", "half_open")},
+    {"breaker": BREAKERS, "state": ("closed", "open", "half_open")},
 )
 BREAKER_TRANSITIONS: Final = Metric(
     "llmops.circuit_breaker.transitions",
     "counter",
     "{transition}",
     "Changes of the breaker's state",
-    {"breaker": ("litellm",), "to": ("closed", "open", "half_open")},
+    {"breaker": BREAKERS, "to": ("closed", "open", "half_open")},
 )
 BREAKER_REJECTIONS: Final = Metric(
     "llmops.circuit_breaker.rejections",
     "counter",
     "{call}",
     "Attempts that the breaker turned away",
-    {"breaker": ("litellm",)},
+    {"breaker": BREAKERS},
+)
+CACHE_LOOKUPS: Final = Metric(
+    "llmops.cache.lookups",
+    "counter",
+    "{lookup}",
+    "Look-ups in the cache by what came of them",
+    {"kind": CACHE_KINDS, "result": ("hit", "miss", "bypass", "error")},
+)
+CACHE_LOOKUP_DURATION: Final = Metric(
+    "llmops.cache.lookup.duration",
+    "histogram",
+    "s",
+    "How long the look-ups took",
+    {"kind": CACHE_KINDS},
+    buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1),
+)
+CACHE_SIMILARITY: Final = Metric(
+    "llmops.cache.similarity",
+    "histogram",
+    "1",
+    "How near the nearest stored question was, at or over the threshold",
+    {"kind": ("semantic",)},
+    buckets=(0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 1),
+)
+CACHE_SAVED_TOKENS: Final = Metric(
+    "llmops.cache.saved_tokens",
+    "counter",
+    "{token}",
+    "Tokens of answers that no model had to make again",
+    {"kind": CACHE_KINDS},
+)
+CACHE_SAVED_COST: Final = Metric(
+    "llmops.cache.saved_cost",
+    "counter",
+    "USD",
+    "What the cached answers had cost when a model made them",
+    {"kind": CACHE_KINDS},
+)
+CACHE_WRITES: Final = Metric(
+    "llmops.cache.writes",
+    "counter",
+    "{entry}",
+    "Answers on their way into the store by what became of them",
+    {"outcome": ("stored", "dropped", "failed")},
 )
 REQUESTS_IN_FLIGHT: Final = Metric(
     "llmops.requests.in_flight",
@@ -172,6 +202,12 @@ METRICS: Final = (
     BREAKER_STATE,
     BREAKER_TRANSITIONS,
     BREAKER_REJECTIONS,
+    CACHE_LOOKUPS,
+    CACHE_LOOKUP_DURATION,
+    CACHE_SIMILARITY,
+    CACHE_SAVED_TOKENS,
+    CACHE_SAVED_COST,
+    CACHE_WRITES,
     REQUESTS_IN_FLIGHT,
     REQUESTS_REJECTED,
     AUTH_ATTEMPTS,
@@ -192,6 +228,9 @@ HTTP_DURATION_BUCKETS: Final = (
 """The standard's advice for ``http.server.request.duration`` ends at 10 s; model calls do not."""
 
 SPAN_LLM_CALL: Final = "llm call"
+SPAN_CACHE_LOOKUP: Final = "cache lookup"
+SPAN_CACHE_WRITE: Final = "cache write"
+SPAN_CACHE_SWEEP: Final = "cache sweep"
 SPAN_HEALTH_CHECK: Final = "health check"
 SPAN_MLFLOW_RECORD: Final = "mlflow record"
 SPAN_SPOOL_REPLAY: Final = "spool replay"
@@ -206,10 +245,17 @@ ATTR_LLM_OUTCOME: Final = "llmops.llm.outcome"
 ATTR_LLM_STREAMED: Final = "llmops.llm.streamed"
 ATTR_LLM_FIRST_CHUNK: Final = "llmops.llm.time_to_first_chunk"
 ATTR_LLM_ESTIMATED: Final = "llmops.llm.tokens_estimated"
+ATTR_CACHE_KIND: Final = "llmops.cache.kind"
+ATTR_CACHE_SIMILARITY: Final = "llmops.cache.similarity"
+ATTR_CACHE_AGE: Final = "llmops.cache.age"
+ATTR_CACHE_SHARED: Final = "llmops.cache.shared"
+ATTR_CACHE_ENTRIES: Final = "llmops.cache.entries"
+ATTR_CACHE_SAVED_TOKENS: Final = "llmops.cache.saved_tokens"
 ATTR_CACHE_RESULT: Final = "llmops.cache.result"
 ATTR_CACHE_SAVED_COST: Final = "llmops.cache.saved_cost"
 ATTR_RECORDS: Final = "llmops.recorder.records"
 
+EVENT_CACHE_ERROR: Final = "llmops.cache.error"
 EVENT_HEALTH_CHANGED: Final = "llmops.health.changed"
 EVENT_RECORDER_SPOOLED: Final = "llmops.recorder.spooled"
 EVENT_RECORDER_REPLAYED: Final = "llmops.recorder.replayed"
@@ -228,6 +274,7 @@ EVENTS: Final = (
     EVENT_RETRY_EXHAUSTED,
     EVENT_BREAKER_STATE_CHANGED,
     EVENT_BREAKER_REJECTED,
+    EVENT_CACHE_ERROR,
     EVENT_HEALTH_CHANGED,
     EVENT_RECORDER_SPOOLED,
     EVENT_RECORDER_REPLAYED,

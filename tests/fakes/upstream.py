@@ -85,6 +85,7 @@ class FakeUpstream(Watched):
         self.models: list[str] = ["demo", "other-model"]
         self.models_behaviour: Behaviour | None = None
         self.health_behaviour: Behaviour | None = None
+        self.embeddings_behaviour: Behaviour = Embeddings()
         self.unknown_model_error = True
         self._script: deque[Behaviour] = deque()
         self._requests: list[SeenRequest] = []
@@ -238,7 +239,7 @@ class FakeUpstream(Watched):
         if _is_chat(request):
             return self._choose_for_chat(request)
         if _is_embeddings(request):
-            return self._script.popleft() if self._script else Embeddings()
+            return self._script.popleft() if self._script else self.embeddings_behaviour
         if request.method == "GET" and request.path in {"/models", "/v1/models"}:
             return self.models_behaviour or self._list_of_models()
         if request.method == "GET" and request.path in {"/health/liveliness", "/health/readiness"}:
