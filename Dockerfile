@@ -18,7 +18,8 @@ FROM base
 # Modules come from the environment only, never from the working directory, which the service can write to.
 ENV HOST=0.0.0.0 PYTHONSAFEPATH=1
 COPY --from=build /opt/venv /opt/venv
-RUN install -d -o 10001 -g 10001 /app
+# /app/data is a volume's place: a named one takes its owner from here.
+RUN install -d -o 10001 -g 10001 /app /app/data
 WORKDIR /app
 USER 10001:10001
 EXPOSE 8000

@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check faults lock clean
+.PHONY: help demo test check faults lock clean env dashboards stack-test stack-programs demo-stack
 
 COVERAGE_FLOOR := 97
 UV_VERSION := 0.13.9
@@ -45,7 +45,7 @@ exit 1
 endef
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' Makefile
 
 demo: $(VENV) $(LITELLM) $(MLFLOW) ## Start the whole thing, without Docker or an API key
 	@.venv/bin/python -m deploy.demo $(ARGS)
@@ -54,19 +54,65 @@ test: $(VENV) $(LITELLM) $(MLFLOW) $(CLIENTS) ## Run the tests, with branch cove
 ifdef ARGS
 	$(PYTEST) $(ARGS)
 else
-	$(PYTEST) -m "not alone" --numprocesses 2 --dist loadfile --cov --cov-report=
-	$(PYTEST) -m alone --cov --cov-append --cov-fail-under=$(COVERAGE_FLOOR)
+	$(PYTEST) -m "not alone and not stack" --numprocesses 2 --dist loadfile --cov --cov-report=
+	$(PYTEST) -m "alone and not stack" --cov --cov-append --cov-fail-under=$(COVERAGE_FLOOR)
 endif
 
-check: $(VENV) ## Lint, check formatting, types and import rules, then test
+check: $(VENV) ## Lint, check formatting, types and import rules, then test, the stack too
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
 	$(RUN) lint-imports
 	$(MAKE) test
+	$(MAKE) stack-test
 
 faults: $(VENV) ## Play the table of upstream faults against a real process; ARGS="429" plays some
 	$(RUN) python -m tests.faults $(ARGS)
+
+# ---- The stack (docker-compose.yml, otel/, grafana/) ----
+
+COLLECTOR_BUILDER_VERSION := 0.161.0
+GO := $(shell command -v go 2>/dev/null)
+STACK := .stack/bin/otelcol .stack/bin/prometheus .stack/bin/promtool .stack/bin/compose-config
+
+env: ## Write what docker compose needs to .env: new secrets, where there are none
+	@$(firstword $(PYTHON) python3) -m deploy.env_file
+
+dashboards: $(VENV) ## Write grafana/dashboards/ and the table in otel/README.md from the declared metrics
+	$(RUN) python -m grafana
+
+# These are as large as a small service, so a machine without Go leaves them out, and says so.
+stack-test: $(if $(GO),stack-programs $(VENV) $(LITELLM) $(MLFLOW)) ## Prove the stack with a real collector and Prometheus; needs Go
+ifdef GO
+	$(PYTEST) -m stack $(or $(ARGS),tests/stack)
+else
+	@echo "No Go here, so the collector and Prometheus were not built, and tests/stack was left out:" >&2
+	@echo "no query, rule or alert was run, and the rules' unit tests neither. Install Go >= 1.26 for that." >&2
+endif
+
+demo-stack: stack-programs $(VENV) $(LITELLM) $(MLFLOW) ## The demo with a real collector and Prometheus; needs Go, no Docker
+	@.venv/bin/python -m deploy.demo_stack $(ARGS)
+
+stack-programs: $(STACK)
+
+.stack/bin/otelcol: otel/build/collector.yaml
+	@echo "Building the collector (once, a few minutes)"
+	@mkdir -p $(@D)
+	GOBIN="$(CURDIR)/.stack/bin" go install go.opentelemetry.io/collector/cmd/builder@v$(COLLECTOR_BUILDER_VERSION)
+	rm -rf .stack/collector
+	CGO_ENABLED=0 .stack/bin/builder --config $< > .stack/collector.log 2>&1 || { tail -n 20 .stack/collector.log; exit 1; }
+	mv .stack/collector/otelcol $@
+
+# Without the discovery of targets in clouds: a quarter of the time, and nothing here uses it.
+.stack/bin/prometheus .stack/bin/promtool: otel/build/prometheus/go.mod otel/build/prometheus/go.sum
+	@echo "Building $(@F) (once, a few minutes)"
+	@mkdir -p $(@D)
+	cd otel/build/prometheus && CGO_ENABLED=0 go build -trimpath -tags remove_all_sd -o "$(CURDIR)/$@" \
+		github.com/prometheus/prometheus/cmd/$(@F)
+
+.stack/bin/compose-config: otel/build/compose/main.go otel/build/compose/go.mod otel/build/compose/go.sum
+	@mkdir -p $(@D)
+	cd otel/build/compose && CGO_ENABLED=0 go build -trimpath -o "$(CURDIR)/$@" .
 
 UV_COMPILE = .venv-lock/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 \
 	--prerelease if-necessary-or-explicit --generate-hashes --no-header --no-annotate \
@@ -81,9 +127,10 @@ lock: .venv-lock/.packages ## Write the lock files; UPGRADE=1 takes newer versio
 	cd tests/e2e/clients/node && npm $(if $(UPGRADE),update,install) --package-lock-only --silent --no-audit --no-fund
 
 clean: ## Remove everything that make made; .env stays
-	rm -rf .venv .venv-litellm .venv-mlflow .venv-clients tests/e2e/clients/node/node_modules .venv-lock .demo .coverage .coverage.* htmlcov
+	rm -rf .venv .venv-litellm .venv-mlflow .venv-clients tests/e2e/clients/node/node_modules .venv-lock
+	rm -rf .demo .stack .coverage .coverage.* htmlcov
 	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .schemathesis
-	find deploy service tests -name __pycache__ -prune -exec rm -rf {} +
+	find deploy grafana service tests -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.packages: requirements-dev.lock
 	@echo "Installing the service's packages into .venv (once, about half a minute)"

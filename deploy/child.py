@@ -50,6 +50,10 @@ class Child:
         """Return the process's status once it has ended, or raise subprocess.TimeoutExpired."""
         return self._process.wait(timeout_s)
 
+    def send(self, number: signal.Signals) -> None:
+        """Send it, and what it started, a signal."""
+        os.killpg(self._process.pid, number)
+
     def raise_if_ended(self) -> None:
         """Raise DemoError, with the last lines of the log, when the process is gone."""
         status = self._process.poll()

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, NoReturn
@@ -35,10 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--once", action="store_true", help="stop after the one call")
     parser.add_argument("--port", type=int, help="the service's port, when free (default: PORT, or 8000)")
     arguments = parser.parse_args(argv)
-    for number in _SIGNALS:
-        signal.signal(number, _leave)
+    obey_signals()
     try:
-        _run(arguments.port, once=arguments.once)
+        run(arguments.port, {}, lambda _request_id: None, once=arguments.once)
     except DemoError as error:
         print(f"\nThe demo failed: {error}\nThe logs are in .demo/", file=sys.stderr)
         return 1
@@ -48,6 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def obey_signals() -> None:
+    """Let a signal end the demo by way of its context managers."""
+    for number in _SIGNALS:
+        signal.signal(number, _leave)
+
+
 def _leave(*_: object) -> NoReturn:
     """End the demo by way of its context managers, which stop the children; more signals change nothing."""
     for number in _SIGNALS:
@@ -55,7 +60,17 @@ def _leave(*_: object) -> NoReturn:
     raise SystemExit(0)
 
 
-def _run(port: int | None, *, once: bool) -> None:
+def run(
+    port: int | None, telemetry: Mapping[str, str], show_more: Callable[[str], None], *, once: bool
+) -> None:
+    """Start it all, make the call, show it, and wait.
+
+    Args:
+        port: The service's, when free.
+        telemetry: More variables for the service and LiteLLM; ``LITELLM_CONFIG`` names another configuration.
+        show_more: Called with the call's id.
+        once: Whether to stop after the one call.
+    """
     if added := env_file.complete(ROOT / ".env"):
         _say(f"Wrote new secrets to .env: {', '.join(added)}")
     settings = env_file.read(ROOT / ".env") | {name: value for name, value in os.environ.items() if value}
@@ -71,11 +86,11 @@ def _run(port: int | None, *, once: bool) -> None:
 
     with ExitStack() as stack:
         _say(f"Starting LiteLLM on {settings['LITELLM_URL']} (about 10 seconds; log: .demo/litellm.log)")
-        litellm = stack.enter_context(_litellm(settings, litellm_port))
+        litellm = stack.enter_context(_litellm(settings, litellm_port, telemetry))
         _say(f"Starting MLflow on {settings['MLFLOW_TRACKING_URI']} (log: .demo/mlflow.log)")
         mlflow = stack.enter_context(_mlflow(settings, mlflow_port))
         _say(f"Starting the service on http://{HOST}:{settings['PORT']} (log: .demo/service.log)")
-        service = stack.enter_context(_service(settings))
+        service = stack.enter_context(_service(settings, telemetry))
         stack.callback(_say, "\nStopping the service, MLflow and LiteLLM")
         children = (service, mlflow, litellm)
         _wait_until_up(service, int(settings["PORT"]), "/health", children)
@@ -83,6 +98,7 @@ def _run(port: int | None, *, once: bool) -> None:
         _wait_until_up(mlflow, mlflow_port, "/health", children)
         request_id = _show_one_call(int(settings["PORT"]), settings["AUTH_USER_PASSWORD"], service.log)
         _show_record(mlflow_port, request_id)
+        show_more(request_id)
         if not once:
             _say(f"\nAll routes: http://{HOST}:{settings['PORT']}/docs (passwords: .env)")
             _say("Running until Ctrl-C")
@@ -91,12 +107,14 @@ def _run(port: int | None, *, once: bool) -> None:
                 time.sleep(_POLL_S)
 
 
-def _litellm(settings: Mapping[str, str], port: int) -> Child:
-    command = [str(ROOT / ".venv-litellm/bin/litellm"), "--config", str(ROOT / "deploy/litellm/config.yaml")]
+def _litellm(settings: Mapping[str, str], port: int, telemetry: Mapping[str, str]) -> Child:
+    config = telemetry.get("LITELLM_CONFIG", str(ROOT / "deploy/litellm/config.yaml"))
+    command = [str(ROOT / ".venv-litellm/bin/litellm"), "--config", config]
+    exporting = {"LITELLM_OTEL_V2": "true", "OTEL_SERVICE_NAME": "litellm", **telemetry} if telemetry else {}
     return Child(
         "LiteLLM",
         [*command, "--host", HOST, "--port", str(port)],
-        env=litellm_environment(settings),
+        env={**litellm_environment(settings), **exporting},
         log=LOGS / "litellm.log",
         stop_timeout_s=10,
     )
@@ -123,7 +141,7 @@ def _mlflow(settings: Mapping[str, str], port: int) -> Child:
     )
 
 
-def _service(settings: Mapping[str, str]) -> Child:
+def _service(settings: Mapping[str, str], telemetry: Mapping[str, str]) -> Child:
     decided = {*env_file.REQUIRED, "LITELLM_URL", "MLFLOW_TRACKING_URI", "PORT"}
     return Child(
         "The service",
@@ -132,6 +150,7 @@ def _service(settings: Mapping[str, str]) -> Child:
             **os.environ,
             **_past_proxies(settings),
             **{name: settings[name] for name in decided},
+            **{name: value for name, value in telemetry.items() if name != "LITELLM_CONFIG"},
             "HOST": HOST,
         },
         log=LOGS / "service.log",

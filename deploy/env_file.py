@@ -1,8 +1,12 @@
-"""The `.env` of the demo: made when absent, completed when it lacks a value, never rewritten."""
+"""The `.env` of the demo and of compose: made when absent, completed when it lacks a value, never rewritten.
+
+`python -m deploy.env_file` (`make env`) writes what docker-compose.yml does not start without.
+"""
 
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -13,6 +17,15 @@ REQUIRED: Final[Mapping[str, Callable[[], str]]] = {
     "AUTH_USER_PASSWORD": lambda: secrets.token_urlsafe(18),
     "LITELLM_API_KEY": lambda: f"sk-{secrets.token_urlsafe(32)}",
 }
+
+COMPOSE: Final[Mapping[str, Callable[[], str]]] = {
+    **REQUIRED,
+    "GRAFANA_ADMIN_PASSWORD": lambda: secrets.token_urlsafe(18),
+    "COMPOSE_PROFILES": lambda: "full",
+}
+"""What compose needs beside; the profile is no secret, and stands here so that it can be changed."""
+
+ROOT: Final = Path(__file__).resolve().parents[1]
 
 _ASSIGNMENT: Final = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*)")
 _QUOTED: Final = re.compile(r"""(['"])(.*?)\1""")
@@ -26,15 +39,17 @@ def read(path: Path) -> dict[str, str]:
     return {match[1]: _value(match[2]) for line in lines if (match := _ASSIGNMENT.match(line))}
 
 
-def complete(path: Path) -> list[str]:
-    """Append a new secret for each required name that the file lacks or leaves empty; return those names.
+def complete(
+    path: Path, names: Mapping[str, Callable[[], str]] = REQUIRED, added_by: str = "make demo"
+) -> list[str]:
+    """Append a new secret for each of these names that the file lacks or leaves empty; return those names.
 
     Whatever it writes to, it leaves readable by the owner alone.
     """
     values = read(path)
-    missing = [name for name in REQUIRED if not values.get(name)]
+    missing = [name for name in names if not values.get(name)]
     if missing:
-        _append(path, ["# Added by `make demo`", *(f"{name}={REQUIRED[name]()}" for name in missing)])
+        _append(path, [f"# Added by `{added_by}`", *(f"{name}={names[name]()}" for name in missing)])
     return missing
 
 
@@ -51,3 +66,14 @@ def _append(path: Path, lines: list[str]) -> None:
         written = file.read()
         end = "" if not written or written.endswith("\n") else "\n"
         file.write(end + "".join(f"{line}\n" for line in lines))
+
+
+def main() -> int:
+    """Complete the file for compose, and say what was written."""
+    added = complete(ROOT / ".env", COMPOSE, "make env")
+    print(f"Wrote to .env: {', '.join(added)}" if added else ".env has all that compose needs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

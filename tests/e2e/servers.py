@@ -110,13 +110,15 @@ class Server:
             os.killpg(self._process.pid, number)
 
 
-def litellm_server(folder: Path) -> tuple[Server, dict[str, str]]:
-    """A LiteLLM proxy with the demo's configuration, and what the service must know to use it."""
+def litellm_server(
+    folder: Path, config: Path = LITELLM_CONFIG, environment: Mapping[str, str] | None = None
+) -> tuple[Server, dict[str, str]]:
+    """A LiteLLM proxy with the demo's configuration, or another; and what the service must know to use it."""
     key = f"sk-{secrets.token_hex(24)}"
     port = free_port()
     proxy = Server(
         "LITELLM",
-        ["--config", str(LITELLM_CONFIG), "--host", "127.0.0.1", "--port", str(port)],
+        ["--config", str(config), "--host", "127.0.0.1", "--port", str(port)],
         ready="/health/readiness",
         port=port,
         folder=folder,
@@ -124,6 +126,7 @@ def litellm_server(folder: Path) -> tuple[Server, dict[str, str]]:
             "LITELLM_API_KEY": key,
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",
             "LITELLM_MODE": "PRODUCTION",
+            **(environment or {}),
         },
     )
     return proxy, {"LITELLM_URL": proxy.url, "LITELLM_API_KEY": key}

@@ -1,0 +1,159 @@
+"""The standard metrics that the service emits, and those of the collector, declared as our own ones are.
+
+Names come from the semantic-convention packages. The collector's come from no package; `make stack-test`
+finds them at the real collector.
+"""
+
+from typing import Final
+
+from opentelemetry.semconv._incubating.metrics import gen_ai_metrics, otel_metrics
+from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
+from opentelemetry.semconv.attributes.http_attributes import HTTP_RESPONSE_STATUS_CODE, HTTP_ROUTE
+from opentelemetry.semconv.metrics import http_metrics
+
+from service.telemetry.names import ERROR_NAMES, HTTP_DURATION_BUCKETS, OTHER_MODEL, Metric
+
+_ANY: Final = "any"
+_DROPPED: Final = "the reason, on what was dropped"
+MODEL: Final = "gen_ai.request.model"
+TOKEN_TYPE: Final = "gen_ai.token.type"  # noqa: S105 - a kind of token, no secret
+OPERATION: Final = "gen_ai.operation.name"
+
+SERVER_DURATION: Final = Metric(
+    http_metrics.HTTP_SERVER_REQUEST_DURATION,
+    "histogram",
+    "s",
+    "Requests served, by route, status and error",
+    {HTTP_ROUTE: _ANY, HTTP_RESPONSE_STATUS_CODE: _ANY, ERROR_TYPE: ERROR_NAMES, "http.request.method": _ANY},
+    buckets=HTTP_DURATION_BUCKETS,
+)
+SERVER_ACTIVE: Final = Metric(
+    "http.server.active_requests",
+    "up_down_counter",
+    "{request}",
+    "Requests being handled now, health routes among them",
+    {"http.request.method": _ANY},
+)
+CLIENT_DURATION: Final = Metric(
+    http_metrics.HTTP_CLIENT_REQUEST_DURATION,
+    "histogram",
+    "s",
+    "Requests to LiteLLM and Qdrant that were answered",
+    {HTTP_RESPONSE_STATUS_CODE: _ANY, ERROR_TYPE: _ANY, "http.request.method": _ANY, "server.address": _ANY},
+    buckets=HTTP_DURATION_BUCKETS,
+)
+GEN_AI_DURATION: Final = Metric(
+    gen_ai_metrics.GEN_AI_CLIENT_OPERATION_DURATION,
+    "histogram",
+    "s",
+    "Attempts at a model, to their end",
+    {MODEL: f"as on llmops.llm.calls, else {OTHER_MODEL}", OPERATION: _ANY, ERROR_TYPE: ERROR_NAMES},
+)
+GEN_AI_TOKENS: Final = Metric(
+    gen_ai_metrics.GEN_AI_CLIENT_TOKEN_USAGE,
+    "histogram",
+    "{token}",
+    "Tokens of the attempts that were answered",
+    {MODEL: f"as on llmops.llm.calls, else {OTHER_MODEL}", TOKEN_TYPE: ("input", "output"), OPERATION: _ANY},
+)
+GEN_AI_FIRST_CHUNK: Final = Metric(
+    gen_ai_metrics.GEN_AI_CLIENT_OPERATION_TIME_TO_FIRST_CHUNK,
+    "histogram",
+    "s",
+    "Streamed attempts, to their first piece",
+    {MODEL: f"as on llmops.llm.calls, else {OTHER_MODEL}", OPERATION: _ANY},
+)
+
+
+def _sdk(name: str, kind: str, unit: str, description: str, *, drops: bool = False) -> Metric:
+    attributes: dict[str, tuple[str, ...] | str] = {"otel.component.name": _ANY}
+    if drops:
+        attributes[ERROR_TYPE] = _DROPPED
+    return Metric(name, "counter" if kind == "counter" else "up_down_counter", unit, description, attributes)
+
+
+SDK_SPANS: Final = _sdk(
+    otel_metrics.OTEL_SDK_PROCESSOR_SPAN_PROCESSED, "counter", "{span}", "Spans through the queue", drops=True
+)
+SDK_LOGS: Final = _sdk(
+    otel_metrics.OTEL_SDK_PROCESSOR_LOG_PROCESSED, "counter", "{log_record}", "Records through it", drops=True
+)
+SDK_SPAN_QUEUE: Final = _sdk(
+    otel_metrics.OTEL_SDK_PROCESSOR_SPAN_QUEUE_SIZE, "gauge", "{span}", "Spans that wait for export"
+)
+SDK_LOG_QUEUE: Final = _sdk(
+    otel_metrics.OTEL_SDK_PROCESSOR_LOG_QUEUE_SIZE,
+    "gauge",
+    "{log_record}",
+    "Log records that wait for export",
+)
+SDK_SPAN_QUEUE_CAPACITY: Final = _sdk(
+    otel_metrics.OTEL_SDK_PROCESSOR_SPAN_QUEUE_CAPACITY, "gauge", "{span}", "Spans that may wait"
+)
+SDK_LOG_QUEUE_CAPACITY: Final = _sdk(
+    otel_metrics.OTEL_SDK_PROCESSOR_LOG_QUEUE_CAPACITY, "gauge", "{log_record}", "Log records that may wait"
+)
+SDK_SPANS_EXPORTED: Final = _sdk(
+    otel_metrics.OTEL_SDK_EXPORTER_SPAN_EXPORTED, "counter", "{span}", "Spans exported, or not", drops=True
+)
+SDK_LOGS_EXPORTED: Final = _sdk(
+    otel_metrics.OTEL_SDK_EXPORTER_LOG_EXPORTED,
+    "counter",
+    "{log_record}",
+    "Log records exported, or not",
+    drops=True,
+)
+SDK_POINTS_EXPORTED: Final = _sdk(
+    otel_metrics.OTEL_SDK_EXPORTER_METRIC_DATA_POINT_EXPORTED,
+    "counter",
+    "{data_point}",
+    "Points of metrics exported, or not",
+    drops=True,
+)
+SDK_EXPORT_DURATION: Final = Metric(
+    otel_metrics.OTEL_SDK_EXPORTER_OPERATION_DURATION,
+    "histogram",
+    "s",
+    "How long exports take",
+    {"otel.component.name": _ANY, ERROR_TYPE: _DROPPED},
+)
+
+STANDARD: Final = (
+    SERVER_DURATION,
+    SERVER_ACTIVE,
+    CLIENT_DURATION,
+    GEN_AI_DURATION,
+    GEN_AI_TOKENS,
+    GEN_AI_FIRST_CHUNK,
+    SDK_SPANS,
+    SDK_LOGS,
+    SDK_SPAN_QUEUE,
+    SDK_LOG_QUEUE,
+    SDK_SPAN_QUEUE_CAPACITY,
+    SDK_LOG_QUEUE_CAPACITY,
+    SDK_SPANS_EXPORTED,
+    SDK_LOGS_EXPORTED,
+    SDK_POINTS_EXPORTED,
+    SDK_EXPORT_DURATION,
+)
+
+_ITEMS: Final = ("spans", "log_records", "metric_points")
+COLLECTOR: Final[dict[str, tuple[str, ...]]] = {
+    **{
+        f"otelcol_receiver_{what}_{item}_total": ("receiver", "transport")
+        for what in ("accepted", "refused", "failed")
+        for item in _ITEMS
+    },
+    **{
+        f"otelcol_exporter_{what}_{item}_total": ("exporter",)
+        for what in ("sent", "send_failed", "enqueue_failed")
+        for item in _ITEMS
+    },
+    "otelcol_exporter_queue_size": ("exporter", "data_type"),
+    "otelcol_exporter_queue_capacity": ("exporter", "data_type"),
+    "otelcol_process_memory_rss_bytes": (),
+    "otelcol_processor_tail_sampling_global_count_traces_sampled_total": ("sampled", "decision"),
+    "otelcol_processor_tail_sampling_sampling_trace_dropped_too_early_total": (),
+    "up": ("job",),
+}
+"""What the collector says about itself, with its labels; `up` says whether it can be scraped."""

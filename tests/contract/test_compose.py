@@ -1,0 +1,173 @@
+"""docker-compose.yml agrees with the settings, with the files beside it, and with what the tests run."""
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy import env_file
+from deploy.backends import ROOT
+from service.config.settings import PASSED_THROUGH, Settings
+from tests.contract.test_env_example import SHOWN
+
+TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
+SERVICES: dict[str, Any] = COMPOSE["services"]
+NINE = {"api", "qdrant", "litellm", "mlflow", "collector", "tempo", "loki", "prometheus", "grafana"}
+NOT_FOR_COMPOSE = {
+    "QDRANT_PATH": "the store is a server",
+    "WORKERS": "one process a container",
+    "QDRANT_API_KEY": "inside the network, not published",
+    **{name: "MLflow wants none" for name in PASSED_THROUGH if name.startswith("MLFLOW_TRACKING_")},
+}
+VARIABLE = re.compile(r"\$\{([A-Z][A-Z0-9_]*)(:?[-?])?([^}]*)\}")
+
+
+def _seconds(text: str) -> float:
+    return float(text.removesuffix("s"))
+
+
+def test_the_services_are_the_nine_and_the_check_before() -> None:
+    assert set(SERVICES) == NINE | {"check"}
+
+
+def test_every_variable_is_listed_with_its_default() -> None:
+    for name, how, default in VARIABLE.findall(TEXT):
+        assert name in SHOWN, name
+        if how == ":-" and name not in {"ENVIRONMENT", "PORT"}:
+            assert SHOWN[name]["value"] == default, name
+
+
+def test_every_setting_reaches_the_service() -> None:
+    given = set(COMPOSE["x-settings"])
+    wanted = {name.upper() for name in Settings.model_fields} | set(PASSED_THROUGH)
+    assert wanted - given == NOT_FOR_COMPOSE.keys() & wanted
+    assert given <= wanted
+
+
+def test_no_password_has_a_default() -> None:
+    for name in env_file.COMPOSE:
+        if name != "COMPOSE_PROFILES":
+            hows = {how for found, how, _ in VARIABLE.findall(TEXT) if found == name}
+            assert hows == {":?"}, name
+    secret = next(text for name, _, text in VARIABLE.findall(TEXT) if name == "JWT_SECRET_KEY")
+    assert secret.startswith("Error: JWT_SECRET_KEY must be set and different from default")
+
+
+def test_ports_and_paths_agree_with_the_settings() -> None:
+    given = COMPOSE["x-settings"]
+    for name, service in (
+        ("LITELLM_URL", "litellm"),
+        ("MLFLOW_TRACKING_URI", "mlflow"),
+        ("QDRANT_URL", "qdrant"),
+    ):
+        port = given[name].rpartition(":")[2]
+        assert given[name] == f"http://{service}:{port}"
+        check = " ".join(map(str, SERVICES[service]["healthcheck"]["test"]))
+        assert f", {port}," in check or f"/{port} " in check
+    assert (
+        f"${{PORT:-{Settings.model_fields['port'].default}}}:{given['PORT']}" in SERVICES["api"]["ports"][0]
+    )
+    assert any(volume.endswith(":/app/data") for volume in SERVICES["api"]["volumes"])
+    assert given["SPOOL_PATH"] == f"/app/{Settings.model_fields['spool_path'].default}"
+    endpoint = VARIABLE.fullmatch(given["OTEL_EXPORTER_OTLP_ENDPOINT"])
+    assert endpoint is not None
+    assert endpoint[3] == "http://collector:4318"
+    collector = (ROOT / "otel/collector.yaml").read_text(encoding="utf-8")
+    assert "0.0.0.0:4318" in collector
+    for address in ("tempo:4317", "http://loki:3100/otlp", "http://prometheus:9090/api/v1/otlp"):
+        assert address in collector
+
+
+def test_only_what_people_need_is_published_and_on_loopback_alone() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert set(published) == {"api", "mlflow", "grafana"}
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_a_service_is_bounded_and_has_no_rights(name: str) -> None:
+    service = SERVICES[name]
+    assert service["mem_limit"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["networks"] == ["llmops"]
+    # The collector's image has no shell and no client; `check` ends by itself.
+    assert ("healthcheck" in service) == (name not in {"collector", "check"})
+    assert "build" in service or re.search(r":v?\d+\.\d+\.\d+$", service["image"])
+
+
+def test_files_that_are_mounted_exist_and_volumes_are_declared() -> None:
+    for name, service in SERVICES.items():
+        for volume in service.get("volumes", ()):
+            source = volume.split(":")[0]
+            if source.startswith("./"):
+                assert (ROOT / source).exists(), (name, source)
+            else:
+                assert source in COMPOSE["volumes"], (name, source)
+        if "build" in service:
+            assert (ROOT / service["build"] / "Dockerfile").is_file()
+
+
+def test_who_depends_waits_for_health_where_there_is_any() -> None:
+    for name, service in SERVICES.items():
+        for other, how in service.get("depends_on", {}).items():
+            expected = {"check": "service_completed_successfully", "collector": "service_started"}
+            assert how["condition"] == expected.get(other, "service_healthy"), (name, other)
+
+
+def test_the_stop_gets_longer_than_ours() -> None:
+    ours = Settings.model_fields["shutdown_timeout_s"].default
+    steps = 7 + Settings.model_fields["telemetry_flush_timeout_s"].default
+    assert _seconds(SERVICES["api"]["stop_grace_period"]) > ours + steps
+
+
+def test_the_profile_lite_leaves_the_observability_part_out() -> None:
+    full = {name for name, service in SERVICES.items() if service.get("profiles") == ["full"]}
+    assert full == {"collector", "tempo", "loki", "prometheus", "grafana"}
+    assert {
+        other
+        for name in SERVICES.keys() - full
+        for other, how in SERVICES[name].get("depends_on", {}).items()
+        if other in full and how.get("required", True)
+    } == set()
+
+
+def test_versions_are_those_that_are_built_and_tested() -> None:
+    manifest = yaml.safe_load((ROOT / "otel/build/collector.yaml").read_text(encoding="utf-8"))
+    assert SERVICES["collector"]["image"].endswith(f":{manifest['dist']['version']}")
+    module = (ROOT / "otel/build/prometheus/go.mod").read_text(encoding="utf-8")
+    built = re.search(r"github.com/prometheus/prometheus v0\.(\d)(\d\d)\.(\d+)", module)
+    assert built is not None
+    assert SERVICES["prometheus"]["image"].endswith(f":v{built[1]}.{int(built[2])}.{built[3]}")
+    client = re.search(r"^qdrant-client==(\d+\.\d+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    assert client is not None
+    assert f":v{client[1]}." in SERVICES["qdrant"]["image"]
+
+
+def test_the_collector_has_less_memory_than_its_container() -> None:
+    configured = yaml.safe_load((ROOT / "otel/collector.yaml").read_text(encoding="utf-8"))
+    for pipeline in configured["service"]["pipelines"].values():
+        assert pipeline["processors"][:2] == ["memory_limiter", "redaction"]
+    limit = int(SERVICES["collector"]["mem_limit"].removesuffix("m"))
+    assert configured["processors"]["memory_limiter"]["limit_mib"] < limit
+
+
+def test_grafana_opens_on_whether_users_are_hurting() -> None:
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert home == "/etc/grafana/dashboards/service.json"
+    assert "./grafana/dashboards:/etc/grafana/dashboards:ro" in SERVICES["grafana"]["volumes"]
+
+
+def test_provisioning_knows_the_variables_and_datasources_that_exist() -> None:
+    files = sorted((ROOT / "grafana/provisioning").rglob("*.yaml"))
+    text = "".join(path.read_text(encoding="utf-8") for path in files)
+    given = SERVICES["grafana"]["environment"]
+    assert set(re.findall(r"(?<!\$)\$([A-Z_]+)", text)) == {
+        name for name in given if not name.startswith("GF_")
+    }
+    sources = yaml.safe_load((ROOT / "grafana/provisioning/datasources/datasources.yaml").read_text())
+    uids = {source["uid"] for source in sources["datasources"]}
+    assert uids == {"prometheus", "tempo", "loki"}
+    assert set(re.findall(r"datasourceUid: (\w+)", text)) <= uids | {"__expr__"}
