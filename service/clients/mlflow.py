@@ -5,6 +5,7 @@ up the end of the process.
 """
 
 import asyncio
+import importlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 T = TypeVar("T")
+
+_importing = threading.Lock()
 
 API_PING = "/api/2.0/mlflow/experiments/search"
 TRACES = "/v1/traces"
@@ -108,14 +111,16 @@ class Tracker:
 
     def log_params(self, run: Run, params: Mapping[str, str]) -> None:
         """Write the run's parameters, cut to a length that the server takes; raises as ``start_run`` does."""
-        from mlflow.entities import Param  # noqa: PLC0415 - see _client
+        _import_sdk()
+        from mlflow.entities import Param  # noqa: PLC0415 - see _import_sdk
 
         shown = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in params.items()]
         _translated(lambda: self._client.log_batch(run.run_id, params=shown))
 
     def log_totals(self, run: Run, totals: Mapping[str, float], at_ms: int) -> None:
         """Write totals as the run's metrics; raises as ``start_run`` does."""
-        from mlflow.entities import Metric  # noqa: PLC0415 - see _client
+        _import_sdk()
+        from mlflow.entities import Metric  # noqa: PLC0415 - see _import_sdk
 
         metrics = [Metric(name, value, at_ms, 0) for name, value in totals.items()]
         _translated(lambda: self._client.log_batch(run.run_id, metrics=metrics))
@@ -151,8 +156,9 @@ class Tracker:
             raise UpstreamError(label=error.reason) from None
 
     def _request(self, method: str, path: str, answered_in: str, **options: Any) -> None:  # noqa: ANN401
-        from mlflow.utils.credentials import get_default_host_creds  # noqa: PLC0415 - see _client
-        from mlflow.utils.rest_utils import http_request  # noqa: PLC0415 - see _client
+        _import_sdk()
+        from mlflow.utils.credentials import get_default_host_creds  # noqa: PLC0415 - see _import_sdk
+        from mlflow.utils.rest_utils import http_request  # noqa: PLC0415 - see _import_sdk
 
         response = _translated(
             lambda: http_request(  # type: ignore[no-untyped-call]  # the SDK left both untyped
@@ -180,17 +186,27 @@ class Tracker:
 
     @property
     def _client(self) -> "MlflowClient":
-        # Imported when it is needed, in a thread: it takes most of a second and 30 MB.
         if self._lazy is None:
-            from mlflow import MlflowClient  # noqa: PLC0415 - as said
+            from mlflow import MlflowClient  # noqa: PLC0415 - see _import_sdk
 
             self._lazy = MlflowClient(self._uri)
         return self._lazy
 
 
+def _import_sdk() -> None:
+    """Import it when it is needed, in a thread: it takes most of a second and 30 MB.
+
+    By one thread at a time: its modules import each other in circles, and where two threads meet in one,
+    Python hands out a module that is not whole.
+    """
+    with _importing:
+        importlib.import_module("mlflow.utils.rest_utils")
+
+
 def _translated(work: Callable[[], T]) -> T:
     """Do it; what the SDK raises comes out as ``TrackerError``, without its text."""
-    from mlflow.exceptions import MlflowException, RestException  # noqa: PLC0415 - see Tracker._client
+    _import_sdk()
+    from mlflow.exceptions import MlflowException, RestException  # noqa: PLC0415 - see _import_sdk
 
     try:
         return work()

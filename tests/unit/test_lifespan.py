@@ -128,8 +128,9 @@ def test_a_step_that_fails_is_logged_and_the_next_comes(caplog: pytest.LogCaptur
     assert log[2:] == ["close b", "close a"]
     (failure,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert failure.getMessage() == "A step of the stop failed"
-    assert failure.exc_info is not None
-    assert isinstance(failure.exc_info[1], OSError)
+    # A filter that another test has put in place has made fields of it.
+    error = failure.exc_info[1] if failure.exc_info else None
+    assert isinstance(error, OSError) or "OSError" in vars(failure).get("exception.stacktrace", "")
 
 
 def test_a_step_that_hangs_is_left_at_its_limit_and_the_next_comes(caplog: pytest.LogCaptureFixture) -> None:
