@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-import portalocker
 from qdrant_client import QdrantClient
 
 MEMORY = ":memory:"
@@ -175,6 +174,10 @@ def _settle(future: asyncio.Future[Any], result: object, error: Exception | None
 
 def _refuse_locked(folder: Path) -> None:
     """Raise when another process has the folder: Qdrant itself reads all of it before it looks."""
+    # Imported here, as Qdrant does: it looks for a folder that can be written to when it is imported, and a
+    # disk that is full must not keep the service from starting.
+    import portalocker  # noqa: PLC0415 - as said
+
     lock = folder / ".lock"
     if lock.exists():
         with lock.open("r+") as file:

@@ -15,6 +15,7 @@ import pytest
 from tests.harness import free_port, request
 
 START_LIMIT_S = 120.0
+NO_EXPERIMENT = "none"
 LITELLM_CONFIG = Path(__file__).parents[2] / "deploy/litellm/config.yaml"
 
 
@@ -150,7 +151,7 @@ class MlflowServer(Server):
             ready="/api/2.0/mlflow/experiments/search?max_results=1",
             port=port,
             folder=folder,
-            environment={"MLFLOW_DISABLE_TELEMETRY": "true"},
+            environment={"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         )
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
@@ -162,11 +163,14 @@ class MlflowServer(Server):
     def experiment_id(self, name: str) -> str:
         """The experiment of this name; one that nobody has made yet has no runs."""
         found = self.api("POST", "2.0/mlflow/experiments/search", {"max_results": 100})["experiments"]
-        return next((str(one["experiment_id"]) for one in found if one["name"] == name), "none")
+        return next((str(one["experiment_id"]) for one in found if one["name"] == name), NO_EXPERIMENT)
 
     def runs(self, experiment: str) -> list[Any]:
         """The runs of an experiment, oldest first."""
-        asked = {"experiment_ids": [self.experiment_id(experiment)], "order_by": ["attributes.start_time"]}
+        identifier = self.experiment_id(experiment)
+        if identifier == NO_EXPERIMENT:
+            return []
+        asked = {"experiment_ids": [identifier], "order_by": ["attributes.start_time"]}
         found: list[Any] = self.api("POST", "2.0/mlflow/runs/search", asked).get("runs", [])
         return found
 
@@ -177,7 +181,9 @@ class MlflowServer(Server):
     def traces(self, experiment: str, query: str = "") -> list[Any]:
         """The traces of an experiment, as MLflow's page asks for them."""
         place = {"type": "MLFLOW_EXPERIMENT"}
-        place["mlflow_experiment"] = {"experiment_id": self.experiment_id(experiment)}  # type: ignore[assignment]  # nested
+        if (identifier := self.experiment_id(experiment)) == NO_EXPERIMENT:
+            return []
+        place["mlflow_experiment"] = {"experiment_id": identifier}  # type: ignore[assignment]  # nested
         asked: dict[str, Any] = {"locations": [place], "max_results": 500, "filter": query}
         found: list[Any] = []
         while True:
