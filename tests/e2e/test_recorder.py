@@ -118,7 +118,7 @@ def test_a_run_ends_as_its_process_did(upstream: FakeUpstream, mlflow: FakeMlflo
         token = process.token()
         generate(process, token)
         answer = generate(process, token)
-        mlflow.wait_for(lambda fake: fake.runs[0].status == "FAILED")
+        mlflow.wait_for(lambda fake: bool(fake.runs) and fake.runs[0].status == "FAILED")
         stopped(process)
 
     first, second = mlflow.runs

@@ -90,7 +90,7 @@ def test_a_dead_collector_an_mlflow_that_fails_and_a_call_too_long_at_once(
     mlflow.up()
     with ServiceProcess(given) as process:
         process.wait_ready()
-        until(lambda: mlflow.runs[0].status != "RUNNING", "the run of before to end")
+        until(lambda: bool(mlflow.runs) and mlflow.runs[0].status != "RUNNING", "the run of before to end")
         stopped(process)
     assert mlflow.trace_ids == {first.request_id, *outcomes}
     # It stopped well, though nobody could be told at the time.

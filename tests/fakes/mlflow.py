@@ -172,9 +172,12 @@ class FakeMlflow(Watched):
 
     @property
     def runs(self) -> list[KeptRun]:
-        """The runs, in the order of their making."""
+        """The runs, in the order in which their processes began.
+
+        Not in that of their making: a process that was killed early has its run from whoever came next.
+        """
         with self._changed:
-            return list(self._runs.values())
+            return sorted(self._runs.values(), key=lambda run: run.started_ms)
 
     def span(self, trace_id: str) -> Span:
         """The one span of a trace."""
