@@ -35,13 +35,15 @@ def encode(records: Iterable[CallRecord], resource: Mapping[str, str]) -> bytes:
     in progress for ever. Whatever a record holds, something can be sent: one that could not would be in the
     way of all others.
     """
-    spans = [_span(record) for record in records]
+    # Records of one time say much the same: what is equal in them is made once.
+    made: dict[tuple[str, type, object], KeyValue] = {}
+    spans = [_span(record, made) for record in records]
     attributes = [_attribute(name, value) for name, value in resource.items()]
     about = ResourceSpans(resource=Resource(attributes=attributes), scope_spans=[ScopeSpans(spans=spans)])
     return bytes(ExportTraceServiceRequest(resource_spans=[about]).SerializeToString())
 
 
-def _span(record: CallRecord) -> Span:
+def _span(record: CallRecord, made: dict[tuple[str, type, object], KeyValue]) -> Span:
     succeeded = record.error is None and record.outcome != "cancelled"
     return Span(
         trace_id=bytes.fromhex(record.trace_id),
@@ -51,7 +53,7 @@ def _span(record: CallRecord) -> Span:
         start_time_unix_nano=_whole(record.started_ns),
         end_time_unix_nano=_whole(record.started_ns + _whole(min(record.duration_s, MOST_INT) * 1e9)),
         attributes=[
-            _attribute(name, value) for name, value in _attributes(record).items() if value is not None
+            _known(name, value, made) for name, value in _attributes(record).items() if value is not None
         ],
         status=Status(
             code=Status.STATUS_CODE_OK if succeeded else Status.STATUS_CODE_ERROR,
@@ -86,6 +88,16 @@ def _attributes(record: CallRecord) -> dict[str, object]:
         f"{TAG}request_id": record.trace_id,
         f"{TAG}outcome": record.outcome,
     }
+
+
+def _known(name: str, value: object, made: dict[tuple[str, type, object], KeyValue]) -> KeyValue:
+    if not isinstance(value, (str, int)):
+        return _attribute(name, value)
+    # With its type: True equals 1 in Python.
+    key = name, type(value), value
+    if key not in made:
+        made[key] = _attribute(name, value)
+    return made[key]
 
 
 def _attribute(name: str, value: object) -> KeyValue:
