@@ -90,7 +90,8 @@ def litellm(binary: str) -> Iterator[tuple[int, str]]:
     config = str(ROOT / "deploy/litellm/config.yaml")
     with tempfile.TemporaryDirectory() as folder, Path(folder, "output").open("wb") as output:
         process = subprocess.Popen(
-            [binary, "--config", config, "--host", "127.0.0.1", "--port", str(port)],
+            # Named from where the bench was started, and run in a folder of its own.
+            [str(Path(binary).absolute()), "--config", config, "--host", "127.0.0.1", "--port", str(port)],
             cwd=folder,
             env={
                 "PATH": os.environ["PATH"],

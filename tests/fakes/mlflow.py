@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import socket
-import sys
 import threading
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qs, urlsplit
 
+from tests.fakes.http_server import EndingHttpServer
 from tests.fakes.otlp_records import Span, spans_in
 from tests.fakes.waiting import Watched
 
@@ -265,43 +263,18 @@ class FakeMlflow(Watched):
         return {"run_info": run.as_json()["info"]}
 
 
-class _HttpServer(ThreadingHTTPServer):
-    """The listener; unlike its base it can end its connections and waits for their threads."""
-
-    daemon_threads = False
-    request_queue_size = 128
+class _HttpServer(EndingHttpServer):
+    """The listener."""
 
     def __init__(self, fake: FakeMlflow, port: int) -> None:
         self.fake = fake
         self.stopping = threading.Event()
-        self._open: set[socket.socket] = set()
-        self._lock = threading.Lock()
-        super().__init__(("127.0.0.1", port), _HttpHandler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Remember the connection before its thread starts."""
-        with self._lock:
-            self._open.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Forget the connection before it is closed."""
-        with self._lock:
-            self._open.discard(request)
-        super().shutdown_request(request)
+        super().__init__(port, _HttpHandler)
 
     def drop_connections(self) -> None:
         """Wake the threads that wait for something."""
         self.stopping.set()
-        with self._lock:
-            for connection in self._open:
-                with suppress(OSError):  # its client has reset it
-                    connection.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Pass over a client that has gone; that is part of every test with a timeout."""
-        if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, client_address)
+        super().drop_connections()
 
 
 class _HttpHandler(BaseHTTPRequestHandler):

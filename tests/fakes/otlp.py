@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import socket
-import sys
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc  # type: ignore[import-untyped]
 
+from tests.fakes.http_server import EndingHttpServer
 from tests.fakes.otlp_records import Log, Point, Span, SpanEvent, SpanLink, logs_in, points_in, spans_in
 from tests.fakes.waiting import Watched
 
@@ -171,41 +169,12 @@ class OtlpReceiver(Watched):
             self._changed.notify_all()
 
 
-class _HttpServer(ThreadingHTTPServer):
-    """The HTTP part; unlike its base it can end its connections and waits for their threads."""
-
-    daemon_threads = False
-    request_queue_size = 128
+class _HttpServer(EndingHttpServer):
+    """The HTTP part."""
 
     def __init__(self, receiver: OtlpReceiver) -> None:
         self.receiver = receiver
-        self._open: set[socket.socket] = set()
-        self._lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), _HttpHandler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Remember the connection before its thread starts."""
-        with self._lock:
-            self._open.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Forget the connection before it is closed."""
-        with self._lock:
-            self._open.discard(request)
-        super().shutdown_request(request)
-
-    def drop_connections(self) -> None:
-        """Wake the threads that are reading from a connection by ending it."""
-        with self._lock:
-            for connection in self._open:
-                with suppress(OSError):  # its client has reset it
-                    connection.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Pass over a client that has gone; that is part of every test with a timeout."""
-        if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, client_address)
+        super().__init__(0, _HttpHandler)
 
 
 class _HttpHandler(BaseHTTPRequestHandler):
