@@ -67,6 +67,8 @@ def lifespan_of(
             stack.push_async_callback(anyio.to_thread.run_sync, drain_lines)
             stack.push_async_callback(_flush, telemetry, settings.telemetry_flush_timeout_s)
             stack.callback(_say_completed, drain)
+            # Before anything is opened: whoever is stopped while starting says so too.
+            stack.enter_context(drain_on_signal(drain, await stack.enter_async_context(asyncio.TaskGroup())))
             closing = _Closing(stack, lambda: settings.shutdown_timeout_s - drain.since_signal_s)
             llm = await closing.enter(open_llm(settings, telemetry))
             recorder = await closing.enter(
@@ -106,7 +108,6 @@ def lifespan_of(
                 *(work() for work in (caching.background if caching else ())),
             ):
                 stack.callback(tasks.create_task(work).cancel)
-            stack.enter_context(drain_on_signal(drain, tasks))
             yield {
                 "auth": auth,
                 "generation": generation,

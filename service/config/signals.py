@@ -22,6 +22,9 @@ def drain_on_signal(drain: Drain, tasks: asyncio.TaskGroup) -> Iterator[None]:
     more, and a caller who comes late would meet a closed port instead of an answer. Its handlers are in place
     when the lifespan starts, in every worker process, so they are taken over here and called when the drain
     is over. Where there are none to take over (a server in a thread), the server stops as it always does.
+
+    A signal that came while the app was imported is uvicorn's already; it is drained for all the same, so
+    that every stop reads alike. Either way uvicorn ends the start first, and stops then.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -29,6 +32,7 @@ def drain_on_signal(drain: Drain, tasks: asyncio.TaskGroup) -> Iterator[None]:
     stop = _Stop(drain, tasks, {number: signal.getsignal(number) for number in STOP_SIGNALS})
     for number in STOP_SIGNALS:
         signal.signal(number, stop.on_signal)
+    stop.begin_if_signalled()
     try:
         yield
     finally:
@@ -51,11 +55,18 @@ class _Stop:
         self._loop = asyncio.get_running_loop()
         self._signalled = False
 
+    def begin_if_signalled(self) -> None:
+        """Drain at once where the server has the signal already."""
+        if any(getattr(_server_of(handler), "should_exit", False) for handler in self.servers.values()):
+            self._signalled = True
+            self._drain.begin()
+            self._tasks.create_task(self._drain.wait(), name="drain")
+
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Only note and hand on: this runs between any two bytecodes, perhaps in the middle of a log line."""
         if self._signalled:
             # uvicorn forces its exit on a second SIGINT only; a second SIGTERM means the same here.
-            server = getattr(self.servers[signal.Signals(number)], "__self__", None)
+            server = _server_of(self.servers[signal.Signals(number)])
             if server is not None:
                 server.force_exit = True
             self._hand_over(number)
@@ -76,3 +87,8 @@ class _Stop:
         handler = self.servers[signal.Signals(number)]
         if callable(handler):
             handler(number, None)
+
+
+def _server_of(handler: object) -> Any:  # noqa: ANN401 - uvicorn.Server, or what stands in its place
+    """The server whose method the handler is; None where there is none."""
+    return getattr(handler, "__self__", None)

@@ -12,6 +12,7 @@ from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import Answer, FakeUpstream, Silent
 from tests.harness import Answer as Reply
 from tests.harness import ServiceProcess
+from tests.http.support import eventually
 
 pytestmark = pytest.mark.e2e
 
@@ -46,6 +47,22 @@ def test_with_nothing_in_flight_it_ends_at_once(upstream: FakeUpstream, number: 
     assert lines[1] == "Waiting for 0 in-flight request(s)..."
     assert lines[2:4] == ["Closing Qdrant connections...", "Finalizing MLflow run..."]
     assert lines[4].startswith("Graceful shutdown completed in ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("seen", ["Started server process", "Waiting for application startup."])
+def test_a_signal_while_it_starts_stops_it_in_the_same_order(
+    upstream: FakeUpstream, number: signal.Signals, seen: str
+) -> None:
+    with ServiceProcess({"LITELLM_URL": upstream.url}) as process:
+        eventually(lambda: seen in process.text(), seen)
+        assert process.stop(number) == 0
+        lines = stop_lines(process)
+        levels = {line["level"] for line in process.lines()}
+    assert lines[:2] == ["Received shutdown signal", "Waiting for 0 in-flight request(s)..."]
+    assert lines[2:4] == ["Closing Qdrant connections...", "Finalizing MLflow run..."]
+    assert lines[4].startswith("Graceful shutdown completed in ")
+    assert levels <= {"INFO", "WARNING"}
 
 
 def test_a_slow_call_ends_and_new_ones_are_refused(upstream: FakeUpstream) -> None:
@@ -153,6 +170,7 @@ def test_two_workers_stop_as_one(upstream: FakeUpstream) -> None:
     variables = {"LITELLM_URL": upstream.url, "WORKERS": "2", "QDRANT_URL": "http://127.0.0.1:9"}
     with ServiceProcess(variables) as process:
         process.wait_ready()
+        eventually(lambda: process.text().count("Application startup complete") == 2, "both workers")
         token = process.token()
         with ThreadPoolExecutor(10) as pool:
             calls = [pool.submit(ask, process, token) for _ in range(10)]
