@@ -15,6 +15,7 @@ from typing import Final, NoReturn
 from deploy import api, env_file
 from deploy.api import HOST
 from deploy.child import Child, DemoError
+from deploy.ports import unused_port
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 LOGS: Final = ROOT / ".demo"
@@ -185,8 +186,7 @@ def free_port(preferred: int) -> int:
         with socket.create_server((HOST, preferred)):
             return preferred
     except OSError:
-        with socket.create_server((HOST, 0)) as server:
-            port: int = server.getsockname()[1]
+        port = unused_port()
         _say(f"Port {preferred} is taken; using {port}")
         return port
 

@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import format_trace_id
 
+from deploy.ports import unused_port
 from service.app import create_app
 from service.config.logging import configure_logging
 from service.config.settings import Settings
@@ -240,13 +240,6 @@ def _log_exporter() -> InMemoryLogRecordExporter:
     return InMemoryLogRecordExporter()  # type: ignore[no-untyped-call]  # the SDK left it untyped
 
 
-def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _wait_until(condition: Any, what: str, limit_s: float = START_LIMIT_S) -> None:
     end = time.monotonic() + limit_s
     while not condition():
@@ -266,7 +259,7 @@ class ServiceProcess(Client):
     def __init__(
         self, variables: Mapping[str, str] | None = None, arguments: tuple[str, ...] = ("-m", "service")
     ) -> None:
-        self.port = free_port()
+        self.port = unused_port()
         required = {name.upper(): value for name, value in new_secrets().items()}
         self.environment = {
             "PATH": os.environ["PATH"],

@@ -22,8 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.ports import unused_port
 from tests.fakes.streams import DONE, chunk, text, usage
-from tests.harness import ROOT, ServiceProcess, free_port, request
+from tests.harness import ROOT, ServiceProcess, request
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 MODELS = b'{"object":"list","data":[{"id":"demo","object":"model"}]}'
@@ -86,7 +87,7 @@ def scripted() -> Iterator[tuple[int, str]]:
 @contextmanager
 def litellm(binary: str) -> Iterator[tuple[int, str]]:
     """A real LiteLLM with the demo's configuration: its port and key."""
-    port, key = free_port(), f"sk-{secrets.token_hex(24)}"
+    port, key = unused_port(), f"sk-{secrets.token_hex(24)}"
     config = str(ROOT / "deploy/litellm/config.yaml")
     with tempfile.TemporaryDirectory() as folder, Path(folder, "output").open("wb") as output:
         process = subprocess.Popen(

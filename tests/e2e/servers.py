@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import pytest
 
-from tests.harness import free_port, request
+from deploy.ports import unused_port
+from tests.harness import request
 
 START_LIMIT_S = 120.0
 NO_EXPERIMENT = "none"
@@ -116,7 +117,7 @@ def litellm_server(
 ) -> tuple[Server, dict[str, str]]:
     """A LiteLLM proxy with the demo's configuration, or another; and what the service must know to use it."""
     key = f"sk-{secrets.token_hex(24)}"
-    port = free_port()
+    port = unused_port()
     proxy = Server(
         "LITELLM",
         ["--config", str(config), "--host", "127.0.0.1", "--port", str(port)],
@@ -137,7 +138,7 @@ class MlflowServer(Server):
     """A real MLflow server on a database of its own, and what its API says."""
 
     def __init__(self, folder: Path) -> None:
-        port = free_port()
+        port = unused_port()
         arguments = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
         stores = [
             "--backend-store-uri",

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 
 import pytest
 
+from deploy.ports import unused_port
 from tests.e2e.support import to_collector
 from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import FakeUpstream, Silent, Status
-from tests.harness import ServiceProcess, free_port
+from tests.harness import ServiceProcess
 
 pytestmark = pytest.mark.e2e
 
@@ -70,7 +71,7 @@ def checks(process: ServiceProcess) -> dict[str, bool]:
 def test_a_vector_store_that_dies_freezes_and_comes_back(
     upstream: FakeUpstream, receiver: OtlpReceiver
 ) -> None:
-    port = free_port()
+    port = unused_port()
     variables = {
         **OFTEN,
         **to_collector(receiver),
@@ -140,7 +141,7 @@ def test_a_thousand_probes_add_no_ping_and_wait_for_nobody(upstream: FakeUpstrea
 
 
 def test_a_refused_call_makes_it_look_at_once(upstream: FakeUpstream) -> None:
-    port = free_port()
+    port = unused_port()
     variables = {
         **OFTEN,
         "LITELLM_URL": f"http://127.0.0.1:{port}",

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from deploy.ports import unused_port
 from tests.e2e.recording import QUICK, show, until
 from tests.e2e.servers import MlflowServer, Server, litellm_server
 from tests.e2e.slow_link import SlowLink
 from tests.e2e.support import to_collector
 from tests.e2e.test_health import qdrant
 from tests.fakes.otlp import OtlpReceiver
-from tests.harness import ServiceProcess, free_port
+from tests.harness import ServiceProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -166,7 +167,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 def test_killed_and_frozen(servers: Servers, receiver: OtlpReceiver) -> None:
     proxy, tracker, given = servers
-    port = free_port()
+    port = unused_port()
     urls = {"QDRANT_URL": f"http://127.0.0.1:{port}", "MLFLOW_TRACKING_URI": tracker.url}
     with ExitStack() as stack:
         store = stack.enter_context(qdrant(port))
@@ -203,7 +204,7 @@ def test_killed_and_frozen(servers: Servers, receiver: OtlpReceiver) -> None:
 
 def test_slow(servers: Servers, receiver: OtlpReceiver) -> None:
     proxy, tracker, given = servers
-    port = free_port()
+    port = unused_port()
     with ExitStack() as stack:
         stack.enter_context(qdrant(port))
         links = {

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
+from deploy.ports import unused_port
 from tests.e2e.support import generate, stopped
 from tests.e2e.tap import Tap
-from tests.harness import ServiceProcess, free_port, request
+from tests.harness import ServiceProcess, request
 from tests.http.streaming import data, events
 from tests.http.support import eventually
 
@@ -47,7 +48,7 @@ def litellm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiteLlm]:
             "LITELLM_BIN must name LiteLLM's executable; `make test` installs it and sets the variable"
         )
     folder = tmp_path_factory.mktemp("litellm")
-    proxy = LiteLlm(free_port(), new_key())
+    proxy = LiteLlm(unused_port(), new_key())
     output = folder / "output"
     with output.open("wb") as stream:
         process = subprocess.Popen(

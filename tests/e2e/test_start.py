@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from deploy.ports import unused_port
 from service.config.env_validator import REQUIRED
 from tests.e2e.support import decoded, generate, listens, run, stopped
 from tests.fakes.upstream import FakeUpstream
-from tests.harness import ServiceProcess, free_port, new_secrets
+from tests.harness import ServiceProcess, new_secrets
 from tests.http.support import eventually
 
 pytestmark = pytest.mark.e2e
@@ -23,7 +24,7 @@ COMPLETE = {**EMPTY, **{name.upper(): value for name, value in new_secrets().ite
 
 
 def test_an_empty_environment_is_refused_with_every_problem_at_once(tmp_path: Path) -> None:
-    port = free_port()
+    port = unused_port()
     ended = run(tmp_path, {**EMPTY, "PORT": str(port)}, "-m", "service")
 
     assert ended.returncode == 1
@@ -48,7 +49,7 @@ def test_check_says_the_same_and_exits(tmp_path: Path) -> None:
 
 
 def test_check_of_a_valid_environment_exits_with_0_and_opens_nothing(tmp_path: Path) -> None:
-    port = free_port()
+    port = unused_port()
     ended = run(tmp_path, {**COMPLETE, "PORT": str(port)}, "-m", "service", "check")
 
     assert ended.returncode == 0

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from deploy.ports import unused_port
 from tests.e2e.recording import in_spool, left_in, show, until, variables
 from tests.e2e.support import generate, stopped, to_collector
 from tests.e2e.test_stop import stop_lines
 from tests.fakes.mlflow import FakeMlflow
 from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import Answer, FakeUpstream, Silent
-from tests.harness import ServiceProcess, free_port
+from tests.harness import ServiceProcess
 
 pytestmark = pytest.mark.e2e
 
@@ -41,7 +42,7 @@ while True:
 @contextmanager
 def a_store_that_hangs() -> Iterator[str]:
     """Takes connections, never answers, and is never told that they end."""
-    port = free_port()
+    port = unused_port()
     store = subprocess.Popen([sys.executable, "-c", SILENT_STORE, str(port)])
     try:
         yield f"http://127.0.0.1:{port}"

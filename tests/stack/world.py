@@ -11,9 +11,10 @@ from typing import Self
 
 from deploy import backends
 from deploy.child import Child
+from deploy.ports import unused_port
 from tests.e2e.servers import MlflowServer, Server, litellm_server
 from tests.fakes.otlp import OtlpReceiver
-from tests.harness import ServiceProcess, free_port
+from tests.harness import ServiceProcess
 from tests.stack.api import Api, until
 
 LITELLM_OTEL = backends.ROOT / "deploy/litellm/otel.yaml"
@@ -44,7 +45,7 @@ class World:
     collector: Child = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ports = backends.Ports(*(free_port() for _ in range(5)))
+        self.ports = backends.Ports(*(unused_port() for _ in range(5)))
         self.api = Api(self.ports.prometheus_url)
         self._stack = ExitStack()
 

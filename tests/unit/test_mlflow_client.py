@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from deploy.ports import unused_port
 from service.clients.mlflow import (
     MAX_PARAM_CHARS,
     GoneError,
@@ -21,7 +22,7 @@ from service.clients.mlflow import (
 )
 from service.errors import UpstreamError
 from tests.fakes.mlflow import FakeMlflow
-from tests.harness import free_port, make_settings
+from tests.harness import make_settings
 from tests.unit.recording import make_record
 
 RUN = Run("run-1", "1")
@@ -176,7 +177,7 @@ def test_an_answer_of_another_shape_is_a_tracker_error(scripted: Scripted, body:
 
 
 def test_a_server_that_is_down_or_hangs_says_which(mlflow: FakeMlflow) -> None:
-    nobody = tracker(f"http://127.0.0.1:{free_port()}")
+    nobody = tracker(f"http://127.0.0.1:{unused_port()}")
     assert reason(nobody.look) == "Connection error"
     assert reason(lambda: nobody.send([make_record()], RUN)) == "Connection error"
     mlflow.hang = True

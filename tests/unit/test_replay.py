@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from deploy.ports import unused_port
 from service.replay import replay
 from tests.fakes.mlflow import FakeMlflow
-from tests.harness import free_port, make_settings
+from tests.harness import make_settings
 from tests.unit.recording import killed_owner, make_record
 
 
@@ -51,7 +52,7 @@ def test_nothing_to_do_is_success(mlflow: FakeMlflow, tmp_path: Path) -> None:
 
 def test_without_a_server_everything_stays(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     killed_owner(tmp_path, 1)
-    assert run(f"http://127.0.0.1:{free_port()}", tmp_path) == 1
+    assert run(f"http://127.0.0.1:{unused_port()}", tmp_path) == 1
     assert said.messages == ["Error: MLflow does not take the records: Connection error"]
     assert len(list(tmp_path.glob("*.jsonl"))) == 1
 
