@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
+from functools import cached_property
 from typing import Any, Final, TypeVar, cast
 
 import httpx2
@@ -10,12 +11,12 @@ from openai import APIError, AsyncOpenAI, AsyncStream, Omit
 from opentelemetry.instrumentation.httpx import HTTPX2ClientInstrumentor
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
-from service.clients.bounded_transport import BoundedTransport
 from service.clients.llm_answers import MAX_CONTENT_CHARS, ModelList, Reply, read_answer, read_models
 from service.clients.llm_errors import timed_out, translate
-from service.clients.llm_request import LlmRequest
+from service.clients.llm_request import PATHS, LlmRequest
 from service.clients.llm_spans import AttemptSpan, AttemptSpans
 from service.clients.llm_stream import LlmStream
+from service.clients.upstream_transport import UpstreamClient, UpstreamTransport
 from service.config.settings import Settings
 from service.errors import ServiceError
 from service.telemetry.names import OTHER_MODEL
@@ -31,16 +32,20 @@ SPARE_CONNECTIONS = 8
 NO_KEY = "none"
 """Sent where no key is configured: the SDK insists on one."""
 
-NO_STAINLESS: Final = {
-    f"x-stainless-{name}": Omit()
-    for name in (
-        *("lang", "package-version", "os", "arch", "runtime", "runtime-version", "async"),
-        *("retry-count", "read-timeout"),
-    )
-}
-"""What the SDK tells of this machine and of itself; no model needs to know."""
+NO_STAINLESS: Final = {"x-stainless-retry-count": Omit(), "x-stainless-read-timeout": Omit()}
+"""What the SDK would tell of each request; no model needs to know."""
 
 T = TypeVar("T")
+
+
+class _Client(AsyncOpenAI):
+    """The SDK's client, whose header fields are the same for every request, and put together once."""
+
+    @cached_property
+    def default_headers(self) -> dict[str, str | Omit]:
+        """Without what the SDK tells of this machine and of itself (``X-Stainless-*``)."""
+        fields = super().default_headers
+        return {name: value for name, value in fields.items() if not name.lower().startswith("x-stainless-")}
 
 
 @asynccontextmanager
@@ -48,24 +53,15 @@ async def open_llm(settings: Settings, telemetry: Telemetry) -> AsyncIterator["L
     """Open the process's one pooled client; nothing is sent until it is asked, and leaving closes it."""
     # A connection for each request that may be in flight: waiting for one would be a hidden queue.
     most = settings.max_in_flight + SPARE_CONNECTIONS
-    limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
     # No redirects: the key goes to the configured proxy and nowhere else. No proxies from the environment.
-    transport = BoundedTransport(
-        httpx2.AsyncHTTPTransport(limits=limits, trust_env=False), settings.llm_max_answer_bytes
-    )
-    http = httpx2.AsyncClient(
-        transport=transport,
-        headers={"Accept-Encoding": "identity"},
-        follow_redirects=False,
-        trust_env=False,
-    )
+    http = UpstreamClient(UpstreamTransport(most, settings.llm_max_answer_bytes))
     HTTPX2ClientInstrumentor.instrument_client(
         cast("Any", http),  # annotated for httpx, made for httpx2 too
         tracer_provider=telemetry.tracer_provider,
         meter_provider=telemetry.meter_provider,
     )
     base_url = settings.litellm_url.rstrip("/").removesuffix("/v1") + "/v1"
-    client = AsyncOpenAI(
+    client = _Client(
         api_key=settings.litellm_api_key.get_secret_value() or NO_KEY,
         base_url=base_url,
         timeout=httpx2.Timeout(settings.llm_timeout_s, connect=settings.llm_connect_timeout_s),
@@ -87,6 +83,8 @@ class LlmClient:
         self._instruments = telemetry.instruments
         self._spans = AttemptSpans(telemetry, settings, self.known)
         self._root = settings.litellm_url.rstrip("/").removesuffix("/v1")
+        # Whole, so that the SDK does not put its base before it anew each time.
+        self._urls = {operation: f"{self._root}/v1{path}" for operation, path in PATHS.items()}
         self._known: set[str] = set()
         self._remember((settings.default_model,))
 
@@ -156,7 +154,7 @@ class LlmClient:
         self, request: LlmRequest, limits: httpx2.Timeout, *, stream: bool = False
     ) -> httpx2.Response:
         answer = await self._client.post(
-            request.path,
+            self._urls[request.operation],
             content=request.content,
             cast_to=httpx2.Response,
             options={"timeout": limits, "headers": {**NO_STAINLESS, **request.headers}},

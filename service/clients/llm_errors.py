@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import openai
 
-from service.clients.bounded_transport import AnswerTooLargeError
+from service.clients.upstream_transport import AnswerTooLargeError
 from service.errors import (
     BadRequestError,
     RateLimitError,

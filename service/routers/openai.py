@@ -158,4 +158,6 @@ async def model(model: str, _user: ModelCaller, generation: GenerationDep) -> Re
 
 
 def _passed(request: Request) -> dict[str, str]:
-    return {name: request.headers[name] for name in PASSED_HEADERS if name in request.headers}
+    # Other than ASCII is nothing that the upstream knows, and cannot be sent.
+    given = ((name, request.headers.get(name, "")) for name in PASSED_HEADERS)
+    return {name: value for name, value in given if value and value.isascii()}

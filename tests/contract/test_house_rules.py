@@ -31,7 +31,7 @@ def test_a_package_file_is_empty(path: Path) -> None:
         (
             "httpx2",
             {
-                "clients/bounded_transport.py",
+                "clients/upstream_transport.py",
                 "clients/llm.py",
                 "clients/llm_errors.py",
                 "clients/llm_stream.py",

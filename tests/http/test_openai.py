@@ -131,6 +131,14 @@ def test_the_default_model_answers_where_none_is_named(
     assert [request.json["model"] for request in fake.chat_requests] == ["demo", "demo"]
 
 
+def test_a_header_field_that_cannot_be_sent_does_not_pass(
+    app: AppUnderTest, fake: FakeUpstream, token: str
+) -> None:
+    answer = app.call("POST", CHAT_PATH, body=CHAT, token=token, headers={"OpenAI-Beta": "caf\xe9"})
+    assert answer.status == 200
+    assert "openai-beta" not in fake.chat_requests[0].headers
+
+
 def test_header_fields_pass_by_a_list(app: AppUnderTest, fake: FakeUpstream, token: str) -> None:
     fields = {
         "OpenAI-Beta": "assistants=v2",

@@ -1,0 +1,302 @@
+"""The transport to the upstream: what it sends, what it says went wrong, and what it lets pass."""
+
+import asyncio
+import gc
+import json
+import socket
+import time
+from dataclasses import dataclass
+
+import httpx2
+import pytest
+
+from service.clients.upstream_transport import AnswerTooLargeError, UpstreamTransport
+from tests.fakes.upstream import (
+    Answer,
+    Behaviour,
+    Endless,
+    FakeUpstream,
+    Garbage,
+    NotJson,
+    Reset,
+    Silent,
+    WrongLength,
+    refusing_port,
+)
+from tests.fakes.wire import Exchange
+
+MAX_BYTES = 10_000
+BODY = json.dumps({"model": "demo", "messages": []}).encode()
+LIMITS = httpx2.Timeout(0.5, connect=0.25)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+COUNTED = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
+UNFRAMED = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Bytes that come one after the other, each for itself; at the end the connection stays, or is reset."""
+
+    parts: tuple[bytes, ...]
+    reset: bool = False
+
+    async def play(self, exchange: Exchange) -> None:
+        """Write them."""
+        for part in self.parts:
+            await exchange.send(part)
+            await asyncio.sleep(0.05)
+        exchange.complete = True
+        if self.reset:
+            exchange.reset()
+
+
+def ask(url: str, *, times: int = 1, **fields: str) -> list[httpx2.Response]:
+    """Post to the upstream, one request after the other, over one transport."""
+
+    async def main() -> list[httpx2.Response]:
+        transport = UpstreamTransport(4, MAX_BYTES)
+        async with httpx2.AsyncClient(transport=transport, timeout=LIMITS, headers=fields) as client:
+            return [await client.post(f"{url}/v1/chat/completions", content=BODY) for _ in range(times)]
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "kind"),
+    [
+        (Silent(), httpx2.ReadTimeout),
+        (Garbage(), httpx2.RemoteProtocolError),
+        (Garbage(b"HTTP/1.1 200 OK\r\nsecret value here\r\n\r\n"), httpx2.RemoteProtocolError),
+        (Garbage(b""), httpx2.RemoteProtocolError),
+        (Reset(), httpx2.ReadError),
+        (Reset("headers"), httpx2.ReadError),
+        (Reset("body"), httpx2.ReadError),
+        (WrongLength(), httpx2.ReadError),
+        (NotJson(b"x" * (MAX_BYTES + 1)), AnswerTooLargeError),
+        (Segments((CHUNKED, b"2\r\n{}\r\n", b"ZZZ\r\nnot a chunk")), httpx2.ReadError),
+        (Segments((CHUNKED, b"2\r\n{}\r\n"), reset=True), httpx2.ReadError),
+        (Segments((UNFRAMED, b'{"a":'), reset=True), httpx2.ReadError),
+    ],
+    ids=repr,
+)
+def test_what_goes_wrong_has_its_class_and_quotes_nothing(
+    upstream: FakeUpstream, behaviour: Behaviour, kind: type[httpx2.TransportError]
+) -> None:
+    upstream.script(behaviour)
+    with pytest.raises(httpx2.TransportError) as caught:
+        ask(upstream.url)
+    assert type(caught.value) is kind
+    assert str(caught.value) in {kind.__name__, f"more than {MAX_BYTES} bytes"}
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid", "x" * 70])
+def test_nobody_there_is_told_from_a_broken_connection(host: str) -> None:
+    with refusing_port() as port, pytest.raises(httpx2.ConnectError, match=r"^ConnectError$"):
+        ask(f"http://{host}:{port}")
+
+
+def test_a_connection_that_is_not_taken_is_too_slow() -> None:
+    # Nobody accepts, and the queue of those who wait is full: the next one hangs.
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        port = full.getsockname()[1]
+        waiting = [socket.socket() for _ in range(3)]
+        for one in waiting:
+            one.settimeout(0)
+            one.connect_ex(("127.0.0.1", port))
+        try:
+            started = time.monotonic()
+            with pytest.raises(httpx2.TimeoutException):
+                ask(f"http://127.0.0.1:{port}")
+            assert time.monotonic() - started < 5
+        finally:
+            for one in waiting:
+                one.close()
+
+
+def test_what_cannot_be_sent_is_our_own_fault(upstream: FakeUpstream) -> None:
+    with pytest.raises(httpx2.LocalProtocolError, match=r"^LocalProtocolError$"):
+        ask(upstream.url, Beta="a\r\nInjected: b")
+    assert not upstream.requests
+
+
+def test_it_sends_what_it_is_given_and_nothing_else(upstream: FakeUpstream) -> None:
+    ask(upstream.url, Authorization="Bearer key")
+    (seen,) = upstream.chat_requests
+    assert seen.body == BODY
+    assert seen.headers["authorization"] == "Bearer key"
+    # What httpx2's own client puts there; aiohttp adds nothing to it.
+    assert seen.headers["user-agent"].startswith("python-httpx2/")
+    assert seen.headers.keys() == {
+        *("host", "accept", "accept-encoding", "connection", "user-agent", "content-length", "authorization")
+    }
+
+
+def test_connections_are_used_again_and_cookies_are_not_kept(upstream: FakeUpstream) -> None:
+    upstream.default = Answer(headers={"Set-Cookie": "session=1"})
+
+    async def main() -> None:
+        transport = UpstreamTransport(4, MAX_BYTES)
+        for _ in range(3):
+            response = await transport.handle_async_request(post(upstream))
+            assert await response.aread()
+            await response.aclose()
+        await transport.aclose()
+
+    asyncio.run(main())
+    assert upstream.connections == 1
+    assert not any("cookie" in seen.headers for seen in upstream.chat_requests)
+
+
+def test_a_proxy_of_the_environment_is_not_used(
+    upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    (answer,) = ask(upstream.url)
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        Segments((CHUNKED + b"2\r\n{}\r\n", b"ZZZ\r\nnot a chunk")),
+        Segments((CHUNKED + b"2\r\n{}\r\n",), reset=True),
+    ],
+    ids=["garbage", "reset"],
+)
+def test_what_breaks_while_nobody_reads_is_told_to_who_reads_next(
+    upstream: FakeUpstream, behaviour: Behaviour
+) -> None:
+    async def main() -> None:
+        transport = UpstreamTransport(4, MAX_BYTES)
+        upstream.script(behaviour)
+        pieces = (await transport.handle_async_request(post(upstream))).aiter_raw()
+        assert await anext(pieces) == b"{}"
+        await none_is_open(upstream)
+        with pytest.raises(httpx2.TransportError):
+            async with asyncio.timeout(5):
+                await anext(pieces)
+        await transport.aclose()
+
+    asyncio.run(main())
+
+
+def test_closing_it_ends_an_answer_that_is_being_read(upstream: FakeUpstream) -> None:
+    async def main() -> None:
+        transport = UpstreamTransport(4, MAX_BYTES)
+        upstream.script(Segments((CHUNKED + b"2\r\n{}\r\n",) + (b"",) * 40))
+        pieces = (await transport.handle_async_request(post(upstream))).aiter_raw()
+        assert await anext(pieces) == b"{}"
+        reading = asyncio.create_task(anext(pieces))
+        await asyncio.sleep(0)
+        await transport.aclose()
+        with pytest.raises(httpx2.TransportError):
+            async with asyncio.timeout(5):
+                await reading
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_nobody_asked_for_is_nobodys(upstream: FakeUpstream) -> None:
+    async def main() -> None:
+        transport = UpstreamTransport(4, MAX_BYTES)
+        upstream.script(Segments((COUNTED + b"{}", COUNTED + b"[]")))
+        first = await transport.handle_async_request(post(upstream))
+        assert await first.aread() == b"{}"
+        await first.aclose()
+        # So that it has come: the fake has written it, and this loop has seen it.
+        await asyncio.to_thread(upstream.wait_for, _one_is_complete)
+        await asyncio.sleep(0.1)
+        upstream.script(Segments((COUNTED + b"{}",)))
+        second = await transport.handle_async_request(post(upstream))
+        assert await second.aread() == b"{}"
+        await second.aclose()
+        await transport.aclose()
+
+    asyncio.run(main())
+    assert upstream.connections == 2
+
+
+def test_a_large_body_goes_out_whole_and_with_its_length(upstream: FakeUpstream) -> None:
+    async def main() -> None:
+        transport = UpstreamTransport(4, MAX_BYTES)
+        content = json.dumps({"model": "demo", "messages": ["x" * 3_000_000]}).encode()
+        response = await transport.handle_async_request(post(upstream, content))
+        await response.aread()
+        await transport.aclose()
+        (seen,) = upstream.chat_requests
+        assert seen.body == content
+        assert seen.headers["content-length"] == str(len(content))
+        assert "transfer-encoding" not in seen.headers
+
+    asyncio.run(main())
+
+
+def test_a_connection_that_breaks_while_idle_is_nobodys_error(
+    upstream: FakeUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        transport = UpstreamTransport(4, MAX_BYTES)
+        for _ in range(3):
+            upstream.script(Segments((CHUNKED, b"2\r\n{}\r\n0\r\n\r\n"), reset=True))
+            response = await transport.handle_async_request(post(upstream))
+            assert await response.aread() == b"{}"
+            await response.aclose()
+            await none_is_open(upstream)
+            await asyncio.sleep(0.05)
+        await transport.aclose()
+
+    asyncio.run(main())
+    gc.collect()
+    assert not caplog.records
+
+
+def test_an_answer_that_is_left_closes_its_connection(upstream: FakeUpstream) -> None:
+    async def main() -> None:
+        transport = UpstreamTransport(4, 10**9)
+        upstream.script(Endless(interval_s=0.01))
+        response = await transport.handle_async_request(post(upstream))
+        pieces = response.aiter_raw()
+        assert await anext(pieces)
+        await pieces.aclose()
+        await response.aclose()
+        await asyncio.to_thread(upstream.wait_for, _one_has_left)
+        await transport.aclose()
+
+    asyncio.run(main())
+
+
+def post(upstream: FakeUpstream, content: bytes = BODY) -> httpx2.Request:
+    """A request to the upstream."""
+    extensions = {"timeout": LIMITS.as_dict()}
+    url = f"{upstream.url}/v1/chat/completions"
+    return httpx2.Request("POST", url, content=content, extensions=extensions)
+
+
+async def none_is_open(upstream: FakeUpstream) -> None:
+    """Wait until the upstream has no connection any more."""
+    async with asyncio.timeout(5):
+        while upstream.open_connections:  # noqa: ASYNC110 - the fake is on another loop
+            await asyncio.sleep(0.01)
+
+
+def _one_is_complete(fake: FakeUpstream) -> bool:
+    return len(fake.chat_requests) == 1
+
+
+def _one_has_left(fake: FakeUpstream) -> bool:
+    return fake.disconnects == 1
+
+
+def test_packed_bytes_are_handed_on_as_they_are(upstream: FakeUpstream) -> None:
+    upstream.script(Answer(headers={"Content-Encoding": "gzip"}))
+    (answer,) = ask(upstream.url)
+    assert answer.json()["object"] == "chat.completion"
+    assert "content-encoding" not in answer.headers
+
+
+def test_one_that_was_asked_nothing_closes() -> None:
+    asyncio.run(UpstreamTransport(1, 1).aclose())
