@@ -14,7 +14,7 @@ import jwt
 import pytest
 
 from service.errors import AuthenticationError
-from service.services.auth import Authenticator
+from service.services.auth import KNOWN_TOKENS, Authenticator
 from service.telemetry.providers import build_telemetry
 from tests.harness import make_settings, new_secrets
 
@@ -229,3 +229,28 @@ def test_a_token_is_good_for_its_time_and_no_longer(issuer: Issuer, ago_s: float
         assert then.identify(token).username == "user"
     else:
         issuer.refuses(token)
+
+
+def test_a_token_that_was_good_is_refused_when_its_time_is_over(issuer: Issuer) -> None:
+    over_s = int(time.time()) + 2
+    token = issuer.token(exp=over_s - LEEWAY_S)
+    while time.time() < over_s - 0.05:
+        assert issuer.auth.identify(token).username == "user"
+    while time.time() < over_s:
+        time.sleep(0.01)
+    assert "expired" in issuer.refuses(token)
+
+
+def test_a_remembered_token_helps_no_other_one(issuer: Issuer) -> None:
+    token = issuer.token()
+    assert issuer.auth.identify(token).username == "user"
+    head, claims, signature = token.split(".")
+    issuer.refuses(f"{head}.{claims}.{_encoded(secrets.token_bytes(32))}")
+    issuer.refuses(f"{head}.{issuer.token(sub='admin').split('.')[1]}.{signature}")
+    assert issuer.auth.identify(token).username == "user"
+
+
+def test_only_so_many_tokens_are_remembered(issuer: Issuer) -> None:
+    for _ in range(KNOWN_TOKENS + 10):
+        issuer.auth.identify(issuer.token())
+    assert len(issuer.auth._known) == KNOWN_TOKENS  # noqa: SLF001 - memory is what is bounded here
