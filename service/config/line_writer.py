@@ -31,7 +31,8 @@ class LineWriter:
 
     def __init__(self, descriptor: int = STDOUT, max_lines: int = MAX_LINES) -> None:
         self._descriptor = descriptor
-        self._waiting: queue.Queue[str] = queue.Queue(max_lines)
+        self._waiting: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
+        self._max_lines = max_lines
         self._dropped = 0
         self._writing = threading.Thread(target=self._write, name="log lines", daemon=True)
         self._writing.start()
@@ -45,31 +46,32 @@ class LineWriter:
 
     def write(self, text: str) -> None:
         """Take a text; never waits."""
-        try:
-            self._waiting.put_nowait(text)
-        except queue.Full:
+        if self._waiting.qsize() >= self._max_lines:
             self._dropped += 1
+        else:
+            self._waiting.put(text)
 
     def flush(self) -> None:
         """Nothing to do: a handler calls this after each line."""
 
     def drain(self, limit_s: float = FLUSH_LIMIT_S) -> None:
-        """Wait until all lines are written, or the time is over."""
-        end = time.monotonic() + limit_s
-        while self._waiting.unfinished_tasks and time.monotonic() < end:
-            time.sleep(0.002)
+        """Wait until all lines so far are written, or the time is over."""
+        written = threading.Event()
+        self._waiting.put(written)
+        written.wait(limit_s)
 
     def _write(self) -> None:
         while True:
-            lines = [self._waiting.get()]
+            taken = [self._waiting.get()]
             time.sleep(PAUSE_S)
             with suppress(queue.Empty):
                 while True:
-                    lines.append(self._waiting.get_nowait())
-            data = "".join(lines).encode("utf-8", "replace")
+                    taken.append(self._waiting.get_nowait())
+            data = "".join(text for text in taken if isinstance(text, str)).encode("utf-8", "replace")
             # A full disk or a reader who left: the line is lost, the process goes on.
             with suppress(OSError):
                 while data:
                     data = data[os.write(self._descriptor, data) :]
-            for _ in lines:
-                self._waiting.task_done()
+            for text in taken:
+                if isinstance(text, threading.Event):
+                    text.set()

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 from opentelemetry.metrics import Counter
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -49,9 +49,10 @@ class RequestLimitsMiddleware:
         if scope["type"] != "http":
             await self._unlimited(scope, receive, send)
             return
+        declared, has_body = _body_of(scope)
         if scope["path"] in PROBES:
             # No probe reads a body; where one comes all the same, the connection ends with the answer.
-            unread = _has_body(scope)
+            unread = has_body
             lingering = _LingeringSend(receive, send, self._rejected, lambda: unread)
             await self._unlimited(scope, receive, lingering)
             return
@@ -59,29 +60,35 @@ class RequestLimitsMiddleware:
             raise BadRequestError("This is not a valid HTTP request.")
         place = Place(self._in_flight)
         try:
-            if not _has_body(scope):
+            in_time = _TimedReceive(receive, self._body_timeout_s, place)
+            lingering = _LingeringSend(
+                receive, send, self._rejected, lambda: has_body and not in_time.complete
+            )
+            if not has_body:
                 place.take()
-            await self._within_limits(scope, receive, send, place)
+            if declared > self._max_body_bytes:
+                await self._refuse(declared, scope, receive, lingering)
+            else:
+                await self._app(scope, in_time, lingering)
         finally:
             place.give_back()
 
-    async def _within_limits(self, scope: Scope, receive: Receive, send: Send, place: Place) -> None:
-        in_time = _TimedReceive(receive, self._body_timeout_s, place)
-        has_body = _has_body(scope)
-        lingering = _LingeringSend(receive, send, self._rejected, lambda: has_body and not in_time.complete)
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdigit() and int(declared) > self._max_body_bytes:
-            error = PayloadTooLargeError(
-                f"The request's body is {declared} bytes long; the limit is {self._max_body_bytes}."
-            )
-            await answer(error, scope)(scope, receive, lingering)
-        else:
-            await self._app(scope, in_time, lingering)
+    async def _refuse(self, declared: int, scope: Scope, receive: Receive, send: Send) -> None:
+        error = PayloadTooLargeError(
+            f"The request's body is {declared} bytes long; the limit is {self._max_body_bytes}."
+        )
+        await answer(error, scope)(scope, receive, send)
 
 
-def _has_body(scope: Scope) -> bool:
-    headers = Headers(scope=scope)
-    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+def _body_of(scope: Scope) -> tuple[int, bool]:
+    """The size that the request's body is declared to have, 0 for none; and whether there is a body."""
+    declared, chunked = b"0", False
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            declared = value
+        elif name == b"transfer-encoding":
+            chunked = True
+    return int(declared) if declared.isdigit() else 0, chunked or declared != b"0"
 
 
 class _TimedReceive:
