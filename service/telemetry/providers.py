@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any, cast
 
 from opentelemetry.exporter.otlp.proto.grpc._log_exporter import OTLPLogExporter as GrpcLogExporter
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcMetricExporter
@@ -14,6 +15,7 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter as HttpLogExporter
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpSpanExporter
+from opentelemetry.metrics import Meter, NoOpUpDownCounter, UpDownCounter
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, LogRecordExporter
 from opentelemetry.sdk.metrics import MeterProvider
@@ -24,6 +26,7 @@ from opentelemetry.sdk.trace import SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.semconv._incubating.attributes import deployment_attributes, service_attributes
 from opentelemetry.semconv._incubating.metrics.http_metrics import HTTP_SERVER_RESPONSE_BODY_SIZE
+from opentelemetry.semconv._incubating.metrics.otel_metrics import OTEL_SDK_SPAN_LIVE
 from opentelemetry.semconv.metrics.http_metrics import (
     HTTP_CLIENT_REQUEST_DURATION,
     HTTP_SERVER_REQUEST_DURATION,
@@ -135,7 +138,7 @@ def build_telemetry(settings: Settings, exporters: Exporters | None = None) -> T
         resource=resource,
         span_limits=_span_limits(),
         shutdown_on_exit=False,
-        meter_provider=meter_provider,
+        meter_provider=cast("MeterProvider", _WithoutLiveSpans(meter_provider)),
     )
     if exporters.spans is not None:
         tracer_provider.add_span_processor(BatchSpanProcessor(exporters.spans, meter_provider=meter_provider))
@@ -146,6 +149,28 @@ def build_telemetry(settings: Settings, exporters: Exporters | None = None) -> T
         instruments=Instruments(meter_provider.get_meter(SCOPE, version("llmops-api"))),
         exporters=exporters,
     )
+
+
+class _WithoutLiveSpans:
+    """A meter provider that counts no spans that are under way.
+
+    The SDK would count each span twice more, up and down: one fifteenth of a request's function calls, for a
+    number that nobody reads; requests and calls in flight have metrics of their own.
+    """
+
+    def __init__(self, inner: MeterProvider | Meter) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    def get_meter(self, *args: Any, **kwargs: Any) -> "_WithoutLiveSpans":  # noqa: ANN401 - passed on unread
+        return _WithoutLiveSpans(cast("MeterProvider", self._inner).get_meter(*args, **kwargs))
+
+    def create_up_down_counter(self, name: str, **kwargs: Any) -> UpDownCounter:  # noqa: ANN401 - passed on unread
+        if name == OTEL_SDK_SPAN_LIVE:
+            return NoOpUpDownCounter(name, **kwargs)
+        return cast("Meter", self._inner).create_up_down_counter(name, **kwargs)
 
 
 def _span_limits() -> SpanLimits:
