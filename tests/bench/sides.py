@@ -1,0 +1,244 @@
+"""Who is measured: the service in several settings, the peers, and what both are built from."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deploy.ports import unused_port
+from tests.bench.http_load import COUNTER, Load, Measured, Plan
+from tests.bench.recorder import FORK, ended, serve_mlflow
+from tests.harness import ROOT, ServiceProcess, request
+
+PORTKEY = ROOT / ".bench/node_modules/@portkey-ai/gateway/build/start-server.js"
+START_LIMIT_S = 120.0
+SETTLE_LIMIT_S = 8.0
+SETTLE_STEP_S = 0.4
+IDLE_SHARE = 0.1
+QUESTION = f"What is a trace? {COUNTER}"
+CHAT = json.dumps({"model": "demo", "messages": [{"role": "user", "content": QUESTION}]})
+GENERATE = json.dumps({"prompt": QUESTION})
+ALWAYS_THE_SAME = json.dumps({"prompt": "What is a trace?"})
+
+LITELLM_CONFIG = """
+model_list:
+  - model_name: demo
+    litellm_params: {model: openai/demo, api_base: %(upstream)s/v1, api_key: none}
+litellm_settings: {num_retries: 0, request_timeout: 30, telemetry: false}
+router_settings: {num_retries: 0}
+general_settings: {master_key: os.environ/LITELLM_API_KEY}
+"""
+
+
+@dataclass
+class Side:
+    """A running process, and the request that it is sent.
+
+    Args:
+        name: What it is called in the tables.
+        port: Where it listens.
+        pid: Its process; 0 where its cost is nobody's business.
+        path: Where the request goes.
+        body: The request's body.
+        headers: Its header fields; several sets are taken in turns.
+        events: So many server-sent events an answer must have.
+    """
+
+    name: str
+    port: int
+    pid: int = 0
+    path: str = "/v1/chat/completions"
+    body: str = CHAT
+    headers: list[dict[str, str]] = field(default_factory=lambda: [{}])
+    events: int = 0
+    number: int = 0
+
+    def plan(self, connections: int, seconds: float, calls: int = 0) -> Plan:
+        """So many connections for so long; no number stands in two requests."""
+        self.number += 10_000_000 // 100
+        return Plan(
+            self.port,
+            "POST",
+            self.path,
+            self.headers,
+            self.body,
+            connections,
+            seconds,
+            calls,
+            self.number % 99_000_000,
+        )
+
+    def ask(self, load: Load, connections: int, seconds: float, calls: int = 0) -> Measured:
+        """Send the request again and again.
+
+        Raises:
+            RuntimeError: Something was answered with another status than 200.
+        """
+        measured = load.measure(self.plan(connections, seconds, calls))
+        if measured.failures or not measured.calls:
+            raise RuntimeError(f"{self.name}: {measured.calls} answers, and {measured.failures}")
+        if measured.events < self.events * measured.calls:
+            raise RuntimeError(f"{self.name}: {measured.events} events in {measured.calls} answers")
+        return measured
+
+    def settle(self) -> None:
+        """Wait until it has done what it left for after the answers: that belongs to its own turn."""
+        if not self.pid:
+            return
+        end = time.monotonic() + SETTLE_LIMIT_S
+        seen_s = self.cpu_s
+        while time.monotonic() < end:
+            time.sleep(SETTLE_STEP_S)
+            before_s, seen_s = seen_s, self.cpu_s
+            if seen_s - before_s <= IDLE_SHARE * SETTLE_STEP_S:
+                return
+
+    @property
+    def cpu_s(self) -> float:
+        """The processor time that the process and those below it have used so far."""
+        ticks = 0
+        for pid in _family(self.pid):
+            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(stat[11]) + int(stat[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    @property
+    def rss_mib(self) -> float:
+        """The memory that the process holds, without those below it."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _family(pid: int) -> Iterator[int]:
+    yield pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for child in children:
+        yield from _family(int(child))
+
+
+def service(
+    stack: ExitStack,
+    name: str,
+    variables: Mapping[str, str],
+    *,
+    path: str = "/llm/generate",
+    body: str = GENERATE,
+) -> Side:
+    """The service with these settings, ready and signed in."""
+    own_spool = {"SPOOL_PATH": f"{variables['SPOOL_PATH']}-{secrets.token_hex(4)}"}
+    process = stack.enter_context(ServiceProcess({**variables, **own_spool})).wait_ready()
+    assert process.process is not None
+    side = Side(name, process.port, process.process.pid, path, body)
+    side.headers = [{"Authorization": f"Bearer {process.token()}"}]
+    return side
+
+
+def everything_on(stack: ExitStack, upstream: int, folder: Path) -> dict[str, str]:
+    """The settings of the service with all that it has; the recorder sends to an MLflow that takes all."""
+    here, there = FORK.Pipe()
+    stack.enter_context(ended(FORK.Process(target=serve_mlflow, args=(there,))))
+    return {
+        "LITELLM_URL": f"http://127.0.0.1:{upstream}",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{upstream}",
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{here.recv()}",
+        "SPOOL_PATH": str(folder / secrets.token_hex(4)),
+        "RATE_LIMIT": "100000000/minute",
+        # What waits for its turn is sent soon after the answers, so that it counts for the right turn.
+        "OTEL_BSP_SCHEDULE_DELAY": "300",
+        "OTEL_BLRP_SCHEDULE_DELAY": "300",
+        "QDRANT_PATH": ":memory:",
+    }
+
+
+def without(variables: Mapping[str, str], *names: str, **more: str) -> dict[str, str]:
+    """The settings without some, and with others."""
+    return {name: value for name, value in variables.items() if name not in names} | more
+
+
+@contextmanager
+def process(
+    command: list[str], folder: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program in a folder until the block ends, its output beside it."""
+    with Path(folder, f"{Path(command[0]).name}-{secrets.token_hex(2)}.log").open("wb") as output:
+        running = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={"PATH": os.environ["PATH"], "HOME": str(folder), **(variables or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield running
+    finally:
+        running.send_signal(signal.SIGTERM)
+        try:
+            running.wait(10)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+
+
+def await_answer(port: int, method: str, path: str, running: subprocess.Popen[bytes]) -> None:
+    """Wait until the program answers anything."""
+    end = time.monotonic() + START_LIMIT_S
+    while True:
+        try:
+            if request(port, method, path, timeout_s=5).status < 500:
+                return
+        except OSError:
+            pass
+        if running.poll() is not None or time.monotonic() > end:
+            raise RuntimeError(f"{running.args!r} does not answer")
+        time.sleep(0.1)
+
+
+def bare(stack: ExitStack, upstream: int, folder: Path) -> list[Side]:
+    """FastAPI answering by itself, and FastAPI with the SDK and nothing else."""
+    port = unused_port()
+    command = [
+        *(sys.executable, "-m", "uvicorn", "tests.bench.bare:app", "--port", str(port), "--no-access-log"),
+        *("--log-level", "error", "--loop", "uvloop", "--http", "httptools"),
+    ]
+    variables = {"BENCH_UPSTREAM_URL": f"http://127.0.0.1:{upstream}", "PYTHONPATH": str(ROOT)}
+    running = stack.enter_context(process(command, folder, variables))
+    await_answer(port, "GET", "/", running)
+    return [
+        Side("FastAPI alone", port, running.pid, "/noop", "{}"),
+        Side("FastAPI + AsyncOpenAI", port, running.pid),
+        Side("FastAPI + the SDK's lowest layer", port, running.pid, "/lowest"),
+    ]
+
+
+def litellm(stack: ExitStack, binary: Path, upstream: int, folder: Path) -> Side:
+    """LiteLLM's proxy in front of the upstream."""
+    port, key = unused_port(), f"sk-{secrets.token_hex(24)}"
+    config = folder / "litellm.yaml"
+    config.write_text(LITELLM_CONFIG % {"upstream": f"http://127.0.0.1:{upstream}"})
+    command = [str(binary.absolute()), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+    variables = {"LITELLM_API_KEY": key, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    running = stack.enter_context(process(command, folder, variables))
+    await_answer(port, "GET", "/health/readiness", running)
+    return Side("LiteLLM proxy", port, running.pid, headers=[{"Authorization": f"Bearer {key}"}])
+
+
+def portkey(stack: ExitStack, upstream: int, folder: Path) -> Side:
+    """Portkey's gateway in front of the upstream: no sign-in, no telemetry."""
+    port = unused_port()
+    command = ["node", str(PORTKEY), f"--port={port}", "--headless"]
+    running = stack.enter_context(process(command, folder, {"TRUSTED_CUSTOM_HOSTS": "127.0.0.1,localhost"}))
+    await_answer(port, "GET", "/", running)
+    headers = {
+        "Authorization": "Bearer none",
+        "x-portkey-provider": "openai",
+        "x-portkey-custom-host": f"http://127.0.0.1:{upstream}/v1",
+    }
+    return Side("Portkey gateway", port, running.pid, headers=[headers])
