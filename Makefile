@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check faults lock clean env dashboards stack-test stack-programs demo-stack
+.PHONY: help demo test check faults bench lock clean env dashboards stack-test stack-programs demo-stack
 
 COVERAGE_FLOOR := 97
 UV_VERSION := 0.13.9
@@ -69,6 +69,15 @@ check: $(VENV) ## Lint, check formatting, types and import rules, then test, the
 faults: $(VENV) ## Play the table of upstream faults against a real process; ARGS="429" plays some
 	$(RUN) python -m tests.faults $(ARGS)
 
+# The gateways that it is measured beside; where npm is not, without the one from there.
+PORTKEY := .bench/node_modules/.packages
+bench: $(VENV) $(LITELLM) $(if $(shell command -v npm 2>/dev/null),$(PORTKEY)) ## Measure beside LiteLLM, Portkey and plain FastAPI, half an hour; ARGS=--write keeps it
+	$(RUN) python -m tests.bench --litellm .venv-litellm/bin/litellm $(ARGS)
+
+$(PORTKEY): Makefile
+	npm install --prefix .bench --silent --no-save --no-audit --no-fund --ignore-scripts @portkey-ai/gateway@1.15.2
+	@touch $@
+
 # ---- The stack (docker-compose.yml, otel/, grafana/) ----
 
 COLLECTOR_BUILDER_VERSION := 0.161.0
@@ -129,7 +138,7 @@ lock: .venv-lock/.packages ## Write the lock files; UPGRADE=1 takes newer versio
 
 clean: ## Remove everything that make made; .env stays
 	rm -rf .venv .venv-litellm .venv-mlflow .venv-clients tests/e2e/clients/node/node_modules .venv-lock
-	rm -rf .demo .stack .coverage .coverage.* htmlcov
+	rm -rf .bench .demo .stack .coverage .coverage.* htmlcov
 	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .schemathesis
 	find deploy grafana service tests -name __pycache__ -prune -exec rm -rf {} +
 

@@ -200,7 +200,7 @@ def running_app(
         values: Settings.
     """
     settings = make_settings(**values)
-    spans, metrics, logs = InMemorySpanExporter(), InMemoryMetricReader(), _log_exporter()
+    spans, metrics, logs = InMemorySpanExporter(), InMemoryMetricReader(), memory_log_exporter()
     telemetry = build_telemetry(settings, Exporters(spans, metrics, logs))
     stdout = io.StringIO()
     configure_logging(settings.log_level, telemetry.logger_provider, stdout)
@@ -236,7 +236,8 @@ def running_app(
         thread.join(START_LIMIT_S)
 
 
-def _log_exporter() -> InMemoryLogRecordExporter:
+def memory_log_exporter() -> InMemoryLogRecordExporter:
+    """An exporter that keeps log records."""
     return InMemoryLogRecordExporter()  # type: ignore[no-untyped-call]  # the SDK left it untyped
 
 
