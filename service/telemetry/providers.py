@@ -15,7 +15,7 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter as HttpLogExporter
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpSpanExporter
-from opentelemetry.metrics import Meter, NoOpUpDownCounter, UpDownCounter
+from opentelemetry.metrics import Meter, NoOpMeterProvider, NoOpUpDownCounter, UpDownCounter
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, LogRecordExporter
 from opentelemetry.sdk.metrics import MeterProvider
@@ -186,7 +186,8 @@ def _logger_provider(
     """The bridge's provider; it serves span events too, so it exists when either signal is exported."""
     if exporters.spans is None and exporters.logs is None:
         return None
-    provider = LoggerProvider(resource, shutdown_on_exit=False, meter_provider=meter_provider)
+    # The SDK's count of log records made is left out, as that of spans under way; its queue's counts are not.
+    provider = LoggerProvider(resource, shutdown_on_exit=False, meter_provider=NoOpMeterProvider())
     provider.add_log_record_processor(SpanEventProcessor())
     if exporters.logs is not None:
         provider.add_log_record_processor(

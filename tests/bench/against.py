@@ -1,0 +1,67 @@
+"""This tree beside another one of the same service, in turns: `python -m tests.bench.against OTHER`.
+
+OTHER is a checkout with an environment of its own in `.venv`. Both run with everything on but the cache; what
+is printed are ratios round by round, this tree over the other.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.bench import sides as make
+from tests.bench.__main__ import in_turns, ratios, spread
+from tests.bench.http_load import Load
+from tests.bench.sides import Side
+from tests.bench.upstream import upstream
+from tests.harness import ServiceProcess
+
+
+def of(stack: ExitStack, tree: Path, python: Path, variables: Mapping[str, str]) -> Side:
+    """The service of a tree, under its own interpreter."""
+    process = ServiceProcess(variables)
+    process.environment["PYTHONPATH"] = str(tree)
+    mine, sys.executable = sys.executable, str(python)
+    try:
+        stack.enter_context(process)
+    finally:
+        sys.executable = mine
+    process.wait_ready()
+    assert process.process is not None
+    side = Side(str(tree), process.port, process.process.pid, "/llm/generate", make.GENERATE)
+    side.headers = [{"Authorization": f"Bearer {process.token()}"}]
+    return side
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("other", type=Path)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each side's turn")
+    parser.add_argument("--connections", type=int, default=16)
+    asked = parser.parse_args()
+    here = Path(__file__).resolve().parents[2]
+    other = asked.other.resolve()
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        port, load = stack.enter_context(upstream()), stack.enter_context(Load())
+        sides = []
+        for tree in (other, here):
+            on = {**make.everything_on(stack, port, Path(name)), "CACHE_ENABLED": "false"}
+            on["SPOOL_PATH"] = str(Path(name, f"spool-{len(sides)}"))
+            sides.append(of(stack, tree, tree / ".venv/bin/python", on))
+            sides[-1].ask(load, asked.connections, asked.seconds)
+        before, after = in_turns(load, sides, asked.connections, asked.rounds, asked.seconds)
+    for what, mine, its in (
+        ("throughput", after.rates, before.rates),
+        ("CPU of a request", after.cpu_us, before.cpu_us),
+        ("p50", after.p50_ms, before.p50_ms),
+        ("p99", after.p99_ms, before.p99_ms),
+    ):
+        print(f"{what}: {spread(ratios(mine, its))}; here {spread(mine, 1)}, there {spread(its, 1)}")  # noqa: T201 - what the command is for
+
+
+if __name__ == "__main__":
+    main()
