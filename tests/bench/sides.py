@@ -134,6 +134,8 @@ def service(
     """The service with these settings, ready and signed in."""
     own_spool = {"SPOOL_PATH": f"{variables['SPOOL_PATH']}-{secrets.token_hex(4)}"}
     process = stack.enter_context(ServiceProcess({**variables, **own_spool})).wait_ready()
+    # Killed, as leaving it does, it would leave its workers behind.
+    stack.callback(process.stop)
     assert process.process is not None
     side = Side(name, process.port, process.process.pid, path, body)
     side.headers = [{"Authorization": f"Bearer {process.token()}"}]

@@ -30,6 +30,7 @@ def test_a_burst_of_connections_is_taken_at_once(workers: int) -> None:
             plan = Plan(process.port, "POST", "/llm/generate", headers, '{"prompt": "x"}', CALLERS, SECONDS)
             load.measure(plan)
             measured = load.measure(plan)
+            assert process.stop() == 0
     assert not measured.failures
     assert measured.calls > 2 * CALLERS
     assert measured.p99_s < 5 * measured.p50_s
