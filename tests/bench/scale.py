@@ -72,7 +72,7 @@ def knee(points: Sequence[Point]) -> str:
     """The smallest number of connections that gives nine tenths of the best throughput."""
     best = max(point.rate for point in points)
     size = next(point.size for point in points if point.rate >= 0.9 * best)
-    return f"The knee: {size:.0f} connections give nine tenths of the most, {best:.0f} requests/s.\n"
+    return f"The knee: {size:.0f} connection(s) give nine tenths of the most, {best:.0f} requests/s.\n"
 
 
 def of_so_many(process: ServiceProcess, count: int) -> list[dict[str, str]]:
