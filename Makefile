@@ -71,7 +71,7 @@ faults: $(VENV) ## Play the table of upstream faults against a real process; ARG
 
 # The gateways that it is measured beside; where npm is not, without the one from there.
 PORTKEY := .bench/node_modules/.packages
-bench: $(VENV) $(LITELLM) $(if $(shell command -v npm 2>/dev/null),$(PORTKEY)) ## Measure beside LiteLLM, Portkey and plain FastAPI, half an hour; ARGS=--write keeps it
+bench: $(VENV) $(LITELLM) $(if $(shell command -v npm 2>/dev/null),$(PORTKEY)) ## Measure beside LiteLLM, Portkey and plain FastAPI, 15 minutes; ARGS=--write keeps it
 	$(RUN) python -m tests.bench --litellm .venv-litellm/bin/litellm $(ARGS)
 
 $(PORTKEY): Makefile
