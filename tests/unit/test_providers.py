@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from service.config.settings import Settings
 from service.telemetry import names
 from service.telemetry.providers import Exporters, build_telemetry, exporters_from
-from tests.harness import make_settings
+from tests.harness import make_settings, memory_log_exporter
 from tests.unit.conftest import Lines, Read
 
 
@@ -165,6 +165,19 @@ def test_the_sdks_own_metrics_are_there() -> None:
     telemetry = build_telemetry(make_settings(), Exporters(InMemorySpanExporter(), reader))
     telemetry.tracer_provider.get_tracer("test").start_span("work").end()
     assert {"otel.sdk.processor.span.queue.capacity", "otel.sdk.span.started"} <= set(_points(reader))
+    telemetry.shutdown(1)
+
+
+def test_what_nobody_reads_of_them_is_not_counted(lines: Lines) -> None:
+    reader = InMemoryMetricReader()
+    exporters = Exporters(InMemorySpanExporter(), reader, memory_log_exporter())
+    telemetry = build_telemetry(make_settings(), exporters)
+    lines.configure(provider=telemetry.logger_provider)
+    with telemetry.tracer_provider.get_tracer("test").start_as_current_span("work"):
+        logging.getLogger("test").info("said")
+    points = _points(reader)
+    assert "otel.sdk.processor.log.queue.capacity" in points
+    assert not {"otel.sdk.span.live", "otel.sdk.log.created"} & set(points)
     telemetry.shutdown(1)
 
 
