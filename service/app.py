@@ -13,8 +13,7 @@ from service.config.lifespan import lifespan_of
 from service.config.settings import Settings
 from service.errors import ServiceError
 from service.middleware.errors import ErrorMiddleware, handle
-from service.middleware.inbound import make_harmless
-from service.middleware.request_id import RequestIdMiddleware
+from service.middleware.request_id import RequestIdMiddleware, make_harmless
 from service.middleware.request_limits import RequestLimitsMiddleware
 from service.middleware.shutdown import ShutdownMiddleware
 from service.routers import auth, cache, llm, openai, system

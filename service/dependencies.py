@@ -2,23 +2,38 @@
 
 import time
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, TypedDict, cast
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from opentelemetry import trace
 from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDUSER_ID
 
-from service.config.logging import current_request
+from service.cache.control import CacheWish, wish_of
+from service.cache.response_cache import CacheAdmin, CacheFacts
+from service.context import current_request
 from service.errors import AuthenticationError, PermissionDeniedError
-from service.services.auth import Authenticator, User
-from service.services.cache_admin import CacheAdmin, CacheFacts
-from service.services.cache_use import CacheWish, wish_of
+from service.identity.tokens import Authenticator, User
 from service.services.drain import Drain
 from service.services.generation import Generation
 from service.services.health_checker import HealthChecker
-from service.state import State
+from service.services.rate_limit import RateLimiter
 from service.utils.deadline import Deadline
+
+
+class State(TypedDict):
+    """The use cases, opened once per process."""
+
+    auth: Authenticator
+    generation: Generation
+    cache: CacheAdmin | None
+    cache_facts: CacheFacts
+    rate_limiter: RateLimiter
+    drain: Drain
+    health: HealthChecker
+    health_required: frozenset[str]
+    stream_keep_alive_s: float
+
 
 ENDUSER_ROLE = "enduser.role"
 

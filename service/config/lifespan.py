@@ -10,26 +10,24 @@ import anyio.to_thread
 from fastapi import FastAPI
 from opentelemetry.metrics import Histogram
 
-from service.clients.call_record import CallRecord
-from service.clients.llm import LlmClient, open_llm
-from service.clients.mlflow import Tracker
-from service.clients.vectors import open_vectors
+from service.cache.coalescing import Flights
+from service.cache.response_cache import CacheFacts, open_cache
+from service.cache.store import open_vectors
 from service.config.logging import detach_bridge, drain_lines
 from service.config.settings import Settings
-from service.config.signals import drain_on_signal
-from service.services.auth import Authenticator
-from service.services.cache_admin import CacheFacts
-from service.services.caching import open_cache
-from service.services.drain import Drain
-from service.services.flights import Flights
+from service.dependencies import State
+from service.identity.tokens import Authenticator
+from service.recording.mlflow import Tracker
+from service.recording.record import CallRecord
+from service.recording.recorder import Recorder
+from service.services.drain import Drain, drain_on_signal
 from service.services.generation import Generation
 from service.services.health_checker import HealthChecker, Ping
-from service.services.mlflow_recorder import Recorder
 from service.services.rate_limit import RateLimiter
-from service.state import State
 from service.telemetry.events import emit
 from service.telemetry.names import EVENT_SHUTDOWN_COMPLETED, EVENT_SHUTDOWN_STEP
 from service.telemetry.providers import SCOPE, Telemetry
+from service.upstream.client import LlmClient, open_llm
 
 LAG_INTERVAL_S = 0.5
 STEPS_TIMEOUT_S = 1.5

@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.config.logging import current_request, timestamp
+from service.config.logging import timestamp
+from service.context import current_request
 from service.errors import (
     AuthenticationError,
     BadRequestError,

@@ -8,10 +8,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import ShuttingDownError
 from service.services.drain import Drain
-from service.telemetry.sampling import PROBES
+from service.telemetry.providers import PROBES
 
 if TYPE_CHECKING:
-    from service.state import State
+    from service.dependencies import State
 
 
 class ShutdownMiddleware:

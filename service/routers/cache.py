@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
+from service.cache.response_cache import CacheStats
 from service.dependencies import AdminUser, CacheDep, CacheFactsDep, CurrentUser
 from service.errors import (
     AuthenticationError,
@@ -15,7 +16,6 @@ from service.errors import (
     ValidationError,
 )
 from service.routers.schemas import CacheCleared, CacheStatsResponse, errors
-from service.services.cache_admin import CacheStats
 
 router = APIRouter(prefix="/llm/cache", tags=["llm"])
 

@@ -5,9 +5,6 @@ import json
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.clients.llm_answers import Completion
-from service.clients.llm_stream import StreamEvent
-from service.clients.sse import event
 from service.dependencies import GenerationDep, ModelCallDep, ModelCaller
 from service.errors import (
     AuthenticationError,
@@ -24,7 +21,6 @@ from service.errors import (
     ValidationError,
 )
 from service.middleware.errors import error_body
-from service.routers.event_stream import EventStream
 from service.routers.schemas import (
     GENERATED,
     DoneEvent,
@@ -33,7 +29,10 @@ from service.routers.schemas import (
     ModelsResponse,
     errors,
 )
+from service.routers.streaming import EventStream
 from service.services.call_report import Call
+from service.upstream.messages import Completion
+from service.upstream.stream import StreamEvent, event
 from service.utils.disconnect import unless_caller_left
 
 router = APIRouter(prefix="/llm", tags=["llm"])

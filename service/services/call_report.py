@@ -11,19 +11,25 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.trace import Span, Status, StatusCode, format_span_id, format_trace_id
 
-from service.clients.call_record import CallRecord
-from service.clients.llm_answers import MAX_CONTENT_CHARS, Completion
-from service.clients.llm_request import LlmRequest, Operation, to_json, with_fields
-from service.config.logging import current_request
+from service.cache.control import ANY, CacheUse, CacheWish
+from service.context import current_request
 from service.errors import ServiceError
-from service.services.cache_use import ANY, CacheUse, CacheWish
+from service.recording.record import CallRecord
 from service.telemetry import names
 from service.telemetry.instruments import Instruments
+from service.upstream.messages import (
+    MAX_CONTENT_CHARS,
+    Completion,
+    LlmRequest,
+    Operation,
+    to_json,
+    with_fields,
+)
 from service.utils.deadline import Deadline
 from service.utils.retry import Progress
 
 if TYPE_CHECKING:
-    from service.services.response_cache import Ticket
+    from service.cache.response_cache import Ticket
 
 Outcome = Literal["success", "cached", "error", "cancelled"]
 ENDED_WELL: Final = frozenset({"success", "cached"})

@@ -8,26 +8,23 @@ from dataclasses import replace
 from opentelemetry import trace
 from opentelemetry.trace import Span
 
-from service.clients.call_record import CallRecord
-from service.clients.llm import LlmClient
-from service.clients.llm_answers import Completion, ModelList, Reply
-from service.clients.llm_errors import CONNECTION
-from service.clients.llm_request import PATHS, LlmRequest, Operation
-from service.clients.llm_stream import LlmStream, StreamEvent
+from service.cache.coalescing import Flights
+from service.cache.control import ANY
+from service.cache.entries import Entry, tokens_of
+from service.cache.response_cache import ResponseCache, Ticket
 from service.config.settings import Settings
 from service.errors import UpstreamTimeoutError
-from service.services.cache_entry import Entry, tokens_of
-from service.services.cache_use import ANY
+from service.recording.record import CallRecord
 from service.services.call_report import Call, CallReport
 from service.services.circuit_breaker import CircuitBreaker
-from service.services.flights import Flights
-from service.services.response_cache import ResponseCache, Ticket
-from service.services.stream_limits import Relay, StreamLimits
 from service.telemetry import names
 from service.telemetry.providers import SCOPE, Telemetry
+from service.upstream.client import LlmClient
+from service.upstream.errors import CONNECTION
+from service.upstream.messages import PATHS, Completion, LlmRequest, ModelList, Operation, Reply
+from service.upstream.stream import LlmStream, Relay, StreamEvent, StreamLimits
 from service.utils.deadline import Deadline
-from service.utils.retry import Attempt, Progress, RetryPolicy, retrying
-from service.utils.retry_budget import RetryBudget
+from service.utils.retry import Attempt, Progress, RetryBudget, RetryPolicy, retrying
 
 BREAKER = "litellm"
 

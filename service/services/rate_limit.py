@@ -7,7 +7,7 @@ from limits import parse as parse_limit
 from limits.aio.storage import MemoryStorage, Storage
 from limits.aio.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
 
-from service.config.logging import current_request
+from service.context import current_request
 from service.errors import RateLimitError
 from service.telemetry.instruments import Instruments
 

@@ -4,10 +4,27 @@ Standard names come from the OpenTelemetry semantic-convention packages. Units a
 metric has a closed set of values, given here where it is known before the first request.
 """
 
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Final, Literal
 
 from service.errors import PUBLIC_ERRORS
-from service.telemetry.metric import Metric as Metric  # noqa: PLC0414 - says that it is offered here, too
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of our own.
+
+    ``attributes`` maps each attribute to its closed set of values, or to a sentence where the set is known
+    only at run time. ``buckets`` are a histogram's upper bounds.
+    """
+
+    name: str
+    kind: Literal["counter", "up_down_counter", "gauge", "histogram"]
+    unit: str
+    description: str
+    attributes: dict[str, tuple[str, ...] | str] = field(default_factory=dict)
+    buckets: tuple[float, ...] = ()
+
 
 OTHER_MODEL: Final = "other"
 """The value of ``model`` for a name that the upstream does not list: no caller can make a new series."""

@@ -14,7 +14,7 @@ from opentelemetry.semconv.metrics.http_metrics import HTTP_SERVER_REQUEST_DURAT
 from opentelemetry.trace import Span
 from opentelemetry.util.types import Attributes
 
-from service.config.logging import current_request
+from service.context import current_request
 from service.telemetry.providers import Telemetry
 
 REDACTED = "[redacted]"

@@ -10,7 +10,7 @@ import httpx2
 from fastapi import FastAPI, Request, Response
 from openai import AsyncOpenAI
 
-from service.clients.upstream_transport import UpstreamTransport
+from service.upstream.transport import UpstreamTransport
 
 UPSTREAM = os.environ.get("BENCH_UPSTREAM_URL", "http://127.0.0.1:9") + "/v1"
 

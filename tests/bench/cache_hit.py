@@ -15,11 +15,11 @@ from http.client import HTTPConnection
 
 from fastapi import FastAPI
 
-from service.clients.llm_answers import Completion
+from service.cache.control import CacheUse
 from service.config.settings import prepare_environment
 from service.dependencies import ModelCallDep, ModelCaller
 from service.routers.schemas import GenerateRequest, GenerateResponse
-from service.services.cache_use import CacheUse
+from service.upstream.messages import Completion
 from tests.fakes.upstream import FakeUpstream
 from tests.harness import running_app
 

@@ -16,10 +16,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from service.clients.vectors import COLLECTION, Vectors, open_vectors
-from service.clients.vectors_points import Point
-from service.services.cache_key import key_of, tenant_of
-from service.services.cache_semantic import collection_of
+from service.cache.keys import key_of, tenant_of
+from service.cache.semantic import collection_of
+from service.cache.store import COLLECTION, Point, Vectors, open_vectors
 from tests.fakes.qdrant import FakeQdrant
 from tests.harness import make_settings
 

@@ -27,7 +27,7 @@ COSTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("log records: the bridge and the SDK", ("opentelemetry/sdk/_logs", "instrumentation/logging")),
     (
         "log lines: format and write",
-        ("service/config/logging", "service/config/line_writer", "/logging/__init__"),
+        ("service/config/logging", "/logging/__init__"),
     ),
     (
         "server span: contrib ASGI and FastAPI",
@@ -37,11 +37,11 @@ COSTS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "client span: contrib httpx",
         ("instrumentation/httpx", "opentelemetry/util/http", "opentelemetry/propagat"),
     ),
-    ("GenAI span: util-genai", ("opentelemetry/util/genai", "service/clients/llm_spans")),
+    ("GenAI span: util-genai", ("opentelemetry/util/genai", "service/upstream/spans")),
     ("other OpenTelemetry", ("opentelemetry/",)),
     (
         "recorder: record, spool, send to MLflow",
-        ("mlflow", "service/services/spool", "service/services/estates", "call_record"),
+        ("mlflow", "service/recording/"),
     ),
     (
         "transport: sockets and HTTP to the upstream",

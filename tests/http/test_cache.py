@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from opentelemetry.trace import SpanKind
 
-from service.clients.call_record import CallRecord
+from service.recording.record import CallRecord
 from tests.fakes.upstream import Answer as Reply
 from tests.fakes.upstream import FakeUpstream, Status, refusing_port
 from tests.harness import Answer, AppUnderTest, running_app

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from service.clients.vectors import COLLECTION
+from service.cache.store import COLLECTION
 from tests.fakes.qdrant import FakeQdrant, Mode
 from tests.fakes.upstream import FakeUpstream, refusing_port
 from tests.harness import Answer, AppUnderTest, running_app

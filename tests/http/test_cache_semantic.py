@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from opentelemetry.trace import SpanKind
 
-from service.clients.vectors import COLLECTION
-from service.services.cache_semantic import collection_of
+from service.cache.semantic import collection_of
+from service.cache.store import COLLECTION
 from tests.fakes.qdrant import FakeQdrant
 from tests.fakes.upstream import Answer as Reply
 from tests.fakes.upstream import FakeUpstream, Silent, Status

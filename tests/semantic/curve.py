@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import combinations
 
-from service.services.cache_guard import guard_of
+from service.cache.semantic import guard_of
 from tests.semantic.pairs import Pair, pairs, questions, similarity, vectors
 
 DEFAULT = 0.9

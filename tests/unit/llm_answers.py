@@ -8,8 +8,8 @@ import httpx2
 import openai
 import pytest
 
-from service.clients.llm_errors import translate
 from service.errors import ServiceError
+from service.upstream.errors import translate
 
 
 def sdk_error(status: int, body: Any, headers: Mapping[str, str] | None = None) -> openai.APIError:

@@ -13,8 +13,8 @@ from typing import Any
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import Tracer as SpanTracer
 
-from service.clients.call_record import CallRecord
-from service.clients.mlflow import GoneError, RefusedError, Run, Tracker, TrackerError
+from service.recording.mlflow import GoneError, RefusedError, Run, Tracker, TrackerError
+from service.recording.record import CallRecord
 from tests.harness import ROOT
 
 FIRST_TRACE = 0x4BF92F3577B34DA6A3CE929D0E0E0000
@@ -166,7 +166,7 @@ def python(script: str, *arguments: str, wrapper: Iterable[str] = ()) -> "subpro
 OWNER_OF_ONE = """
     import sys
     from pathlib import Path
-    from service.services.spool import Spool
+    from service.recording.spool import Spool
     spool = Spool(Path(sys.argv[1]), 1_000_000, print)
     for line in sys.argv[2:]:
         spool.append(line.encode() + b"\\n", spooled=False)

@@ -14,7 +14,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoi
 
 from service.config.settings import Settings
 from service.errors import AuthenticationError, RateLimitError
-from service.services.auth import COUNTER_SLOTS, HASHING_THREADS, Authenticator, _Failures
+from service.identity.tokens import COUNTER_SLOTS, HASHING_THREADS, Authenticator, _Failures
 from service.telemetry.providers import Exporters, build_telemetry
 from tests.harness import make_settings, new_secrets
 from tests.unit.conftest import Lines
@@ -125,7 +125,7 @@ def test_anything_else_is_refused_with_the_same_words(
         asyncio.run(here.auth.login(name, given, ADDRESS))
     assert caught.value.message == "The user name or the password is wrong."
     assert here.attempts() == {"success": 0, "wrong_credentials": 1, "rate_limited": 0}
-    ours = [line for line in lines.all if line["logger"] == "service.services.auth"]
+    ours = [line for line in lines.all if line["logger"] == "service.identity.tokens"]
     assert [line["message"] for line in ours] == ["login_failed"]
     assert "user" not in ours[0]
 

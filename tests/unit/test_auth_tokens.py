@@ -14,7 +14,7 @@ import jwt
 import pytest
 
 from service.errors import AuthenticationError
-from service.services.auth import KNOWN_TOKENS, Authenticator
+from service.identity.tokens import KNOWN_TOKENS, Authenticator
 from service.telemetry.providers import build_telemetry
 from tests.harness import make_settings, new_secrets
 

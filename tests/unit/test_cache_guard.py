@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.services.cache_guard import guard_of, language_of
+from service.cache.semantic import guard_of, language_of
 from tests.harness import make_settings
 from tests.semantic.curve import quality, strangers
 from tests.semantic.pairs import pairs

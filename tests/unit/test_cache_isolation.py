@@ -10,18 +10,17 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.trace import INVALID_SPAN_CONTEXT, NoOpTracer
 
-from service.clients.llm_answers import Completion, Reply
-from service.clients.vectors import Vectors
-from service.clients.vectors_embedded import EmbeddedStore
-from service.services.cache_key import tenant_of
-from service.services.cache_memory import EntryMemory
-from service.services.cache_store import CacheStore
-from service.services.cache_sweeper import CacheSweeper
-from service.services.cache_writer import CacheWriter
+from service.cache.embedded import EmbeddedStore
+from service.cache.entries import EntryMemory
+from service.cache.keys import tenant_of
+from service.cache.response_cache import ResponseCache
+from service.cache.store import CacheStore, Vectors
+from service.cache.sweeper import CacheSweeper
+from service.cache.writer import CacheWriter
 from service.services.call_report import Call
 from service.services.circuit_breaker import CircuitBreaker
-from service.services.response_cache import ResponseCache
 from service.telemetry.instruments import Instruments
+from service.upstream.messages import Completion, Reply
 from service.utils.deadline import Deadline
 from tests.harness import make_settings
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from service.services.cache_key import DEFAULTS, key_of, scope_of, tenant_of
+from service.cache.keys import DEFAULTS, key_of, scope_of, tenant_of
 
 JSON = st.recursive(
     st.none()

@@ -13,19 +13,16 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.trace import INVALID_SPAN_CONTEXT, NoOpTracer
 
-from service.clients.llm_answers import Completion
-from service.clients.vectors import StoreError, Vectors, open_vectors
-from service.clients.vectors_embedded import BusyStoreError, ClosedStoreError, EmbeddedStore
-from service.clients.vectors_points import Point
-from service.services.cache_entry import Entry
-from service.services.cache_key import CacheKey, key_of, tenant_of
-from service.services.cache_memory import EntryMemory
-from service.services.cache_store import CacheStore
-from service.services.cache_sweeper import CacheSweeper
-from service.services.cache_use import CacheWish, wish_of
-from service.services.cache_writer import CacheWriter, Write
+from service.cache.control import CacheWish, wish_of
+from service.cache.embedded import BusyStoreError, ClosedStoreError, EmbeddedStore
+from service.cache.entries import Entry, EntryMemory
+from service.cache.keys import CacheKey, key_of, tenant_of
+from service.cache.store import CacheStore, Point, StoreError, Vectors, open_vectors
+from service.cache.sweeper import CacheSweeper
+from service.cache.writer import CacheWriter, Write
 from service.services.circuit_breaker import CircuitBreaker
 from service.telemetry.instruments import Instruments
+from service.upstream.messages import Completion
 from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
 

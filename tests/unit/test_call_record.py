@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.clients.call_record import CallRecord, read
+from service.recording.record import CallRecord, read
 from tests.unit.recording import lines, make_record, number_of
 
 ANY_TEXT = st.text(st.sampled_from('a\u00e9\U0001f600\ud800\0\n\u2028"\\'), max_size=8)

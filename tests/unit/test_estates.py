@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from service.clients.call_record import read
-from service.services.estates import Estate, estates
-from service.services.spool import Spool, lock_path, run_file
+from service.recording.record import read
+from service.recording.spool import Estate, Spool, estates, lock_path, run_file
 from tests.unit.recording import OWNER_OF_ONE, Lost, killed_owner, lines, make_record, number_of, python
 
 NAMES = [f"20260101T00000{number}-{number}-00000{number}" for number in range(5)]
@@ -128,8 +127,8 @@ def test_an_heir_that_comes_late_finds_nothing_and_leaves_nothing(tmp_path: Path
 HEIR = """
     import json, sys
     from pathlib import Path
-    from service.clients.call_record import read
-    from service.services.estates import estates
+    from service.recording.record import read
+    from service.recording.spool import estates
 
     print("ready", flush=True)
     sys.stdin.readline()

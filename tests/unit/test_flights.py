@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from service.clients.llm_answers import Completion, Reply
-from service.clients.llm_errors import timed_out
+from service.cache.coalescing import Flights
 from service.errors import UpstreamError, UpstreamTimeoutError
-from service.services.flights import Flights
+from service.upstream.errors import timed_out
+from service.upstream.messages import Completion, Reply
 from service.utils.deadline import Deadline
 from service.utils.retry import Progress
 from tests.fakes.clock import FakeClock

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from service.middleware.inbound import make_harmless
+from service.middleware.request_id import make_harmless
 
 PARENT = (b"traceparent", b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00")
 CONTEXT = [PARENT, (b"TraceState", b"a=b"), (b"baggage", b"user=x")]

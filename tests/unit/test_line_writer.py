@@ -3,7 +3,7 @@
 import os
 import time
 
-from service.config.line_writer import LineWriter
+from service.config.logging import LineWriter
 
 
 def test_lines_come_in_order_and_draining_waits_for_them() -> None:

@@ -9,10 +9,10 @@ import httpx2
 import openai
 import pytest
 
-from service.clients.llm_answers import read_object
-from service.clients.llm_errors import nonsense, retry_after, timed_out, translate
 from service.errors import BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError
 from service.middleware.errors import answer
+from service.upstream.errors import nonsense, retry_after, timed_out, translate
+from service.upstream.messages import read_object
 from tests.unit.llm_answers import failing, sdk_error, translated
 
 NOW = datetime(2026, 1, 15, 10, 30, tzinfo=UTC)

@@ -16,7 +16,8 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import format_span_id, format_trace_id
 
-from service.config.logging import MAX_TEXT, QUIET, RequestContext, current_request, timestamp
+from service.config.logging import MAX_TEXT, QUIET, timestamp
+from service.context import RequestContext, current_request
 from tests.unit.conftest import Lines
 
 logger = logging.getLogger("somewhere.deep")

@@ -10,7 +10,8 @@ from opentelemetry.sdk._logs import LoggerProvider, ReadableLogRecord
 from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter, SimpleLogRecordProcessor
 from opentelemetry.sdk.trace import TracerProvider
 
-from service.config.logging import NOT_EXPORTED, RequestContext, current_request, detach_bridge
+from service.config.logging import NOT_EXPORTED, detach_bridge
+from service.context import RequestContext, current_request
 from tests.unit.conftest import Lines
 
 logger = logging.getLogger("somewhere.deep")

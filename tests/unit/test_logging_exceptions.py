@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.config.logging import MAX_TEXT, RequestContext, current_request, exception_fields
+from service.config.logging import MAX_TEXT, exception_fields
+from service.context import RequestContext, current_request
 from service.errors import UpstreamError
 from tests.unit.conftest import Lines
 

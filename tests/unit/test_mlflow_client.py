@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from deploy.ports import unused_port
-from service.clients.mlflow import (
+from service.errors import UpstreamError
+from service.recording.mlflow import (
     MAX_PARAM_CHARS,
     GoneError,
     RefusedError,
@@ -20,7 +21,6 @@ from service.clients.mlflow import (
     TrackerError,
     in_thread,
 )
-from service.errors import UpstreamError
 from tests.fakes.mlflow import FakeMlflow
 from tests.harness import make_settings
 from tests.unit.recording import make_record

@@ -10,9 +10,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode, format_trace_id
 
-from service.clients.mlflow import GoneError, TrackerError
-from service.services.mlflow_delivery import FRUITLESS, Delivery
-from service.services.spool import SEGMENT_RECORDS, Spool, files_of
+from service.recording.delivery import FRUITLESS, Delivery
+from service.recording.mlflow import GoneError, TrackerError
+from service.recording.spool import SEGMENT_RECORDS, Spool, files_of
 from tests.fakes.clock import FakeClock
 from tests.unit.recording import FakeTracker, Lost, lines, make_record, number_of
 from tests.unit.resilience import Readable, readable

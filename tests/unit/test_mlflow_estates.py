@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from service.clients.mlflow import TrackerError
-from service.services.mlflow_delivery import Delivery, Replayed
-from service.services.mlflow_run import ProcessRun
-from service.services.spool import lock_path, run_file
+from service.recording.delivery import Delivery, Replayed
+from service.recording.mlflow import TrackerError
+from service.recording.run import ProcessRun
+from service.recording.spool import lock_path, run_file
 from tests.unit.recording import FakeTracker, KeptRun, Lost, killed_owner, lines, no_spans, number_of
 from tests.unit.resilience import Readable, readable
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from service.clients.call_record import read
-from service.clients.mlflow import TrackerError
-from service.services.mlflow_recorder import MEMORY_BYTES, MEMORY_RECORDS, Recorder
-from service.services.mlflow_run import ProcessRun
-from service.services.spool import lock_path
+from service.recording.mlflow import TrackerError
+from service.recording.record import read
+from service.recording.recorder import MEMORY_BYTES, MEMORY_RECORDS, Recorder
+from service.recording.run import ProcessRun
+from service.recording.spool import lock_path
 from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
 from tests.unit.recording import FakeTracker, killed_owner, lines, make_record, no_spans, number_of

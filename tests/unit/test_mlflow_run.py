@@ -8,9 +8,9 @@ from typing import Literal
 
 import pytest
 
-from service.clients.mlflow import GoneError, Run, TrackerError
 from service.config.settings import Settings
-from service.services.mlflow_run import LATENCIES, Losses, ProcessRun, Totals, params_of
+from service.recording.mlflow import GoneError, Run, TrackerError
+from service.recording.run import LATENCIES, Losses, ProcessRun, Totals, params_of
 from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
 from tests.unit.recording import FakeTracker, make_record

@@ -8,8 +8,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from service.clients.call_record import CallRecord
-from service.clients.mlflow_spans import encode
+from service.recording.mlflow import encode
+from service.recording.record import CallRecord
 from tests.unit.recording import make_record
 
 

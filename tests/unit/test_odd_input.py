@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import pytest
 
-from service.clients.llm_errors import retry_after
-from service.config.logging import RequestContext, configure_logging, current_request
+from service.config.logging import configure_logging
+from service.context import RequestContext, current_request
+from service.upstream.errors import retry_after
 from tests.unit.conftest import Lines, Read
 from tests.unit.llm_answers import translated
 

@@ -12,8 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from service.errors import BadRequestError, CircuitOpenError, UpstreamError
 from service.services.circuit_breaker import CircuitBreaker
 from service.utils.deadline import Deadline
-from service.utils.retry import Progress, RetryPolicy, retrying
-from service.utils.retry_budget import RetryBudget
+from service.utils.retry import Progress, RetryBudget, RetryPolicy, retrying
 from tests.fakes.clock import FakeClock
 from tests.unit.resilience import Readable
 

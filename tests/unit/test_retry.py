@@ -14,8 +14,7 @@ from service.errors import (
     UpstreamTimeoutError,
 )
 from service.utils.deadline import Deadline
-from service.utils.retry import Progress, RetryPolicy, retrying, transient
-from service.utils.retry_budget import RetryBudget
+from service.utils.retry import Progress, RetryBudget, RetryPolicy, retrying, transient
 from tests.fakes.clock import FakeClock
 from tests.unit.resilience import Readable, readable
 

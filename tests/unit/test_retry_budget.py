@@ -5,7 +5,7 @@ from collections import deque
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.utils.retry_budget import SLICES, RetryBudget
+from service.utils.retry import SLICES, RetryBudget
 from tests.fakes.clock import FakeClock
 
 

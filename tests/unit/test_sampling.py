@@ -9,7 +9,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind, TraceFlags, Tracer
 
-from service.telemetry.sampling import PROBES, sampler_from
+from service.telemetry.providers import PROBES, sampler_from
 from tests.harness import make_settings
 from tests.unit.conftest import Read
 

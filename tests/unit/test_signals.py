@@ -4,8 +4,7 @@ import asyncio
 import signal
 from types import FrameType
 
-from service.config.signals import STOP_SIGNALS, drain_on_signal
-from service.services.drain import Drain
+from service.services.drain import STOP_SIGNALS, Drain, drain_on_signal
 
 
 class Server:

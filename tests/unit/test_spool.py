@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from service.clients.call_record import read
-from service.services.spool import SEGMENT_BYTES, SEGMENT_RECORDS, Spool, files_of, hold, lock_path
+from service.recording.record import read
+from service.recording.spool import SEGMENT_BYTES, SEGMENT_RECORDS, Spool, files_of, hold, lock_path
 from tests.fakes.clock import FakeClock
 from tests.unit.recording import Lost, lines, make_record, number_of
 

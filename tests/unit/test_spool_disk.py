@@ -29,8 +29,8 @@ KINDS = ["size limit", *(["full disk"] if can_mount() else [])]
 WRITER = """
     import json, os, resource, sys
     from pathlib import Path
-    from service.clients.call_record import CallRecord, read
-    from service.services.spool import Spool, files_of
+    from service.recording.record import CallRecord, read
+    from service.recording.spool import Spool, files_of
 
     def line_of(number):
         record = CallRecord(

@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.clients.call_record import read
-from service.services.spool import SEGMENT_RECORDS, Segment, Spool, files_of
+from service.recording.record import read
+from service.recording.spool import SEGMENT_RECORDS, Segment, Spool, files_of
 from tests.fakes.clock import FakeClock
 from tests.unit.recording import lines, number_of
 

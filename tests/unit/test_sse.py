@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.clients.llm_request import LlmRequest, to_json
-from service.clients.sse import EventDecoder, EventTooLargeError, comment, data_of, event
+from service.upstream.messages import LlmRequest, to_json
+from service.upstream.stream import EventDecoder, EventTooLargeError, comment, data_of, event
 
 LINE = st.text(st.characters(blacklist_characters="\r\n", blacklist_categories=["Cs"]), min_size=1)
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from service.clients.call_record import CallRecord
-from service.clients.llm import open_llm
-from service.clients.llm_stream import StreamEvent
 from service.errors import CircuitOpenError, ServiceError, UpstreamError, UpstreamTimeoutError
+from service.recording.record import CallRecord
 from service.services.call_report import Call
 from service.services.generation import Generation
 from service.telemetry.providers import Exporters, build_telemetry
+from service.upstream.client import open_llm
+from service.upstream.stream import StreamEvent
 from service.utils.deadline import Deadline
 from tests.fakes.streams import DONE, EndlessStream, RawStream, chunk, text, usage
 from tests.fakes.upstream import Behaviour, FakeUpstream, Silent, Status

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import httpx2
 import pytest
 
-from service.clients.upstream_transport import AnswerTooLargeError, UpstreamTransport
+from service.upstream.transport import AnswerTooLargeError, UpstreamTransport
 from tests.fakes.upstream import (
     Answer,
     Behaviour,

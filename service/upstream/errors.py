@@ -1,0 +1,217 @@
+"""From what the OpenAI SDK raises to this service's errors: the one border where that happens."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx2
+import openai
+
+from service.errors import (
+    BadRequestError,
+    RateLimitError,
+    ServiceError,
+    UpstreamError,
+    UpstreamTimeoutError,
+)
+from service.upstream.transport import AnswerTooLargeError
+
+CONFLICT = 409
+SERVER_ERRORS = 500
+TIMEOUT = "Timeout"
+CONNECTION = "Connection error"
+MAX_REASON_CHARS = 300
+MAX_RETRY_AFTER_S = 3_600.0
+ECHO_CHARS = 8
+"""A piece of the caller's text of this length in an upstream's message counts as an echo of the prompt."""
+
+UNKNOWN_MODEL = re.compile(
+    r"invalid model name|model( [`'\"]?[^\s`'\"]+[`'\"]?)? (was )?(not found|does not exist)", re.IGNORECASE
+)
+PLAIN_NAME = re.compile(r"[a-z][a-z0-9_.\[\]]{0,63}")
+NO_DEPLOYMENT = "no healthy deployments"
+INTERNALS = re.compile(
+    r"traceback|\w://|/[\w.-]+/[\w.-]+/|[a-z]:\\|\.py\b| at 0x|\b[\w-]+(\.[\w-]+)+:\d|\bhost\b|bearer|basic "
+    r"|authorization|api[_ -]?key|\b(sk|gsk|xai|pk)[-_]\w|\b(key|password|secret|token)\s*[=:]",
+    re.IGNORECASE,
+)
+PREFIXES = re.compile(r"^(/[\w/]+: |litellm\.\w+: |\w+(Error|Exception)( -|:) )+")
+
+
+def timed_out(timeout_s: float) -> UpstreamTimeoutError:
+    """The error for a call that reached its time limit."""
+    return UpstreamTimeoutError(f"The model did not answer within {timeout_s:g} s. Try again.", label=TIMEOUT)
+
+
+def nonsense() -> UpstreamError:
+    """The error for an answer that is none."""
+    return UpstreamError(
+        "The model's side answered with something that is not an answer. Try again.",
+        transient=False,
+        label="Invalid answer",
+    )
+
+
+def translate(error: openai.APIError, request: Mapping[str, Any], *, known_model: bool) -> ServiceError:
+    """The service's error for an SDK error.
+
+    Args:
+        error: What the SDK raised.
+        request: The body that was sent; its texts may not come back in a message.
+        known_model: Whether the upstream has listed the model, so that "no deployment" means a failure there.
+    """
+    match error:
+        case openai.APIStatusError():
+            body = error.body if isinstance(error.body, dict) else {}
+            return _from_status(
+                error.status_code, body, error.response.headers, request, known_model=known_model
+            )
+        case openai.APITimeoutError():
+            return UpstreamTimeoutError(label=TIMEOUT)
+        case openai.APIConnectionError():
+            return from_transport(error.__cause__)
+        case _:
+            return nonsense()
+
+
+def from_transport(error: BaseException | None) -> ServiceError:
+    """The service's error for what went wrong on the wire."""
+    match error:
+        case httpx2.ConnectError():
+            return UpstreamTimeoutError("The model's side cannot be reached. Try again.", label=CONNECTION)
+        case AnswerTooLargeError():
+            return UpstreamError(
+                "The model's answer is larger than this service accepts.",
+                transient=False,
+                label="Answer too large",
+            )
+        case _:
+            return UpstreamError(
+                "The model's side broke the connection before a whole answer. Try again.", label=CONNECTION
+            )
+
+
+def from_event(said: object, request: Mapping[str, Any], *, known_model: bool) -> ServiceError:
+    """The service's error for one that the upstream sends as an event of a stream that it had begun."""
+    body = said if isinstance(said, dict) else {}
+    code = str(body.get("code", ""))
+    # LiteLLM puts the status there, as text.
+    status = int(code) if re.fullmatch(r"[45]\d\d", code) else SERVER_ERRORS
+    return _from_status(status, body, {}, request, known_model=known_model)
+
+
+def _from_status(
+    status: int,
+    body: Mapping[str, Any],
+    headers: Mapping[str, str],
+    request: Mapping[str, Any],
+    *,
+    known_model: bool,
+) -> ServiceError:
+    wait_s = retry_after(headers.get("retry-after"))
+    match status:
+        case 429:
+            return RateLimitError(
+                "The model's rate limit is reached. Wait for the seconds in Retry-After, then try again.",
+                retry_after_s=wait_s,
+                label="Rate limit",
+            )
+        case 408:
+            return UpstreamTimeoutError(label=TIMEOUT)
+        case 401 | 402 | 403 | 407:
+            return _our_credentials()
+        # LiteLLM without a database answers a wrong key with 400 and this type.
+        case 400 if body.get("type") == "no_db_connection":
+            return _our_credentials()
+        case 400 | 404 | 413 | 415 | 422:
+            return _refused(body, request, known_model=known_model)
+        case _:
+            again = status == CONFLICT or status >= SERVER_ERRORS
+            return UpstreamError(retry_after_s=wait_s, transient=again, label=f"HTTP {status}")
+
+
+def _our_credentials() -> UpstreamError:
+    return UpstreamError(
+        "The model's side refused this service's credentials.", retryable=False, label="Credentials refused"
+    )
+
+
+def _refused(body: Mapping[str, Any], request: Mapping[str, Any], *, known_model: bool) -> ServiceError:
+    said = body.get("message")
+    text = said.encode("utf-8", "replace").decode() if isinstance(said, str) else ""
+    if NO_DEPLOYMENT in text and known_model:
+        return UpstreamError("The model has no healthy deployment at the moment. Try again.")
+    if body.get("code") == "model_not_found" or UNKNOWN_MODEL.search(text) or NO_DEPLOYMENT in text:
+        message = f"Model '{request.get('model')}' not found"
+        return BadRequestError(message, param="model", code="model_not_found")
+    return BadRequestError(
+        _reason(text, request),
+        param=_plain(body.get("param"), request),
+        code=_plain(body.get("code"), request),
+    )
+
+
+def _plain(value: object, request: Mapping[str, Any]) -> str | None:
+    """A field's name or a code as the upstream gives it, where it is one: clients look for some of them."""
+    plain = isinstance(value, str) and PLAIN_NAME.fullmatch(value) and not _echoes(value, request)
+    return str(value) if plain else None
+
+
+def _reason(text: str, request: Mapping[str, Any]) -> str:
+    """The upstream's reason in one line; a general sentence where it shows internals or echoes the prompt."""
+    line = "".join(char if char.isprintable() else " " for char in text.strip().split("\n", 1)[0])
+    reason = PREFIXES.sub("", line).strip()[:MAX_REASON_CHARS]
+    if not reason or INTERNALS.search(reason) or _echoes(reason, request):
+        return "The model refused the request."
+    return f"The model refused the request: {reason}"
+
+
+def _echoes(reason: str, request: Mapping[str, Any]) -> bool:
+    texts = [text for name, value in request.items() if name != "model" for text in _strings(value)]
+    # Upstreams quote with JSON's or Python's escapes too.
+    texts += [json.dumps(text)[1:-1] for text in texts if not text.isascii()]
+    # Pieces side by side: an echo of twice their length contains one whole, wherever it starts.
+    pieces = [
+        reason[at : at + ECHO_CHARS] for at in range(0, max(1, len(reason) - ECHO_CHARS + 1), ECHO_CHARS)
+    ]
+    return any(
+        piece in text or (0 < len(text) < 2 * ECHO_CHARS and text in reason)
+        for text in texts
+        for piece in pieces
+    )
+
+
+def _strings(value: object) -> Iterator[str]:
+    """All texts in a value, but roles and types."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name not in {"role", "type"}:
+                yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def retry_after(value: str | None, now: datetime | None = None) -> float | None:
+    """Seconds that a ``Retry-After`` field asks for, bounded; None where it asks for nothing readable.
+
+    Both forms of RFC 9110, section 10.2.3: a number of seconds, and an HTTP date.
+    """
+    if value is None:
+        return None
+    text = value.strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text[:9]), MAX_RETRY_AFTER_S)
+    try:
+        moment = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    seconds = (moment - (now or datetime.now(UTC))).total_seconds()
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
