@@ -17,12 +17,10 @@ from service.config.logging import detach_bridge, drain_lines
 from service.config.settings import Settings
 from service.dependencies import State
 from service.identity.tokens import Authenticator
-from service.recording.mlflow import Tracker
-from service.recording.record import CallRecord
-from service.recording.recorder import Recorder
+from service.recording.recorder import open_recorder
 from service.services.drain import Drain, drain_on_signal
 from service.services.generation import Generation
-from service.services.health_checker import HealthChecker, Ping
+from service.services.health_checker import HealthChecker
 from service.services.rate_limit import RateLimiter
 from service.telemetry.events import emit
 from service.telemetry.names import EVENT_SHUTDOWN_COMPLETED, EVENT_SHUTDOWN_STEP
@@ -70,7 +68,7 @@ def lifespan_of(
             closing = _Closing(stack, lambda: settings.shutdown_timeout_s - drain.since_signal_s)
             llm = await closing.enter(open_llm(settings, telemetry))
             recorder = await closing.enter(
-                _recording(settings, telemetry), "Finalizing MLflow run...", FINALIZING_TIMEOUT_S
+                open_recorder(settings, telemetry), "Finalizing MLflow run...", FINALIZING_TIMEOUT_S
             )
             vectors = await closing.enter(open_vectors(settings), "Closing Qdrant connections...")
             caching = await closing.enter(
@@ -78,11 +76,8 @@ def lifespan_of(
                 "Flushing cache...",
             )
             auth = await anyio.to_thread.run_sync(Authenticator, settings, telemetry.instruments)
-            pings: dict[str, Ping] = {"qdrant": vectors.ping, "litellm": llm.ping}
-            if recorder is not None:
-                pings["mlflow"] = recorder.tracker.ping
             health = HealthChecker(
-                pings,
+                {"qdrant": vectors.ping, "litellm": llm.ping, **recorder.pings},
                 interval_s=settings.health_interval_s,
                 timeout_s=settings.health_timeout_s,
                 ttl_s=settings.health_ttl_s,
@@ -95,7 +90,7 @@ def lifespan_of(
                 telemetry,
                 settings,
                 on_unreachable=lambda: health.look_again("litellm"),
-                on_ended=recorder.record if recorder else _record_nothing,
+                on_ended=recorder.record,
                 cache=caching.cache if caching else None,
                 flights=Flights(tasks.create_task) if caching else None,
             )
@@ -160,26 +155,6 @@ class _Closing:
         if self._until_s is None:
             self._until_s = now + STEPS_TIMEOUT_S + max(0.0, self._spare_s())
         return max(LAST_STEP_S, self._until_s - now)
-
-
-@asynccontextmanager
-async def _recording(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Recorder | None]:
-    if not settings.mlflow_tracking_uri:
-        logger.info("MLFLOW_TRACKING_URI is not set: calls are not recorded in MLflow")
-        yield None
-        return
-    tracer = telemetry.tracer_provider.get_tracer(SCOPE)
-    tracker = Tracker(settings, telemetry.identity)
-    recorder = await anyio.to_thread.run_sync(Recorder, tracker, settings, telemetry.instruments, tracer)
-    recorder.start()
-    try:
-        yield recorder
-    finally:
-        await recorder.finish()
-
-
-def _record_nothing(_record: CallRecord) -> None:
-    """Where there is no MLflow."""
 
 
 def keep_alive_s(settings: Settings) -> float:
