@@ -48,7 +48,7 @@ ACCEPTED_HEADERS = (
 
 
 class LlmApi(FastAPI):
-    """The app; it sanitizes each request before the instrumentation, which is outside all middleware, reads it."""
+    """The app; it sanitizes each request before the instrumentation outside all middleware reads it."""
 
     trust_traceparent = True
 

@@ -223,15 +223,15 @@ class EntryMemory:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, digest: str, *, believed: bool = False) -> Entry | None:
-        """The entry, unless it is too old or, not ``believed``, seen in the store too long ago."""
+    def get(self, digest: str, *, unconfirmed: bool = False) -> Entry | None:
+        """The entry, unless it is too old or, not ``unconfirmed``, seen in the store too long ago."""
         kept = self._kept.get(digest)
         if kept is None:
             return None
         if kept.entry.expires_at <= self._now():
             self.discard(digest)
             return None
-        if not believed and self._trusted_s is not None and self._clock() - kept.seen_s >= self._trusted_s:
+        if not unconfirmed and self._trusted_s is not None and self._clock() - kept.seen_s >= self._trusted_s:
             return None
         self._kept.move_to_end(digest)
         return kept.entry

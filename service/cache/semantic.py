@@ -11,10 +11,9 @@ from typing import Any, Final
 
 from service.cache.entries import Entry
 from service.cache.keys import CacheKey, scope_of
-from service.cache.store import COLLECTION, CacheStore, Found, Point, StoreError
+from service.cache.store import COLLECTION, Breaker, CacheStore, Found, Point, StoreError
 from service.config.settings import Settings
 from service.errors import ServiceError, UpstreamError
-from service.services.circuit_breaker import CircuitBreaker
 from service.upstream.client import LlmClient
 from service.upstream.messages import LlmRequest, to_json
 from service.utils.deadline import Deadline
@@ -241,9 +240,7 @@ class SemanticIndex:
         breaker: Keeps an embedding model that fails from being asked.
     """
 
-    def __init__(
-        self, llm: LlmClient, store: CacheStore, settings: Settings, breaker: CircuitBreaker
-    ) -> None:
+    def __init__(self, llm: LlmClient, store: CacheStore, settings: Settings, breaker: Breaker) -> None:
         self._llm = llm
         self._store = store
         self._model = settings.embedding_model
@@ -287,18 +284,6 @@ class SemanticIndex:
             return None
         return Near(CacheKey(digest, tenant), min(1.0, point.score), point.id, question.collection)
 
-    def point(self, entry: Entry, question: Question) -> Point:
-        """What is stored for a question: where its answer is, and not a word of it."""
-        payload = {
-            "key": entry.key.digest,
-            "tenant": entry.key.tenant,
-            "scope": question.scope,
-            "model": entry.model,
-            "created": entry.created_at,
-            "expires": entry.expires_at,
-        }
-        return Point(entry.key.point_id, payload, question.vector)
-
     async def _embed(self, text: str, deadline: Deadline) -> Sequence[float]:
         if self._breaker.rejects:
             raise StoreError("embeddings_circuit_open")
@@ -314,6 +299,19 @@ class SemanticIndex:
                 return vector
         except ServiceError:
             raise StoreError("embedding_failed") from None
+
+
+def question_point(entry: Entry, question: Question) -> Point:
+    """What is stored for a question: where its answer is, and not a word of it."""
+    payload = {
+        "key": entry.key.digest,
+        "tenant": entry.key.tenant,
+        "scope": question.scope,
+        "model": entry.model,
+        "created": entry.created_at,
+        "expires": entry.expires_at,
+    }
+    return Point(entry.key.point_id, payload, question.vector)
 
 
 def vector_of(content: bytes) -> list[float] | None:

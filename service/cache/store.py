@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -27,7 +27,6 @@ from service.cache.embedded import (
 )
 from service.config.settings import Settings
 from service.errors import ServiceError, UpstreamError
-from service.services.circuit_breaker import CircuitBreaker
 from service.telemetry import names
 from service.telemetry.events import emit
 
@@ -89,14 +88,24 @@ def upsert(collection: str, points: list[models.PointStruct]) -> Work:
 
 
 COLLECTION = "llmops_cache"
-OPEN_LIMIT_S = 10.0
-"""So long the start of the process waits for an embedded store to be read."""
-
 DELETE_CHUNK = 500
 WRITE_CHUNK = 16
 """Points that the embedded store writes before it looks whether something urgent waits."""
 
 NOT_FOUND = 404
+
+
+class Breaker(Protocol):
+    """A circuit breaker, as the cache uses it."""
+
+    @property
+    def rejects(self) -> bool:
+        """Whether an attempt would be rejected now."""
+        ...
+
+    def attempt(self) -> AbstractContextManager[None]:
+        """Let one attempt pass, and learn from how it ends."""
+        ...
 
 
 class StoreError(Exception):
@@ -114,31 +123,8 @@ class NoCollectionError(StoreError):
         super().__init__("no_collection")
 
 
-@asynccontextmanager
-async def open_vectors(settings: Settings) -> AsyncIterator["Vectors"]:
-    """Open the store: a server's client, or the embedded one.
-
-    A folder that cannot be opened makes a store that is down, not a service that does not start: the cache is
-    worth nothing without it, and everything else works. It is tried again with each ping.
-    """
-    if settings.qdrant_url:
-        client = _server(settings)
-        try:
-            yield Vectors(server=client, url=settings.qdrant_url)
-        finally:
-            await client.close()
-        return
-    embedded = EmbeddedStore(settings.qdrant_path)
-    with suppress(Exception):  # said by the store itself
-        async with asyncio.timeout(OPEN_LIMIT_S):
-            await embedded.open()
-    try:
-        yield Vectors(embedded=embedded)
-    finally:
-        await embedded.close()
-
-
-def _server(settings: Settings) -> AsyncQdrantClient:
+def server_client(settings: Settings) -> AsyncQdrantClient:
+    """The client of a Qdrant server."""
     return AsyncQdrantClient(
         url=settings.qdrant_url,
         api_key=settings.qdrant_api_key.get_secret_value() or None,
@@ -150,8 +136,8 @@ def _server(settings: Settings) -> AsyncQdrantClient:
     )
 
 
-class Vectors:
-    """The store, which may be down; made by ``open_vectors``. Every method raises ``StoreError``."""
+class VectorStore:
+    """The store, which may be down; made by ``open_store``. Every method raises ``StoreError``."""
 
     def __init__(
         self,
@@ -353,18 +339,18 @@ class CacheStore:
 
     def __init__(  # noqa: PLR0913 - ends, a limit and seams
         self,
-        vectors: Vectors,
-        breaker: CircuitBreaker,
+        vectors: VectorStore,
+        breaker: Callable[[str], Breaker],
         tracer: Tracer,
         limit_s: float,
         *,
-        search_breaker: CircuitBreaker | None = None,
         on_failing: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._vectors = vectors
-        self._breaker = breaker
-        self._search_breaker = search_breaker or breaker
+        self.vectors = vectors
+        self.shared = vectors.is_server
+        self._breaker = breaker("qdrant")
+        self._search_breaker = breaker("qdrant_search")
         self._tracer = tracer
         self._limit_s = limit_s
         self._on_failing = on_failing
@@ -382,7 +368,7 @@ class CacheStore:
         """What a point carries; None where there is none, and where there is no collection yet."""
         try:
             return await self._do(
-                "retrieve", collection, self._vectors.read(collection, point_id), self._limit_s
+                "retrieve", collection, self.vectors.read(collection, point_id), self._limit_s
             )
         except NoCollectionError:
             self._lost(collection)
@@ -392,7 +378,7 @@ class CacheStore:
         self, collection: str, vector: Sequence[float], equal: Mapping[str, str], threshold: float, limit: int
     ) -> list[Found]:
         """The points most like the vector among those that say this; none where there is no collection."""
-        work = self._vectors.search(collection, vector, equal, threshold, limit)
+        work = self.vectors.search(collection, vector, equal, threshold, limit)
         try:
             return await self._do("query", collection, work, self._limit_s, self._search_breaker)
         except NoCollectionError:
@@ -405,7 +391,7 @@ class CacheStore:
         for attempt in (1, 2):
             await self.prepare(collection, None if vector is None else len(vector))
             try:
-                await self._do("upsert", collection, self._vectors.write(collection, points), WRITE_LIMIT_S)
+                await self._do("upsert", collection, self.vectors.write(collection, points), WRITE_LIMIT_S)
             except NoCollectionError:
                 self._lost(collection)
                 if attempt == 2:  # noqa: PLR2004 - the last one
@@ -416,19 +402,19 @@ class CacheStore:
     async def prepare(self, collection: str, dimension: int | None = None) -> None:
         """Make the collection, unless it is there."""
         if collection not in self._ready:
-            making = self._vectors.ensure(collection, dimension)
+            making = self.vectors.ensure(collection, dimension)
             await self._do("create_collection", collection, making, WRITE_LIMIT_S)
             self._ready.add(collection)
 
     async def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Delete points, if they are there."""
         with suppress(NoCollectionError):
-            await self._do("delete", collection, self._vectors.delete(collection, ids), WRITE_LIMIT_S)
+            await self._do("delete", collection, self.vectors.delete(collection, ids), WRITE_LIMIT_S)
 
     async def count(self, collection: str, equal: Mapping[str, str] | None = None) -> int:
         """How many points say this; all of them where nothing is said."""
         try:
-            return await self._do("count", collection, self._vectors.count(collection, equal), self._limit_s)
+            return await self._do("count", collection, self.vectors.count(collection, equal), self._limit_s)
         except NoCollectionError:
             return 0
 
@@ -441,13 +427,13 @@ class CacheStore:
 
     async def collections(self) -> list[str]:
         """The cache's collections as they are now."""
-        return await self._do("list_collections", COLLECTION, self._vectors.collections(), WRITE_LIMIT_S)
+        return await self._do("list_collections", COLLECTION, self.vectors.collections(), WRITE_LIMIT_S)
 
     async def drop(self, collection: str) -> None:
         """Delete a collection; the next write makes it again."""
         self._ready.discard(collection)
         with suppress(NoCollectionError):
-            await self._do("delete_collection", collection, self._vectors.drop(collection), WRITE_LIMIT_S)
+            await self._do("delete_collection", collection, self.vectors.drop(collection), WRITE_LIMIT_S)
 
     def damaged(self, reason: str) -> None:
         """Say, now and then, that the store holds what cannot be an entry; the store itself works."""
@@ -469,7 +455,7 @@ class CacheStore:
         collection: str,
         work: Awaitable[T],
         limit_s: float,
-        breaker: CircuitBreaker | None = None,
+        breaker: Breaker | None = None,
     ) -> T:
         """Await the work within the limit, under the breaker and a CLIENT span."""
         breaker = breaker or self._breaker
@@ -502,7 +488,7 @@ class CacheStore:
         self._worked()
         return result
 
-    async def _attempt(self, work: Awaitable[T], limit_s: float, breaker: CircuitBreaker) -> T:
+    async def _attempt(self, work: Awaitable[T], limit_s: float, breaker: Breaker) -> T:
         reason = SLOW
         try:
             with breaker.attempt():

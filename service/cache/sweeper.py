@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, Tracer
 
-from service.cache.store import CacheStore, StoreError, Vectors
+from service.cache.store import CacheStore, StoreError, VectorStore
 from service.telemetry import names
 
 INTERVAL_S = 60.0
@@ -41,7 +41,7 @@ class CacheSweeper:
     def __init__(  # noqa: PLR0913 - ends, a bound and seams
         self,
         store: CacheStore,
-        vectors: Vectors,
+        vectors: VectorStore,
         max_entries: int,
         tracer: Tracer,
         *,
@@ -58,7 +58,7 @@ class CacheSweeper:
         self._wake = asyncio.Event()
         self._doomed: dict[str, set[str]] = defaultdict(set)
 
-    def doom(self, collection: str, point_id: str) -> None:
+    def mark_for_removal(self, collection: str, point_id: str) -> None:
         """Let a point be taken out soon."""
         if len(self._doomed[collection]) < MAX_DOOMED:
             self._doomed[collection].add(point_id)

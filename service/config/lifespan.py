@@ -14,8 +14,7 @@ from fastapi import FastAPI
 from opentelemetry.metrics import Histogram
 
 from service.cache.coalescing import Coalescing, NoCoalescing
-from service.cache.response_cache import BREAKER_FAILURES, BREAKER_S, open_cache
-from service.cache.store import open_store
+from service.cache.response_cache import BREAKER_FAILURES, BREAKER_S, open_cache, open_store
 from service.config.logging import detach_bridge, drain_lines
 from service.config.settings import Settings
 from service.dependencies import AppServices
