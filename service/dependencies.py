@@ -11,7 +11,7 @@ from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDU
 from starlette.types import Scope
 
 from service.cache.control import CacheControl, parse_cache_control
-from service.cache.response_cache import CacheAdmin
+from service.cache.response_cache import CacheAdmin, NoCacheAdmin
 from service.context import current_request
 from service.errors import AuthenticationError, PermissionDeniedError
 from service.identity.tokens import Authenticator, User
@@ -45,7 +45,7 @@ class AppServices:
 
     auth: Authenticator
     generation: Generation
-    cache: CacheAdmin
+    cache: CacheAdmin | NoCacheAdmin
     rate_limiter: RateLimiter
     drain: Drain
     health: HealthChecker

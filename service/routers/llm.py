@@ -31,6 +31,7 @@ from service.routers.schemas import (
 )
 from service.routers.streaming import EventStream
 from service.services.call_report import CallOutcome
+from service.upstream.messages import Completion
 from service.upstream.stream import StreamEvent, event
 from service.utils.disconnect import cancel_on_disconnect
 
@@ -55,9 +56,10 @@ class GenerateFormat:
         """A piece of text; nothing for an upstream event that holds none."""
         return event(json.dumps({"text": event_.text}).encode(), "token") if event_.text else b""
 
-    def done(self, outcome: CallOutcome) -> bytes:
+    def done(self, completion: Completion, outcome: CallOutcome) -> bytes:
         """Model, counts, cost and cache of the whole answer."""
-        return event(DoneEvent.of(outcome, self._request_id).model_dump_json().encode(), "done")
+        done = DoneEvent.from_call(completion, outcome, self._request_id)
+        return event(done.model_dump_json().encode(), "done")
 
     def error(self, error: ServiceError) -> bytes:
         """The error's body."""
@@ -87,7 +89,8 @@ async def generate(
             generation.stream(spec), GenerateFormat(call.request_id), call.services.stream_keep_alive_s
         )
     answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
-    return GenerateResponse.from_answer(answer.reply.completion, answer.outcome, call.request_id)
+    completion = answer.reply.completion
+    return GenerateResponse.from_call(completion, answer.outcome, call.request_id, response=completion.text)
 
 
 @router.get("/models", responses=errors(AuthenticationError, *UPSTREAM_ERRORS, *UNAVAILABLE))

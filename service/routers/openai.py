@@ -39,7 +39,7 @@ from service.routers.schemas import (
 )
 from service.routers.streaming import EventStream
 from service.services.call_report import CallOutcome
-from service.upstream.messages import LlmRequest, Operation, with_fields
+from service.upstream.messages import Completion, LlmRequest, Operation, with_fields
 from service.upstream.stream import StreamEvent, event
 from service.utils.disconnect import cancel_on_disconnect
 
@@ -179,7 +179,7 @@ class OpenAiFormat:
         """The event; nothing for token counts that the caller did not ask for."""
         return b"" if event.usage_only and not self._show_usage else event.raw
 
-    def done(self, _outcome: CallOutcome) -> bytes:
+    def done(self, _completion: Completion, _outcome: CallOutcome) -> bytes:
         """The event at which OpenAI's clients stop."""
         return DONE
 

@@ -122,35 +122,25 @@ class DoneEvent(BaseModel):
     )
 
     @classmethod
-    def of(cls, outcome: CallOutcome, request_id: str) -> Self:
-        """The event for a streamed call that has ended; an estimated count is left out."""
-        return cls(**_counts(outcome.completion, outcome, request_id))
+    def from_call(cls, completion: Completion, outcome: CallOutcome, request_id: str, **more: str) -> Self:
+        """The counts of a call that has ended; an estimated count is left out."""
+        return cls(
+            model=completion.model,
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=None if completion.estimated else completion.completion_tokens,
+            total_tokens=completion.total_tokens,
+            cost=completion.cost,
+            cache=outcome.cache,
+            cache_kind=outcome.lookup.kind if outcome.cache == "hit" else None,
+            request_id=request_id,
+            **more,
+        )
 
 
 class GenerateResponse(DoneEvent):
     """The model's answer with its counts and cost."""
 
     response: str = Field(examples=["The path of one request."])
-
-    @classmethod
-    def from_answer(cls, completion: Completion, outcome: CallOutcome, request_id: str) -> Self:
-        """The body for a whole answer."""
-        return cls(response=completion.text, **_counts(completion, outcome, request_id))
-
-
-def _counts(completion: Completion | None, outcome: CallOutcome, request_id: str) -> dict[str, Any]:
-    return {
-        "model": completion.model if completion else "",
-        "prompt_tokens": completion.prompt_tokens if completion else None,
-        "completion_tokens": completion.completion_tokens
-        if completion and not completion.estimated
-        else None,
-        "total_tokens": completion.total_tokens if completion else None,
-        "cost": completion.cost if completion else None,
-        "cache": outcome.cache,
-        "cache_kind": outcome.lookup.kind if outcome.cache == "hit" else None,
-        "request_id": request_id,
-    }
 
 
 class ModelsResponse(BaseModel):

@@ -12,6 +12,7 @@ from service.errors import CallerLeftError, ServiceError, ShuttingDownError
 from service.middleware.errors import broken_off
 from service.services.call_report import CallOutcome
 from service.services.generation import AnswerStream
+from service.upstream.messages import Completion
 from service.upstream.stream import StreamEvent, comment
 from service.utils.disconnect import cancel_on_disconnect
 
@@ -33,7 +34,7 @@ class StreamFormat(Protocol):
     def piece(self, event: StreamEvent) -> bytes:
         """The bytes for an event of the upstream; empty where the protocol has none for it."""
 
-    def done(self, outcome: CallOutcome) -> bytes:
+    def done(self, completion: Completion, outcome: CallOutcome) -> bytes:
         """The bytes that end a complete answer."""
 
     def error(self, error: ServiceError) -> bytes:
@@ -73,7 +74,7 @@ class EventStream(Response):
         del scope
         sender = _Sender(send, self, self._keep_alive_s)
         try:
-            outcome = await cancel_on_disconnect(receive, self._send_pieces(sender))
+            done = await cancel_on_disconnect(receive, self._send_pieces(sender))
         except CallerLeftError as error:
             if not sender.started:
                 raise
@@ -89,15 +90,16 @@ class EventStream(Response):
                 raise
             await sender.end_soon(self._format.error(broken_off(error)))
         else:
-            await sender.end(self._format.done(outcome))
+            await sender.end(done)
         finally:
             sender.close()
 
-    async def _send_pieces(self, sender: "_Sender") -> CallOutcome:
-        async with self._stream as events:
-            async for event in events:
+    async def _send_pieces(self, sender: "_Sender") -> bytes:
+        """Send every piece; returns what ends the answer, when the call is over and recorded."""
+        async with self._stream as stream:
+            async for event in stream:
                 await sender.send(self._format.piece(event))
-        return events.outcome
+        return self._format.done(stream.completion, stream.outcome)
 
 
 class _Sender:

@@ -130,9 +130,31 @@ class CallReport:
             outcome: What came of it.
         """
         self._record(self._record_of(span, spec, outcome))
-        _mark_span(span, spec, outcome)
+        attributes: dict[str, str | int | float] = {
+            names.ATTR_LLM_OUTCOME: outcome.outcome,
+            names.ATTR_LLM_ATTEMPTS: outcome.attempts,
+            names.ATTR_LLM_DEADLINE_LEFT: round(spec.deadline.left_s, 3),
+            names.ATTR_CACHE_RESULT: outcome.cache,
+        }
+        known, instruments = self._known(spec.request.model), self._instruments
+        labels: dict[str, str] = {"model": known, "outcome": outcome.outcome}
+        if outcome.error is not None:
+            labels[ERROR_TYPE] = attributes[ERROR_TYPE] = outcome.error
+            if outcome.retry_ended:
+                attributes[names.ATTR_RETRY_OUTCOME] = outcome.retry_ended
+        if outcome.outcome == "cached":
+            kind = {"kind": outcome.lookup.kind}
+            attributes[names.ATTR_CACHE_SAVED_TOKENS] = outcome.saved_tokens
+            attributes[names.ATTR_CACHE_SAVED_COST] = outcome.saved_cost or 0.0
+            instruments.cache_saved_tokens.add(outcome.saved_tokens, kind)
+            instruments.cache_saved_cost.add(outcome.saved_cost or 0.0, kind)
+        span.set_attributes(attributes)
+        if outcome.outcome not in SUCCESSFUL:
+            span.set_status(Status(StatusCode.ERROR))
+        instruments.llm_calls.add(1, labels)
+        if outcome.completion is not None and outcome.completion.cost is not None:
+            instruments.llm_cost.add(outcome.completion.cost, {"model": known})
         _put_facts(outcome)
-        self._count(spec.request.model, outcome)
         _write_line(spec, outcome)
 
     def _record_of(self, span: Span, spec: CallSpec, outcome: CallOutcome) -> CallRecord:
@@ -171,39 +193,6 @@ class CallReport:
             prompt=asked,
             answer=answer,
         )
-
-    def _count(self, model: str, outcome: CallOutcome) -> None:
-        known, instruments = self._known(model), self._instruments
-        labels: dict[str, str] = {"model": known, "outcome": outcome.outcome}
-        if outcome.error is not None:
-            labels[ERROR_TYPE] = outcome.error
-        instruments.llm_calls.add(1, labels)
-        if outcome.completion is not None and outcome.completion.cost is not None:
-            instruments.llm_cost.add(outcome.completion.cost, {"model": known})
-        if outcome.outcome == "cached":
-            kind = {"kind": outcome.lookup.kind}
-            instruments.cache_saved_tokens.add(outcome.saved_tokens, kind)
-            instruments.cache_saved_cost.add(outcome.saved_cost or 0.0, kind)
-
-
-def _mark_span(span: Span, spec: CallSpec, outcome: CallOutcome) -> None:
-    span.set_attributes(
-        {
-            names.ATTR_LLM_OUTCOME: outcome.outcome,
-            names.ATTR_LLM_ATTEMPTS: outcome.attempts,
-            names.ATTR_LLM_DEADLINE_LEFT: round(spec.deadline.left_s, 3),
-            names.ATTR_CACHE_RESULT: outcome.cache,
-        }
-    )
-    if outcome.outcome == "cached":
-        span.set_attribute(names.ATTR_CACHE_SAVED_TOKENS, outcome.saved_tokens)
-        span.set_attribute(names.ATTR_CACHE_SAVED_COST, outcome.saved_cost or 0.0)
-    if outcome.error is not None:
-        span.set_attribute(ERROR_TYPE, outcome.error)
-        if outcome.retry_ended:
-            span.set_attribute(names.ATTR_RETRY_OUTCOME, outcome.retry_ended)
-    if outcome.outcome not in SUCCESSFUL:
-        span.set_status(Status(StatusCode.ERROR))
 
 
 def _put_facts(outcome: CallOutcome) -> None:

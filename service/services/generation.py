@@ -6,16 +6,17 @@ breaker) within the deadline, then the report. They differ in how the answer is 
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final, ParamSpec, Self, TypeVar
 
 from opentelemetry.trace import Span
 
 from service.cache.coalescing import Coalescing, NoCoalescing
 from service.cache.control import NO_DIRECTIVES
-from service.cache.entries import Assembler, tokens_of
+from service.cache.entries import Assembler, Entry, tokens_of
 from service.cache.response_cache import AnswerCache, Lookup
 from service.config.settings import Settings
 from service.errors import UNREACHABLE, ServiceError, UpstreamTimeoutError
@@ -47,7 +48,8 @@ class Answer:
 class AnswerStream:
     """The events of one answer, to be iterated once; made by ``Generation.stream``.
 
-    ``outcome`` is set when the call has ended, which is after the block of ``Generation.stream``.
+    ``completion`` and ``outcome`` are set when the call has ended, which is after the block of
+    ``Generation.stream``.
 
     Args:
         events: The events, from the upstream or from the cache.
@@ -57,6 +59,7 @@ class AnswerStream:
         end_s: When the whole stream must be over, on the event loop's clock.
     """
 
+    completion: Completion
     outcome: CallOutcome
 
     def __init__(
@@ -97,17 +100,14 @@ class _Call:
 
     spec: CallSpec
     clock: Callable[[], float]
-    started_ns: int = field(default_factory=time.time_ns)
-    started_s: float = field(init=False)
+    started_ns: int
+    started_s: float
     lookup: Lookup = field(default_factory=Lookup)
     progress: Progress = field(default_factory=Progress)
     cached_from: Completion | None = None
     completion: Completion | None = None
     llm_s: float = 0.0
     first_chunk_s: float | None = None
-
-    def __post_init__(self) -> None:
-        self.started_s = self.clock()
 
     def outcome(self, error: BaseException | None = None) -> CallOutcome:
         """Freeze the call as it is now."""
@@ -219,7 +219,7 @@ class Generation:
                 reply, call.cached_from = entry.reply(), entry.completion
             elif slot is not None and spec.cache_control == NO_DIRECTIVES:
                 reply, pays = await self._coalescing.share(
-                    slot.key.digest, spec.deadline, call.progress, lambda: self._ask(call, span)
+                    slot.key.digest, spec.deadline, call.progress, partial(self._ask, call, span)
                 )
                 if not pays:
                     call.cached_from = reply.completion
@@ -244,9 +244,10 @@ class Generation:
         """
         async with self._call(spec, shares=False) as (call, span), AsyncExitStack() as held:
             entry, assembler = call.lookup.entry, self._cache.assembler(call.lookup)
+            events: LlmStream | _StoredStream
             if entry is not None:
-                call.cached_from, call.completion = entry.completion, entry.reply().completion
-                events = _each(entry.events())
+                call.cached_from = entry.completion
+                events = _StoredStream(entry)
             else:
                 events = await self._open(call.progress, spec.deadline, call, held)
             call.first_chunk_s = round(self._clock() - call.started_s, 6)
@@ -262,13 +263,11 @@ class Generation:
                 # Timers fire a little early, so the clock does not tell which limit it was.
                 raise self._stream_too_long() if limit.when() == end_s else self._silence() from None
             finally:
-                if isinstance(events, LlmStream):
-                    call.completion = events.completion()
-            if call.cached_from is None and call.completion is not None:
-                reply = assembler.reply(call.completion)
-                if reply is not None:
-                    self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())
-        stream.outcome = call.outcome()
+                completion = call.completion = events.completion()
+            reply = assembler.reply(completion) if entry is None else None
+            if reply is not None:
+                self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())
+        stream.completion, stream.outcome = completion, call.outcome()
 
     def _stream_too_long(self) -> UpstreamTimeoutError:
         # The upstream was still sending, so this does not count against it.
@@ -286,7 +285,7 @@ class Generation:
     @asynccontextmanager
     async def _call(self, spec: CallSpec, *, shares: bool = True) -> AsyncIterator[tuple[_Call, Span]]:
         """Look the answer up, then run the block in the ``llm call`` span; report the call once."""
-        call = _Call(spec, self._clock)
+        call = _Call(spec, self._clock, time.time_ns(), self._clock())
         shares = shares and spec.cache_control == NO_DIRECTIVES
         stopped: BaseException | None = None
         try:
@@ -352,9 +351,24 @@ class Generation:
             call.llm_s += self._clock() - started_s
 
 
-async def _each(events: Iterable[StreamEvent]) -> AsyncIterator[StreamEvent]:
-    for event in events:
-        yield event
+class _StoredStream:
+    """A stored answer as a stream."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        self._events = iter(entry.events())
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        for event in self._events:
+            return event
+        raise StopAsyncIteration
+
+    def completion(self) -> Completion:
+        """The whole answer, which costs nothing this time."""
+        return self._entry.reply().completion
 
 
 def _never(_digest: str) -> bool:
