@@ -13,6 +13,9 @@ COPY LICENSE README.md pyproject.toml ./
 COPY service/ service/
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
     && pip --python /opt/venv/bin/python install --no-deps dist/*.whl
+# Without test suites, type stubs and C sources. Byte code stays: nobody may write it later, and a start would pay for it.
+RUN find /opt/venv -type d \( -name test -o -name tests \) -prune -exec rm -rf {} + \
+    && find /opt/venv -type f \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.[ch]' -o -name '*.hpp' \) -delete
 
 FROM base
 # Modules come from the environment only, never from the working directory, which the service can write to.
