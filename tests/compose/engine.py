@@ -122,6 +122,8 @@ class Engine:
     def process(self, container: str) -> Process:
         """What the kernel says about its first process."""
         pid = int(self.inspect(container)["State"]["Pid"])
+        if not pid:
+            raise EngineError(f"{container} does not run")
         status = dict(
             line.split(":", 1)
             for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()

@@ -128,8 +128,11 @@ class Stack:
         Raises:
             AssertionError: It is not, or one of those that it depends on is not.
         """
-        waits_for = [name for name in self.services[service].get("depends_on", {}) if name in self.services]
-        absent = [name for name in waits_for if name not in good]
+        absent = [
+            name
+            for name, how in self.services[service].get("depends_on", {}).items()
+            if how.get("required", True) and name not in good
+        ]
         assert not absent, f"not started: {', '.join(absent)} did not come up"
         begun = time.monotonic()
         self.engine.podman("start", self.container(service))

@@ -150,6 +150,16 @@ def test_an_image_is_built_once() -> None:
             assert service["pull_policy"] == "never", name
 
 
+@pytest.mark.parametrize("name", ["litellm", "mlflow"])
+def test_what_an_image_leaves_out_is_in_its_lock(name: str) -> None:
+    dockerfile = (ROOT / "deploy" / name / "Dockerfile").read_text(encoding="utf-8")
+    lock = (ROOT / "deploy" / name / "requirements.lock").read_text(encoding="utf-8")
+    left_out = re.search(r"uninstall --yes \\\n(.*)\n", dockerfile)
+    assert left_out is not None
+    locked = set(re.findall(r"^([a-z0-9-]+)==", lock, re.MULTILINE))
+    assert set(left_out[1].split()) <= locked
+
+
 def test_a_busy_machine_has_time_to_start_everything() -> None:
     for name, service in SERVICES.items():
         if "healthcheck" in service:
