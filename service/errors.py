@@ -27,7 +27,24 @@ The name of a class is the ``error`` of the body, and the ``error.type`` of span
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from enum import StrEnum
+from typing import ClassVar, Final
+
+
+class Cause(StrEnum):
+    """Why a connection to the upstream failed; the value stands on spans, log lines and health results."""
+
+    REFUSED = "refused"
+    DNS = "dns"
+    TLS = "tls"
+    CONNECT_TIMEOUT = "connect_timeout"
+    READ_TIMEOUT = "read_timeout"
+    RESET = "reset"
+    PROTOCOL = "protocol"
+
+
+UNREACHABLE: Final = frozenset({Cause.REFUSED, Cause.DNS, Cause.TLS, Cause.CONNECT_TIMEOUT})
+"""The causes with which no connection was made."""
 
 
 class ServiceError(Exception):
@@ -41,6 +58,7 @@ class ServiceError(Exception):
         retryable: Whether the caller is advised to try again, where it differs from the class's advice.
         transient: Whether this service itself may try again at once.
         label: What happened in two or three words, for the log lines of attempts.
+        cause: Why the connection failed, where one did.
         details: One entry for each field at fault: ``field``, ``message``, ``type``.
         headers: More header fields for the answer.
         param: The field at fault, where one is; for clients that speak OpenAI's protocol.
@@ -61,6 +79,7 @@ class ServiceError(Exception):
         retryable: bool | None = None,
         transient: bool = True,
         label: str | None = None,
+        cause: Cause | None = None,
         details: Sequence[Mapping[str, str]] = (),
         headers: Mapping[str, str] | None = None,
         param: str | None = None,
@@ -70,6 +89,7 @@ class ServiceError(Exception):
         self.retry_after_s = retry_after_s
         self.retryable = self.retry if retryable is None else retryable
         self.transient = transient
+        self.cause = cause
         self.label = label or type(self).__name__
         self.details = tuple(details)
         self.headers = dict(headers or {})

@@ -12,6 +12,7 @@ import openai
 
 from service.errors import (
     BadRequestError,
+    Cause,
     RateLimitError,
     ServiceError,
     UpstreamError,
@@ -81,7 +82,9 @@ def from_transport(error: BaseException | None) -> ServiceError:
     """The service's error for what went wrong on the wire."""
     match error:
         case httpx2.ConnectError():
-            return UpstreamTimeoutError("The model's side cannot be reached. Try again.", label=CONNECTION)
+            return UpstreamTimeoutError(
+                "The model's side cannot be reached. Try again.", label=CONNECTION, cause=Cause.REFUSED
+            )
         case AnswerTooLargeError():
             return UpstreamError(
                 "The model's answer is larger than this service accepts.",
