@@ -4,10 +4,9 @@
 ``SemanticCache`` where it is on, ``NoCache`` where it is off.
 """
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol, Self
@@ -15,11 +14,19 @@ from typing import Any, Literal, Protocol, Self
 from opentelemetry.trace import Span, SpanContext
 
 from service.cache.control import CacheControl, Kind, Result
-from service.cache.embedded import EmbeddedStore
-from service.cache.entries import Assembler, DamagedEntryError, Entry, EntryMemory, entry_of
+from service.cache.embedded import open_embedded
+from service.cache.entries import Assembler, DamagedEntryError, Entry, EntryMemory, is_complete
 from service.cache.keys import CacheKey, key_of, tenant_of
 from service.cache.semantic import Question, SemanticIndex, question_point
-from service.cache.store import COLLECTION, Breaker, CacheStore, Point, StoreError, VectorStore, server_client
+from service.cache.store import (
+    COLLECTION,
+    Breaker,
+    GuardedStore,
+    StoreError,
+    VectorStore,
+    equal_to,
+    open_server,
+)
 from service.cache.sweeper import CacheSweeper
 from service.cache.writer import CacheWriter, Write
 from service.config.settings import Settings
@@ -30,7 +37,7 @@ from service.upstream.client import LlmClient
 from service.upstream.messages import LlmRequest, Reply
 from service.utils.deadline import Deadline
 
-TRUSTED_S = 10.0
+FRESH_S = 10.0
 """How long an entry in memory is returned without asking a server: other processes may clear the cache."""
 
 VECTOR_BYTES = 8
@@ -158,7 +165,7 @@ class ResponseCache:
 
     def __init__(
         self,
-        store: CacheStore,
+        store: GuardedStore,
         settings: Settings,
         telemetry: Telemetry,
         *,
@@ -167,11 +174,11 @@ class ResponseCache:
     ) -> None:
         instruments, tracer = telemetry.instruments, telemetry.tracer_provider.get_tracer(SCOPE)
         self.backend = store
-        self.sweeper = CacheSweeper(store, store.vectors, settings.cache_max_entries, tracer)
+        self.sweeper = CacheSweeper(store, settings.cache_max_entries, tracer)
         self.writer = CacheWriter(
-            store, instruments, tracer, settings.cache_queue_bytes, after=self.sweeper.count_written
+            store, telemetry, settings.cache_queue_bytes, on_written=self.sweeper.count_written
         )
-        self.memory = EntryMemory(settings.cache_memory_bytes, TRUSTED_S if store.shared else None)
+        self.memory = EntryMemory(settings.cache_memory_bytes, FRESH_S if store.shared else None)
         self.epoch = 0
         self.results: dict[Result, int] = {"hit": 0, "miss": 0, "bypass": 0, "error": 0}
         self._settings = settings
@@ -215,7 +222,7 @@ class ResponseCache:
                 except StoreError:
                     failed = True
                     # An entry that the store cannot confirm is as good as when it was stored.
-                    entry = self.memory.get(key.digest, unconfirmed=True)
+                    entry = self.memory.get(key.digest, allow_stale=True)
                 if entry is not None and not control.permits(self._now() - entry.created_at):
                     entry = None
             shared = entry is None and in_flight(key.digest)
@@ -253,7 +260,7 @@ class ResponseCache:
         try:
             entry = Entry.from_payload(key, payload)
         except DamagedEntryError as error:
-            self.backend.damaged(str(error))
+            self.backend.note_damaged(str(error))
             self.sweeper.mark_for_removal(COLLECTION, key.point_id)
             return None
         if entry.expires_at <= self._now():
@@ -285,19 +292,12 @@ class ResponseCache:
         slot, settings = lookup.slot, self._settings
         if slot is None or not slot.control.store or slot.epoch != self.epoch:
             return
-        entry = entry_of(
-            slot.key,
-            model,
-            reply,
-            now=self._now(),
-            ttl_s=settings.cache_ttl_s,
-            max_bytes=settings.cache_max_entry_bytes,
-        )
-        if entry is None:
+        if len(reply.content) > settings.cache_max_entry_bytes or not is_complete(reply):
             return
+        now = self._now()
+        entry = Entry(slot.key, model, now, now + settings.cache_ttl_s, reply.content, reply.completion)
         self.memory.put(entry)
-        point = partial(_point, entry)
-        self.writer.put(Write(COLLECTION, point, entry.size_bytes, entry.expires_at, origin))
+        self.writer.put(Write(COLLECTION, entry.point, entry.size_bytes, entry.expires_at, origin))
         if slot.question is not None:
             size_bytes = VECTOR_BYTES * len(slot.question.vector)
             point = partial(question_point, entry, slot.question)
@@ -315,7 +315,7 @@ class SemanticCache(ResponseCache):
     """
 
     def __init__(
-        self, index: SemanticIndex, store: CacheStore, settings: Settings, telemetry: Telemetry
+        self, index: SemanticIndex, store: GuardedStore, settings: Settings, telemetry: Telemetry
     ) -> None:
         super().__init__(store, settings, telemetry)
         self._index = index
@@ -336,7 +336,7 @@ class SemanticCache(ResponseCache):
             if question is not None:
                 slot = replace(slot, question=question)
                 found = await self._nearest(slot, question)
-        except StoreError:
+        except (StoreError, RecursionError):
             result = "error"
         entry, similarity = found
         if entry is not None:
@@ -368,10 +368,6 @@ class SemanticCache(ResponseCache):
                 self._instruments.cache_similarity.record(match.similarity, {"kind": "semantic"})
                 return entry, match.similarity
         return None, None
-
-
-def _point(entry: Entry) -> Point:
-    return Point(entry.key.point_id, entry.as_payload())
 
 
 def _describe(span: Span, lookup: Lookup) -> None:
@@ -469,7 +465,7 @@ class CacheAdmin:
     async def stats(self) -> CacheStats:
         """Count; answers that have just been given are included if they can be written in time."""
         cache = self._cache
-        await cache.writer.idle(self._timeout_s)
+        await cache.writer.wait_until_empty(self._timeout_s)
         entries: int | None = None
         with suppress(StoreError):
             entries = await cache.backend.count(COLLECTION)
@@ -504,7 +500,7 @@ class CacheAdmin:
             equal["model"] = model
         cache.memory.clear(tenant=equal.get("tenant"), model=model)
         # Waiting entries are written first and removed with the rest; what cannot be written is discarded.
-        await cache.writer.idle(self._timeout_s)
+        await cache.writer.wait_until_empty(self._timeout_s)
         try:
             async with cache.writer.paused():
                 cleared = await self._clear_store(equal)
@@ -536,7 +532,7 @@ class CacheAdmin:
         store = self._cache.backend
         removed = 0
         while True:
-            ids = await store.ids(collection, store.vectors.having(collection, equal, PAGE))
+            ids = await store.ids(collection, PAGE, equal_to(equal))
             await store.delete(collection, ids)
             removed += len(ids)
             if len(ids) < PAGE:
@@ -549,32 +545,11 @@ BREAKER_S = 10.0
 ``CACHE_TIMEOUT_S`` each."""
 
 FLUSH_TIMEOUT_S = 0.8
-OPEN_LIMIT_S = 10.0
-"""How long the start of the process waits for an embedded store to be read."""
 
 
-@asynccontextmanager
-async def open_store(settings: Settings) -> AsyncIterator[VectorStore]:
-    """Open the store: a server's client, or the embedded one.
-
-    A folder that cannot be opened makes a store that is down, not a service that does not start: the cache is
-    worth nothing without it, and everything else works. It is tried again with each ping.
-    """
-    if settings.qdrant_url:
-        client = server_client(settings)
-        try:
-            yield VectorStore(server=client, url=settings.qdrant_url)
-        finally:
-            await client.close()
-        return
-    embedded = EmbeddedStore(settings.qdrant_path)
-    with suppress(Exception):  # said by the store itself
-        async with asyncio.timeout(OPEN_LIMIT_S):
-            await embedded.open()
-    try:
-        yield VectorStore(embedded=embedded)
-    finally:
-        await embedded.close()
+def open_store(settings: Settings) -> AbstractAsyncContextManager[VectorStore]:
+    """Open the store that the settings name, a Qdrant server or the embedded one; leaving closes it."""
+    return open_server(settings) if settings.qdrant_url else open_embedded(settings.qdrant_path)
 
 
 @dataclass(frozen=True)
@@ -615,7 +590,7 @@ async def open_cache(  # noqa: PLR0913, PLR0917 - everything that the cache is b
         yield Cache(NoCache(), NoCacheAdmin(settings))
         return
     tracer = telemetry.tracer_provider.get_tracer(SCOPE)
-    backend = CacheStore(store, breaker, tracer, settings.cache_timeout_s, on_failing=on_failing)
+    backend = GuardedStore(store, breaker, tracer, settings.cache_timeout_s, on_failing)
     if settings.cache_semantic:
         index = SemanticIndex(llm, backend, settings, breaker("embeddings"))
         cache: ResponseCache = SemanticCache(index, backend, settings, telemetry)
