@@ -154,6 +154,7 @@ COLLECTOR: Final[dict[str, tuple[str, ...]]] = {
     "otelcol_process_memory_rss_bytes": (),
     "otelcol_processor_tail_sampling_global_count_traces_sampled_total": ("sampled", "decision"),
     "otelcol_processor_tail_sampling_sampling_trace_dropped_too_early_total": (),
+    "otelcol_processor_filter_logs_filtered_total": ("filter",),
     "up": ("job",),
 }
 """What the collector says about itself, with its labels; `up` says whether it can be scraped."""
