@@ -8,6 +8,7 @@ leader has left.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from opentelemetry import trace
@@ -26,18 +27,29 @@ CANCEL_TIMEOUT_S = 0.2
 """How long the last caller who leaves waits for the cancelled work to end."""
 
 
+@dataclass(slots=True)
 class _SharedCall:
-    """One call to the upstream and the callers who wait for its answer."""
+    """One call to the upstream and the callers who wait for its answer.
 
-    def __init__(self, origin: SpanContext, deadline: Deadline, progress: Progress) -> None:
-        self.origin = origin
-        self.deadline = deadline
-        self.progress = progress
-        self.answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self.task: asyncio.Task[None] | None = None
-        self.waiting = 0
-        self.leader_left = False
-        self.billed = False
+    Args:
+        answer: Its answer.
+        origin: The leader's span, linked from the followers' spans.
+        deadline: The leader's deadline.
+        progress: The attempts of the leader's work.
+        task: Runs the leader's work.
+        waiting: How many callers wait.
+        leader_left: Whether the leader was cancelled before the answer was there.
+        billed: Whether a caller was billed for the answer.
+    """
+
+    answer: asyncio.Future[Reply]
+    origin: SpanContext
+    deadline: Deadline
+    progress: Progress
+    task: asyncio.Task[None] | None = None
+    waiting: int = 0
+    leader_left: bool = False
+    billed: bool = False
 
 
 class Coalescing:
@@ -73,12 +85,9 @@ class Coalescing:
             UpstreamTimeoutError: The leader's work took longer than this follower can wait.
             ServiceError: Whatever the work raised.
         """
-        while True:
-            call = self._calls.get(digest)
-            if call is None:
-                origin = trace.get_current_span().get_span_context()
-                return await self._lead(digest, _SharedCall(origin, deadline, progress), work)
-            trace.get_current_span().add_link(call.origin)
+        span = trace.get_current_span()
+        while (call := self._calls.get(digest)) is not None:
+            span.add_link(call.origin)
             try:
                 reply, billed = await self._follow(digest, call, deadline)
             except UpstreamTimeoutError:
@@ -89,10 +98,9 @@ class Coalescing:
                 if billed:
                     progress.attempts = call.progress.attempts
                 return reply, billed
-
-    async def _lead(self, digest: str, call: _SharedCall, work: Work) -> tuple[Reply, bool]:
-        self._calls[digest] = call
-        call.task = self._spawn(self._run(digest, call, work))
+        answer = asyncio.get_running_loop().create_future()
+        call = self._calls[digest] = _SharedCall(answer, span.get_span_context(), deadline, progress)
+        call.task = self._spawn(self._lead(digest, call, work))
         try:
             reply = await self._wait(digest, call)
         except asyncio.CancelledError:
@@ -126,7 +134,8 @@ class Coalescing:
                 # The attempt's span has to end before the spans above it do.
                 await asyncio.wait({call.task}, timeout=CANCEL_TIMEOUT_S)
 
-    async def _run(self, digest: str, call: _SharedCall, work: Work) -> None:
+    async def _lead(self, digest: str, call: _SharedCall, work: Work) -> None:
+        """Run the leader's work, and hand its answer or error to all who wait."""
         try:
             reply = await work()
         except asyncio.CancelledError:

@@ -5,7 +5,7 @@ import json
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
@@ -63,11 +63,6 @@ class Entry:
     def size_bytes(self) -> int:
         """Approximate size in memory."""
         return len(self.content) + len(self.completion.text) + OVERHEAD_BYTES
-
-    @property
-    def saved_tokens(self) -> int:
-        """Tokens that are saved each time the answer is returned."""
-        return tokens_of(self.completion)
 
     def point(self) -> Point:
         """The entry as it is stored: the answer, and nothing of the question."""
@@ -313,19 +308,6 @@ class Assembler:
         self._usage: Mapping[str, Any] | None = None
         self._choices: dict[int, dict[str, Any]] = {}
         self._failed = max_bytes == 0
-
-    def tap(
-        self, relay: Callable[[StreamEvent], Awaitable[None]]
-    ) -> Callable[[StreamEvent], Awaitable[None]]:
-        """A relay that takes each event after this one has passed it on."""
-        if self._failed:
-            return relay
-
-        async def relay_and_take(event: StreamEvent) -> None:
-            await relay(event)
-            self.take(event.payload, len(event.raw))
-
-        return relay_and_take
 
     def take(self, payload: Mapping[str, Any] | None, size_bytes: int) -> None:
         """Take one event; raises nothing, whatever it contains."""
