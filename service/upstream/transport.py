@@ -20,7 +20,7 @@ from service.errors import Cause
 
 if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
-    from aiohttp.connector import Connection
+    from aiohttp.connector import Connection, SocketFactoryType
     from aiohttp.tracing import Trace
 
 MAX_HEAD_LINE: Final = 65_536
@@ -72,11 +72,15 @@ class UpstreamTransport(httpx2.AsyncBaseTransport):
     Args:
         max_connections: Connections at the same time; a request that needs one more waits.
         max_bytes: The largest body that is accepted.
+        socket_factory: Makes the sockets; aiohttp's own where it is None.
     """
 
-    def __init__(self, max_connections: int, max_bytes: int) -> None:
+    def __init__(
+        self, max_connections: int, max_bytes: int, socket_factory: "SocketFactoryType | None" = None
+    ) -> None:
         self._max_connections = max_connections
         self._max_bytes = max_bytes
+        self._socket_factory = socket_factory
         self._tls = httpx2.create_ssl_context(trust_env=False)
         self._session: aiohttp.ClientSession | None = None
         self._monitors: WeakKeyDictionary[ResponseHandler, _ConnectionMonitor] = WeakKeyDictionary()
@@ -112,7 +116,11 @@ class UpstreamTransport(httpx2.AsyncBaseTransport):
         # Not in the constructor: the session belongs to the event loop that is running.
         self._session = aiohttp.ClientSession(
             connector=_Connector(
-                self._monitors, limit=self._max_connections, keepalive_timeout=KEEP_ALIVE_S, ssl=self._tls
+                self._monitors,
+                limit=self._max_connections,
+                keepalive_timeout=KEEP_ALIVE_S,
+                ssl=self._tls,
+                socket_factory=self._socket_factory,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=NO_AUTO_HEADERS,
