@@ -1,6 +1,7 @@
 """Why an attempt failed below HTTP: the same word on its span, on its log line and in the health."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.harness import Answer, AppUnderTest, running_app
 from tests.http.support import attributes, eventually, trace_of
 
 CAUSE = "llmops.upstream.cause"
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "retry_max": 1,
     "retry_base_delay_s": 0.01,
     "llm_timeout_s": 0.5,
