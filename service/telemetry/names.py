@@ -270,6 +270,7 @@ ATTR_CACHE_ENTRIES: Final = "llmops.cache.entries"
 ATTR_CACHE_SAVED_TOKENS: Final = "llmops.cache.saved_tokens"
 ATTR_CACHE_RESULT: Final = "llmops.cache.result"
 ATTR_CACHE_SAVED_COST: Final = "llmops.cache.saved_cost"
+GEN_AI_PROVIDER: Final = "litellm"
 ATTR_RECORDS: Final = "llmops.recorder.records"
 
 EVENT_CACHE_ERROR: Final = "llmops.cache.error"

@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import Tracer as SpanTracer
 
+from service.recording.delivery import RecordCounts
 from service.recording.mlflow import GoneError, RefusedError, Run, Tracker, TrackerError
 from service.recording.record import CallRecord
+from service.telemetry.instruments import Instruments
+from service.telemetry.providers import Exporters, Telemetry
 from tests.harness import ROOT
 
 FIRST_TRACE = 0x4BF92F3577B34DA6A3CE929D0E0E0000
@@ -50,6 +54,12 @@ def no_spans() -> SpanTracer:
     return TracerProvider(shutdown_on_exit=False).get_tracer("test")
 
 
+def silent_telemetry(instruments: Instruments) -> Telemetry:
+    """Telemetry with these instruments that exports nothing."""
+    tracers, meters = TracerProvider(shutdown_on_exit=False), MeterProvider(shutdown_on_exit=False)
+    return Telemetry(tracers, meters, None, instruments, Exporters())
+
+
 class Lost:
     """Keeps what was said to be lost."""
 
@@ -63,6 +73,23 @@ class Lost:
     def total(self) -> int:
         """How many records."""
         return sum(count for count, _reason in self.said)
+
+
+class KeptCounts(RecordCounts):
+    """Counts that can be read."""
+
+    def __init__(self, instruments: Instruments, on_lost: Lost) -> None:
+        super().__init__(instruments)
+        self.on_lost = on_lost
+        self.total_settled = 0
+
+    def settled(self, count: int) -> None:
+        super().settled(count)
+        self.total_settled += count
+
+    def lost(self, count: int, reason: str) -> None:
+        super().lost(count, reason)
+        self.on_lost(count, reason)
 
 
 @dataclass
@@ -97,7 +124,7 @@ class FakeTracker(Tracker):
         self.kept: dict[int, str] = {}
         self.exports: list[list[int]] = []
         self.runs: dict[str, KeptRun] = {}
-        self.looks = 0
+        self.checks = 0
         self.on_send: Callable[[], None] = lambda: None
 
     def _obey(self) -> None:
@@ -146,8 +173,8 @@ class FakeTracker(Tracker):
         for record in sent:
             self.kept.setdefault(number_of(record), run.run_id)
 
-    def look(self) -> None:
-        self.looks += 1
+    def check(self) -> None:
+        self.checks += 1
         self._obey()
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.recording.record import CallRecord, read
+from service.recording.record import CallRecord, read_records
 from tests.unit.recording import lines, make_record, number_of
 
 ANY_TEXT = st.text(st.sampled_from('a\u00e9\U0001f600\ud800\0\n\u2028"\\'), max_size=8)
@@ -89,7 +89,7 @@ def test_garbled_lines_are_counted_and_the_rest_is_read(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     torn = lines(9)[:-20]
     path.write_bytes(lines(1, 2) + b"garbled\n" + lines(3) + torn)
-    records, garbled = read(path)
+    records, garbled = read_records(path)
     assert [number_of(record) for record in records] == [1, 2, 3]
     # What a crash has cut off was never answered.
     assert garbled == 1
@@ -98,5 +98,5 @@ def test_garbled_lines_are_counted_and_the_rest_is_read(tmp_path: Path) -> None:
 def test_a_last_line_that_lacks_its_line_feed_only_is_read(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     path.write_bytes(lines(1, 2)[:-1])
-    records, garbled = read(path)
+    records, garbled = read_records(path)
     assert ([number_of(record) for record in records], garbled) == ([1, 2], 0)

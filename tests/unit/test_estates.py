@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from service.recording.record import read
-from service.recording.spool import Estate, Spool, estates, lock_path, run_file
+from service.recording.record import read_records
+from service.recording.spool import OrphanedSpool, Spool, lock_path, orphaned_spools, run_file
 from tests.unit.recording import OWNER_OF_ONE, Lost, killed_owner, lines, make_record, number_of, python
 
 NAMES = [f"20260101T00000{number}-{number}-00000{number}" for number in range(5)]
@@ -19,8 +19,8 @@ def leave(folder: Path, name: str, *numbers: int) -> None:
     run_file(folder, name).write_text("{}")
 
 
-def numbers_of(estate: Estate) -> list[int]:
-    return [number_of(record) for path in estate.segments for record in read(path)[0]]
+def numbers_of(estate: OrphanedSpool) -> list[int]:
+    return [number_of(record) for path in estate.segments for record in read_records(path)[0]]
 
 
 def test_what_a_living_process_has_is_nobodys_and_a_killed_ones_is_the_heirs(tmp_path: Path) -> None:
@@ -28,27 +28,27 @@ def test_what_a_living_process_has_is_nobodys_and_a_killed_ones_is_the_heirs(tmp
     with python(OWNER_OF_ONE, str(tmp_path), line) as owner:
         assert owner.stdout is not None
         name = owner.stdout.readline().strip()
-        assert list(estates(tmp_path)) == []
+        assert list(orphaned_spools(tmp_path)) == []
         assert lock_path(tmp_path, name).exists()
         owner.kill()
         owner.wait()
-        found = [(estate.name, numbers_of(estate)) for estate in estates(tmp_path)]
+        found = [(estate.name, numbers_of(estate)) for estate in orphaned_spools(tmp_path)]
     assert found == [(name, [1])]
 
 
 def test_this_process_is_alive_too(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 1_000_000, Lost())
     spool.append(lines(1), spooled=False)
-    assert list(estates(tmp_path)) == []
+    assert list(orphaned_spools(tmp_path)) == []
     spool.close()
-    assert [numbers_of(estate) for estate in estates(tmp_path)] == [[1]]
+    assert [numbers_of(estate) for estate in orphaned_spools(tmp_path)] == [[1]]
 
 
 def test_a_torn_line_of_a_killed_process_is_passed_over(tmp_path: Path) -> None:
     name = killed_owner(tmp_path, 1, 2, 3)
     path = tmp_path / f"{name}.000000.jsonl"
     path.write_bytes(path.read_bytes()[:-30])
-    (estate,) = [(each.name, numbers_of(each)) for each in estates(tmp_path)]
+    (estate,) = [(each.name, numbers_of(each)) for each in orphaned_spools(tmp_path)]
     assert estate == (name, [1, 2])
 
 
@@ -56,7 +56,7 @@ def test_estates_come_oldest_first_and_their_files_in_order(tmp_path: Path) -> N
     for name in (NAMES[2], NAMES[0], NAMES[1]):
         leave(tmp_path, name, 1)
     (tmp_path / f"{NAMES[0]}.000001.jsonl").write_bytes(lines(2))
-    assert [(estate.name, numbers_of(estate)) for estate in estates(tmp_path)] == [
+    assert [(estate.name, numbers_of(estate)) for estate in orphaned_spools(tmp_path)] == [
         (NAMES[0], [1, 2]),
         (NAMES[1], [1]),
         (NAMES[2], [1]),
@@ -66,7 +66,7 @@ def test_estates_come_oldest_first_and_their_files_in_order(tmp_path: Path) -> N
 def test_a_lock_goes_with_the_last_of_the_files(tmp_path: Path) -> None:
     leave(tmp_path, NAMES[0], 1)
     leave(tmp_path, NAMES[1], 2)
-    for estate in estates(tmp_path):
+    for estate in orphaned_spools(tmp_path):
         if estate.name == NAMES[0]:
             estate.clear()
     assert {path.name.split(".")[0] for path in tmp_path.iterdir()} == {NAMES[1]}
@@ -75,48 +75,48 @@ def test_a_lock_goes_with_the_last_of_the_files(tmp_path: Path) -> None:
 
 def test_a_lock_alone_is_no_estate_and_is_tidied(tmp_path: Path) -> None:
     lock_path(tmp_path, NAMES[0]).touch()
-    assert list(estates(tmp_path)) == []
+    assert list(orphaned_spools(tmp_path)) == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_files_without_a_lock_are_an_estate(tmp_path: Path) -> None:
     leave(tmp_path, NAMES[0], 1)
     lock_path(tmp_path, NAMES[0]).unlink()
-    assert [numbers_of(estate) for estate in estates(tmp_path)] == [[1]]
+    assert [numbers_of(estate) for estate in orphaned_spools(tmp_path)] == [[1]]
 
 
 def test_what_somebody_else_put_there_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "20260101.jsonl").write_bytes(lines(1))
     (tmp_path / f"x{NAMES[0]}.000000.jsonl").write_bytes(lines(1))
-    assert list(estates(tmp_path)) == []
+    assert list(orphaned_spools(tmp_path)) == []
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_no_folder_is_no_estate_and_a_folder_that_is_none_is_an_error(tmp_path: Path) -> None:
-    assert list(estates(tmp_path / "nowhere")) == []
+    assert list(orphaned_spools(tmp_path / "nowhere")) == []
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
-        list(estates(tmp_path / "file"))
+        list(orphaned_spools(tmp_path / "file"))
 
 
 def test_an_estate_has_one_heir_at_a_time(tmp_path: Path) -> None:
     leave(tmp_path, NAMES[0], 1)
     leave(tmp_path, NAMES[1], 2)
-    first, second = estates(tmp_path), estates(tmp_path)
+    first, second = orphaned_spools(tmp_path), orphaned_spools(tmp_path)
     assert next(first).name == NAMES[0]
     assert next(second).name == NAMES[1]
     assert list(second) == []
     first.close()
-    assert [estate.name for estate in estates(tmp_path)] == NAMES[:2]
+    assert [estate.name for estate in orphaned_spools(tmp_path)] == NAMES[:2]
 
 
 def test_an_heir_that_comes_late_finds_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     leave(tmp_path, NAMES[0], 1)
     leave(tmp_path, NAMES[1], 2)
-    slow = estates(tmp_path)
+    slow = orphaned_spools(tmp_path)
     assert next(slow).name == NAMES[0]
-    for estate in estates(tmp_path):
+    for estate in orphaned_spools(tmp_path):
         assert estate.name == NAMES[1]
         estate.clear()
     # It has the name from before, and nothing is there under it any more.
@@ -127,16 +127,17 @@ def test_an_heir_that_comes_late_finds_nothing_and_leaves_nothing(tmp_path: Path
 HEIR = """
     import json, sys
     from pathlib import Path
-    from service.recording.record import read
-    from service.recording.spool import estates
+    from service.recording.record import read_records
+    from service.recording.spool import orphaned_spools
 
     print("ready", flush=True)
     sys.stdin.readline()
     found = []
     for _round in range(20):
-        for estate in estates(Path(sys.argv[1])):
-            found += [int(record.trace_id, 16) for path in estate.segments for record in read(path)[0]]
-            estate.clear()
+        for spool in orphaned_spools(Path(sys.argv[1])):
+            for path in spool.segments:
+                found += [int(record.trace_id, 16) for record in read_records(path)[0]]
+            spool.clear()
     print(json.dumps(found))
 """
 
@@ -166,7 +167,7 @@ def test_an_estate_that_is_too_old_goes_and_says_how_much_it_was(tmp_path: Path)
     (tmp_path / f"{NAMES[0]}.000001.jsonl").write_bytes(lines(3) + b"garbled\n" + b"torn")
     (estate,) = [
         (each.expire(3_600), each.expire(-1), each.expire(-1), len(each.segments))
-        for each in estates(tmp_path)
+        for each in orphaned_spools(tmp_path)
     ]
     assert estate == (0, 4, 0, 0)
     assert run_file(tmp_path, NAMES[0]).exists()

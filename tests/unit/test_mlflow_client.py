@@ -123,11 +123,20 @@ def test_a_run_that_is_not_there_is_gone(mlflow: FakeMlflow) -> None:
     reason(lambda: it.end_run(gone, "FAILED", 5), GoneError)
 
 
-def test_a_run_that_was_deleted_on_the_page_is_gone_too(scripted: Scripted) -> None:
-    # What a real server says (mlflow/store/tracking/sqlalchemy_store.py, _check_run_is_active).
-    message = "The run abc must be in the 'active' state. Current state is deleted."
-    scripted.answers(400, {"error_code": "INVALID_PARAMETER_VALUE", "message": message})
-    assert reason(lambda: tracker(scripted.url).end_run(RUN, "FINISHED", 5), GoneError)
+def test_a_run_that_was_deleted_on_the_page_is_gone_and_a_refused_change_of_another_is_not(
+    mlflow: FakeMlflow, scripted: Scripted
+) -> None:
+    it = tracker(mlflow.url)
+    run = it.start_run("name", 5)
+    mlflow.delete_run(run.run_id)
+    # The real server answers with the code of a malformed request.
+    assert reason(lambda: it.log_totals(run, {"calls": 1.0}, 5), GoneError) == "INVALID_PARAMETER_VALUE"
+    assert reason(lambda: it.end_run(run, "FINISHED", 5), GoneError) == "INVALID_PARAMETER_VALUE"
+    assert it.start_run("name", 5) != run
+    scripted.answers(400, {"error_code": "INVALID_PARAMETER_VALUE", "message": "deleted"})
+    with pytest.raises(TrackerError, match="INVALID_PARAMETER_VALUE") as raised:
+        tracker(scripted.url).end_run(RUN, "FINISHED", 5)
+    assert not isinstance(raised.value, GoneError)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +166,7 @@ def test_a_page_that_is_not_mlflows_has_kept_nothing(scripted: Scripted) -> None
     scripted.answers(200, b"<html>Sign in</html>", "text/html")
     it = tracker(scripted.url)
     assert reason(lambda: it.send([make_record()], RUN)) == "not MLflow's answer"
-    assert reason(it.look) == "not MLflow's answer"
+    assert reason(it.check) == "not MLflow's answer"
     assert reason(lambda: it.start_run("name", 5))
 
 
@@ -166,7 +175,7 @@ def test_a_redirect_is_not_followed(scripted: Scripted) -> None:
     scripted.headers["Location"] = "/login"
     it = tracker(scripted.url)
     assert reason(lambda: it.send([make_record()], RUN)) == "HTTP 302"
-    assert reason(it.look) == "HTTP 302"
+    assert reason(it.check) == "HTTP 302"
     assert [path for path in scripted.paths if "login" in path] == []
 
 
@@ -178,11 +187,11 @@ def test_an_answer_of_another_shape_is_a_tracker_error(scripted: Scripted, body:
 
 def test_a_server_that_is_down_or_hangs_says_which(mlflow: FakeMlflow) -> None:
     nobody = tracker(f"http://127.0.0.1:{unused_port()}")
-    assert reason(nobody.look) == "Connection error"
+    assert reason(nobody.check) == "Connection error"
     assert reason(lambda: nobody.send([make_record()], RUN)) == "Connection error"
     mlflow.hang = True
     began = time.monotonic()
-    assert reason(tracker(mlflow.url).look) == "Timeout"
+    assert reason(tracker(mlflow.url).check) == "Timeout"
     assert time.monotonic() - began < 10
 
 

@@ -10,11 +10,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode, format_trace_id
 
-from service.recording.delivery import FRUITLESS, Delivery
+from service.recording.delivery import MAX_REFUSALS, Delivery
 from service.recording.mlflow import GoneError, TrackerError
-from service.recording.spool import SEGMENT_RECORDS, Spool, files_of
+from service.recording.spool import SEGMENT_RECORDS, Spool, spool_files
 from tests.fakes.clock import FakeClock
-from tests.unit.recording import FakeTracker, Lost, lines, make_record, number_of
+from tests.unit.recording import FakeTracker, KeptCounts, Lost, lines, make_record, number_of
 from tests.unit.resilience import Readable, readable
 
 
@@ -31,23 +31,23 @@ class Sender:
         self.metrics = metrics
         self.clock = FakeClock()
         self.tracker = FakeTracker()
-        self.lost, self.settled = Lost(), 0
+        self.lost = Lost()
+        self.records = KeptCounts(metrics.instruments, self.lost)
         self.spans_out = InMemorySpanExporter()
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self.spans_out))
         self.spool = Spool(folder, 10_000_000, self.lost)
         self.delivery = Delivery(
             self.tracker,
-            metrics.instruments,
             provider.get_tracer("test"),
-            on_lost=self.lost,
-            on_settled=self._settle,
-            clock=self.clock,
+            self.records,
+            self.clock,
         )
         self.run = self.tracker.start_run("run", 0)
 
-    def _settle(self, count: int) -> None:
-        self.settled += count
+    @property
+    def settled(self) -> int:
+        return self.records.total_settled
 
     def write(self, *numbers: int) -> None:
         """Put these records into the spool, as the recorder does."""
@@ -74,7 +74,7 @@ class Sender:
     @property
     def left(self) -> int:
         """How many files lie in the spool."""
-        return len(files_of(self.spool.folder, self.spool.name))
+        return len(spool_files(self.spool.folder, self.spool.name))
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_back_off_doubles_up_to_ten_seconds_and_begins_anew_after_success(sender
         sender.delivery.failed(TrackerError("Timeout"), sender.spool)
         waits.append(waited_s(sender))
     assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
-    sender.delivery.passed()
+    sender.delivery.succeeded()
     sender.delivery.failed(TrackerError("Timeout"), None)
     assert waited_s(sender) == 0.5
 
@@ -218,7 +218,7 @@ def test_when_everybody_is_refused_nothing_is_lost(sender: Sender) -> None:
         assert sender.send() == "HTTP 422"
     assert (sender.lost.said, sender.left, sender.delivery.failing) == ([], 1, True)
     # And it does not ask for each of them again and again.
-    assert len(sender.tracker.exports) == 3 * (1 + FRUITLESS)
+    assert len(sender.tracker.exports) == 3 * (1 + MAX_REFUSALS)
     sender.tracker.refuses = lambda _record: False
     assert sender.send() is None
     assert len(sender.tracker.kept) == SEGMENT_RECORDS
@@ -256,7 +256,7 @@ def test_a_database_that_fails_in_the_middle_costs_nothing(sender: Sender) -> No
 
 def test_a_file_that_somebody_removed_or_changed_is_counted(sender: Sender) -> None:
     sender.write(*range(2 * SEGMENT_RECORDS))
-    first, second = files_of(sender.spool.folder, sender.spool.name)
+    first, second = spool_files(sender.spool.folder, sender.spool.name)
     first.unlink()
     second.write_bytes(lines(100, 101) + b"garbled\n")
     assert sender.send() is None
@@ -266,7 +266,7 @@ def test_a_file_that_somebody_removed_or_changed_is_counted(sender: Sender) -> N
 
 def test_a_file_that_cannot_be_read_now_is_kept(sender: Sender) -> None:
     sender.write(*range(SEGMENT_RECORDS))
-    (path,) = files_of(sender.spool.folder, sender.spool.name)
+    (path,) = spool_files(sender.spool.folder, sender.spool.name)
     away = path.with_name("away")
     path.rename(away)
     # Root may read everything; a folder is what it cannot read, either.
@@ -335,7 +335,7 @@ def test_what_was_sent_before_a_crash_is_sent_again_and_kept_once(sender: Sender
     # It has the first file, and the process ends before the file goes.
     sender.tracker.send([make_record(number) for number in range(SEGMENT_RECORDS)], sender.run)
     sender.spool.close()
-    sender.delivery.send_estates(sender.spool.folder, 3_600)
+    sender.delivery.send_orphaned(sender.spool.folder, 3_600)
     assert sorted(sender.tracker.kept) == list(range(2 * SEGMENT_RECORDS))
     sent = [number for export in sender.tracker.exports for number in export]
     assert sorted(sent) == sorted([*range(SEGMENT_RECORDS), *range(2 * SEGMENT_RECORDS)])

@@ -9,7 +9,16 @@ from service.recording.delivery import Delivery, Replayed
 from service.recording.mlflow import TrackerError
 from service.recording.run import ProcessRun
 from service.recording.spool import lock_path, run_file
-from tests.unit.recording import FakeTracker, KeptRun, Lost, killed_owner, lines, no_spans, number_of
+from tests.unit.recording import (
+    FakeTracker,
+    KeptCounts,
+    KeptRun,
+    Lost,
+    killed_owner,
+    lines,
+    no_spans,
+    number_of,
+)
 from tests.unit.resilience import Readable, readable
 
 NAMES = [f"20260101T00000{number}-{number}-00000{number}" for number in range(5)]
@@ -30,14 +39,8 @@ class Heir:
         self.folder = folder
         self.tracker = tracker or FakeTracker()
         self.lost = Lost()
-        self.settled = Lost()
-        self.delivery = Delivery(
-            self.tracker,
-            metrics.instruments,
-            no_spans(),
-            on_lost=self.lost,
-            on_settled=lambda count: self.settled(count, ""),
-        )
+        self.records = KeptCounts(metrics.instruments, self.lost)
+        self.delivery = Delivery(self.tracker, no_spans(), self.records)
 
     def leave(self, name: str, *files: bytes, run: ProcessRun | None = None) -> None:
         """What a process of this name left when it was killed."""
@@ -48,7 +51,7 @@ class Heir:
             run.save(run_file(self.folder, name))
 
     def send(self) -> Replayed:
-        return self.delivery.send_estates(self.folder, MAX_AGE_S)
+        return self.delivery.send_orphaned(self.folder, MAX_AGE_S)
 
     def run_of(self, name: str) -> KeptRun:
         (found,) = [run for run in self.tracker.runs.values() if run.name == name]
@@ -76,7 +79,7 @@ def test_a_killed_processs_records_go_to_its_run_which_has_failed(heir: Heir) ->
     assert heir.run_of(name).status == "FAILED"
     assert (heir.left, heir.replayed, heir.lost.said) == (set(), 3, [])
     # They are none of the heir's own.
-    assert heir.settled.total == 0
+    assert heir.records.total_settled == 0
 
 
 def test_a_process_that_said_its_end_has_finished(heir: Heir) -> None:
@@ -211,14 +214,14 @@ def test_what_cannot_be_read_now_stays(heir: Heir) -> None:
 def test_what_is_too_old_is_lost_whether_mlflow_is_there_or_not(heir: Heir) -> None:
     heir.leave(NAMES[0], lines(1, 2), lines(3))
     heir.tracker.error = TrackerError("Timeout")
-    heir.delivery.expire_estates(heir.folder, MAX_AGE_S)
+    heir.delivery.expire_orphaned(heir.folder, MAX_AGE_S)
     assert heir.lost.said == []
-    heir.delivery.expire_estates(heir.folder, -1)
+    heir.delivery.expire_orphaned(heir.folder, -1)
     assert heir.lost.said == [(3, "too old")]
     heir.tracker.error = None
-    assert heir.delivery.send_estates(heir.folder, -1) == Replayed()
+    assert heir.delivery.send_orphaned(heir.folder, -1) == Replayed()
     assert (heir.tracker.kept, heir.left) == ({}, set())
 
 
 def test_no_folder_is_nothing_to_do(heir: Heir) -> None:
-    assert heir.delivery.send_estates(heir.folder / "nowhere", MAX_AGE_S) == Replayed()
+    assert heir.delivery.send_orphaned(heir.folder / "nowhere", MAX_AGE_S) == Replayed()

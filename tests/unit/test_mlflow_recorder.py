@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from service.recording.mlflow import TrackerError
-from service.recording.record import read
+from service.recording.record import read_records
 from service.recording.recorder import MEMORY_BYTES, MEMORY_RECORDS, Recorder
 from service.recording.run import ProcessRun
 from service.recording.spool import lock_path
 from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
-from tests.unit.recording import FakeTracker, killed_owner, lines, make_record, no_spans, number_of
+from tests.unit.recording import FakeTracker, killed_owner, lines, make_record, number_of, silent_telemetry
 from tests.unit.resilience import Readable, readable
 
 LIMIT_S = 10.0
@@ -45,8 +45,7 @@ class Recording:
         self.recorder = Recorder(
             self.tracker,
             make_settings(spool_path=str(folder), **settings),
-            metrics.instruments,
-            no_spans(),
+            silent_telemetry(metrics.instruments),
             interval_s=interval_s,
             clock=self.clock,
         )
@@ -77,7 +76,7 @@ class Recording:
     @property
     def on_disk(self) -> list[int]:
         paths = sorted(self.folder.glob("*.jsonl"))
-        return [number_of(record) for path in paths for record in read(path)[0]]
+        return [number_of(record) for path in paths for record in read_records(path)[0]]
 
     @property
     def kept(self) -> list[int]:
@@ -331,7 +330,7 @@ def test_that_mlflow_is_back_is_asked_when_nothing_waits(make: Make) -> None:
     recording.start()
     until(recording.tracker.asked.is_set, "the first question")
     recording.tracker.error = None
-    until(lambda: recording.tracker.looks, "the question", recording.clock)
+    until(lambda: recording.tracker.checks, "the question", recording.clock)
     recording.record(1)
     until(lambda: recording.kept == [1], "the record to be sent")
     assert recording.value("spooled") == 0

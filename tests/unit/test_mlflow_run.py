@@ -9,8 +9,9 @@ from typing import Literal
 import pytest
 
 from service.config.settings import Settings
+from service.recording.delivery import RecordCounts
 from service.recording.mlflow import GoneError, Run, TrackerError
-from service.recording.run import LATENCIES, Losses, ProcessRun, Totals, params_of
+from service.recording.run import LATENCIES, ProcessRun, Totals, params_of
 from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
 from tests.unit.recording import FakeTracker, make_record
@@ -152,21 +153,21 @@ def test_losses_are_counted_exactly_and_told_once_a_minute(
     metrics: Readable, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = FakeClock(1_000.0)
-    losses = Losses(metrics.instruments, clock)
-    losses.add(1, "first")
-    losses.add(2, "second")
+    counts = RecordCounts(metrics.instruments, clock)
+    counts.lost(1, "first")
+    counts.lost(2, "second")
     clock.advance(59)
-    losses.add(3, "third")
-    losses.say(at_once=False)
+    counts.lost(3, "third")
+    counts.log_losses(at_once=False)
     assert told(caplog) == [(1, "first")]
     # Also when nothing is lost any more, what was lost is said.
     clock.advance(1)
-    losses.say(at_once=False)
-    losses.say(at_once=False)
+    counts.log_losses(at_once=False)
+    counts.log_losses(at_once=False)
     assert told(caplog) == [(1, "first"), (5, "third")]
-    losses.add(4, "fourth")
-    losses.say()
-    losses.say()
+    counts.lost(4, "fourth")
+    counts.log_losses()
+    counts.log_losses()
     assert told(caplog) == [(1, "first"), (5, "third"), (4, "fourth")]
     assert metrics.value("llmops.recorder.lost") == 10
     assert set(caplog.messages) == {"Records of calls are lost"}
@@ -177,17 +178,17 @@ def told(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
 
 
 def test_losses_of_two_threads_are_counted(metrics: Readable, caplog: pytest.LogCaptureFixture) -> None:
-    losses = Losses(metrics.instruments)
+    counts = RecordCounts(metrics.instruments)
 
     def lose() -> None:
         for _record in range(1_000):
-            losses.add(1, "many")
+            counts.lost(1, "many")
 
     threads = [threading.Thread(target=lose) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    losses.say()
+    counts.log_losses()
     assert metrics.value("llmops.recorder.lost") == 2_000
     assert sum(count for count, _reason in told(caplog)) == 2_000

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deploy.ports import unused_port
-from service.recording.replay import replay
+from service.recording.recorder import replay
 from tests.fakes.mlflow import FakeMlflow
 from tests.harness import make_settings
 from tests.unit.recording import killed_owner, make_record

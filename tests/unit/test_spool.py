@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from service.recording.record import read
-from service.recording.spool import SEGMENT_BYTES, SEGMENT_RECORDS, Spool, files_of, hold, lock_path
+from service.recording.record import read_records
+from service.recording.spool import SEGMENT_BYTES, SEGMENT_RECORDS, Spool, lock_path, spool_files, try_lock
 from tests.fakes.clock import FakeClock
 from tests.unit.recording import Lost, lines, make_record, number_of
 
@@ -32,14 +32,14 @@ class Opened:
     @property
     def on_disk(self) -> list[int]:
         """The records in the files, in the order of the files."""
-        paths = files_of(self.spool.folder, self.spool.name)
-        return [number_of(record) for path in paths for record in read(path)[0]]
+        paths = spool_files(self.spool.folder, self.spool.name)
+        return [number_of(record) for path in paths for record in read_records(path)[0]]
 
     def take_all(self) -> list[list[int]]:
         """The records of each file, as they are taken."""
         taken = []
         while (segment := self.spool.take()) is not None:
-            taken.append([number_of(record) for record in read(segment.path)[0]])
+            taken.append([number_of(record) for record in read_records(segment.path)[0]])
             self.spool.done(segment)
         return taken
 
@@ -67,7 +67,7 @@ def test_folder_and_files_are_this_users_only(tmp_path: Path) -> None:
 
 def test_a_record_is_in_its_file_when_append_is_back(opened: Opened) -> None:
     opened.write(1)
-    (path,) = files_of(opened.spool.folder, opened.spool.name)
+    (path,) = spool_files(opened.spool.folder, opened.spool.name)
     assert json.loads(path.read_bytes()) == json.loads(lines(1))
     opened.write(2)
     assert opened.on_disk == [1, 2]
@@ -88,7 +88,7 @@ def test_a_file_is_closed_at_so_many_bytes(opened: Opened) -> None:
 def test_records_come_out_in_their_order_and_their_files_go(opened: Opened) -> None:
     opened.write(*range(250))
     assert [number for numbers in opened.take_all() for number in numbers] == list(range(250))
-    assert files_of(opened.spool.folder, opened.spool.name) == []
+    assert spool_files(opened.spool.folder, opened.spool.name) == []
     assert opened.spool.take() is None
     opened.write(250)
     assert opened.take_all() == [[250]]
@@ -128,7 +128,7 @@ def test_what_was_sent_makes_room(tmp_path: Path) -> None:
 def test_a_line_larger_than_the_bound_costs_no_other(tmp_path: Path) -> None:
     opened = Opened(tmp_path, max_bytes=LINE_BYTES * 2)
     opened.write(10)
-    with pytest.raises(OSError, match="larger than all"):
+    with pytest.raises(OSError, match="larger than the limit"):
         opened.spool.append(b"x" * (LINE_BYTES * 2 + 1), spooled=False)
     assert (opened.on_disk, opened.lost.said) == ([10], [])
 
@@ -212,7 +212,7 @@ def test_a_folder_that_is_gone_is_an_os_error_and_one_that_comes_back_is_used(tm
 
 def test_files_that_are_gone_disturb_nobody(opened: Opened) -> None:
     opened.write(*range(2 * SEGMENT_RECORDS + 1))
-    for path in files_of(opened.spool.folder, opened.spool.name):
+    for path in spool_files(opened.spool.folder, opened.spool.name):
         path.unlink()
     opened.spool.sync()
     segment = opened.spool.take()
@@ -246,11 +246,11 @@ def test_spools_in_one_folder_are_apart(tmp_path: Path) -> None:
 def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path: Path, *, replaced: bool) -> None:
     path = tmp_path / "name.lock"
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
-    assert hold(descriptor, path)
+    assert try_lock(descriptor, path)
     path.unlink()
     if replaced:
         path.touch()
-    assert not hold(descriptor, path)
+    assert not try_lock(descriptor, path)
     os.close(descriptor)
 
 

@@ -29,8 +29,8 @@ KINDS = ["size limit", *(["full disk"] if can_mount() else [])]
 WRITER = """
     import json, os, resource, sys
     from pathlib import Path
-    from service.recording.record import CallRecord, read
-    from service.recording.spool import Spool, files_of
+    from service.recording.record import CallRecord, read_records
+    from service.recording.spool import Spool, spool_files
 
     def line_of(number):
         record = CallRecord(
@@ -61,8 +61,8 @@ WRITER = """
                 taken.append(number)
 
     def on_disk():
-        paths = files_of(spool.folder, spool.name)
-        found = [read(path) for path in paths]
+        paths = spool_files(spool.folder, spool.name)
+        found = [read_records(path) for path in paths]
         return {
             "numbers": [int(record.trace_id, 16) for records, _garbled in found for record in records],
             "garbled": sum(garbled for _records, garbled in found),
@@ -73,7 +73,7 @@ WRITER = """
     first = {"taken": list(taken), "refused": len(refused), "on_disk": on_disk()}
     descriptors = len(os.listdir("/proc/self/fd"))
     segment = spool.take()
-    gone = len(read(segment.path)[0])
+    gone = len(read_records(segment.path)[0])
     spool.done(segment)
     refused.clear()
     write(range(1_000, 1_010))

@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.recording.record import read
-from service.recording.spool import SEGMENT_RECORDS, Segment, Spool, files_of
+from service.recording.record import read_records
+from service.recording.spool import SEGMENT_RECORDS, Segment, Spool, spool_files
 from tests.fakes.clock import FakeClock
 from tests.unit.recording import lines, number_of
 
@@ -83,7 +83,7 @@ class SpoolMachine(RuleBasedStateMachine):
         assert (segment is None) == (not self.sealed)
         if segment is not None:
             known = self.sealed.pop(0)
-            assert [number_of(record) for record in read(segment.path)[0]] == known.numbers
+            assert [number_of(record) for record in read_records(segment.path)[0]] == known.numbers
             assert (segment.records, segment.spooled) == (len(known.numbers), len(known.spooled))
             self.taken.append((segment, known))
 
@@ -123,8 +123,8 @@ class SpoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def disk_and_counts_are_as_they_should_be(self) -> None:
-        paths = files_of(self.spool.folder, self.spool.name)
-        on_disk = [number_of(record) for path in paths for record in read(path)[0]]
+        paths = spool_files(self.spool.folder, self.spool.name)
+        on_disk = [number_of(record) for path in paths for record in read_records(path)[0]]
         assert sorted(on_disk) == sorted(number for file in self.files for number in file.numbers)
         assert self.lost == self.should_be_lost
         assert self.spool.files == len(self.sealed) + len(self.open)
