@@ -149,6 +149,8 @@ _importing = threading.Lock()
 
 API_PING = "/api/2.0/mlflow/experiments/search"
 TRACES = "/v1/traces"
+EXPERIMENT_HEADER = "x-mlflow-experiment-id"
+RUN_HEADER = "x-mlflow-run-id"
 MAX_TRACES = 100
 """The most records of one export: the server links at most so many traces to a run at once."""
 
@@ -282,8 +284,8 @@ class Tracker:
         """
         headers = {
             "Content-Type": PROTOBUF,
-            "x-mlflow-experiment-id": run.experiment_id,
-            "x-mlflow-run-id": run.run_id,
+            EXPERIMENT_HEADER: run.experiment_id,
+            RUN_HEADER: run.run_id,
         }
         body = encode(records, self._resource)
         self._request("POST", TRACES, PROTOBUF, extra_headers=headers, data=body)
@@ -358,7 +360,7 @@ def _translate_errors(work: Callable[[], T]) -> T:
         raise ERRORS_BY_CODE.get(code := str(error.error_code), TrackerError)(code) from None
     except MlflowException as error:
         # The SDK raises this one class whenever there was no answer.
-        raise TrackerError("Timeout" if _is_timeout(error) else "Connection error") from None
+        raise TrackerError("Timeout" if is_timeout(error) else "Connection error") from None
     except Exception as error:  # noqa: BLE001 - see below
         # An answer of another server can make the SDK raise anything.
         raise TrackerError(type(error).__name__) from None
@@ -370,7 +372,7 @@ ERRORS_BY_CODE: Mapping[str, type[TrackerError]] = {
 }
 
 
-def _is_timeout(error: BaseException | None) -> bool:
+def is_timeout(error: BaseException | None) -> bool:
     """Whether the error was raised because of a timeout of the socket."""
     while error is not None:
         if isinstance(error, TimeoutError):
