@@ -178,11 +178,11 @@ class FakeTracker(Tracker):
         self._obey()
 
 
-def python(script: str, *arguments: str, wrapper: Iterable[str] = ()) -> "subprocess.Popen[str]":
+def python(script: str, *arguments: str) -> "subprocess.Popen[str]":
     """Another process that runs this script; what it prints can be read."""
     coverage = {name: os.environ[name] for name in os.environ if name.startswith("COVERAGE")}
     return subprocess.Popen(
-        [*wrapper, sys.executable, "-c", textwrap.dedent(script), *arguments],
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **coverage},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,16 +1,14 @@
 """A process's run, on disk and on the server; its totals, its losses, and what of the settings is shown."""
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
 from service.config.settings import Settings
 from service.recording.delivery import RecordCounts
-from service.recording.mlflow import GoneError, Run, TrackerError
+from service.recording.mlflow import Run
 from service.recording.run import LATENCIES, ProcessRun, Totals, params_of
 from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
@@ -65,36 +63,6 @@ def test_it_is_made_and_described_once() -> None:
     assert [(kept.name, kept.params) for kept in tracker.runs.values()] == [("name", {"version": "1"})]
 
 
-def test_an_answer_that_was_lost_makes_no_second_run() -> None:
-    tracker, run = FakeTracker(), ProcessRun("name", 5, {"version": "1"})
-    tracker.answers_lost = 1
-    with pytest.raises(TrackerError):
-        run.on_server(tracker)
-    run.on_server(tracker)
-    assert len(tracker.runs) == 1
-    assert tracker.runs["run-1"].params == {"version": "1"}
-
-
-def test_a_run_that_is_forgotten_is_made_anew_and_described_again() -> None:
-    tracker, run = FakeTracker(), ProcessRun("name", 5, {"version": "1"})
-    run.on_server(tracker)
-    tracker.runs = {"other": tracker.runs.pop("run-1")}
-    tracker.runs["other"].name = "somebody else's"
-    with pytest.raises(GoneError):
-        run.end(tracker, 9)
-    run.forget()
-    run.end(tracker, 9)
-    assert tracker.runs["run-2"].params == {"version": "1"}
-
-
-@pytest.mark.parametrize(("status", "expected"), [("FINISHED", "FINISHED"), (None, "FAILED")])
-def test_it_ends_as_the_process_did(status: Literal["FINISHED"] | None, expected: str) -> None:
-    tracker, run = FakeTracker(), ProcessRun("name", 5, totals={"calls": 2.0}, status=status)
-    run.end(tracker, 9)
-    (kept,) = tracker.runs.values()
-    assert (kept.status, kept.ended_ms, kept.totals) == (expected, 9, {"calls": 2.0})
-
-
 def test_totals_add_up() -> None:
     totals = Totals()
     assert totals.metrics == {}
@@ -126,12 +94,6 @@ def test_quantiles_are_those_of_the_latest_calls() -> None:
     found = totals.metrics
     assert (found["latency_p50_s"], found["latency_p95_s"], found["latency_p99_s"]) == (50.0, 95.0, 99.0)
     assert found["calls"] == LATENCIES + 50
-
-
-def test_one_call_has_quantiles_too() -> None:
-    totals = Totals()
-    totals.add(make_record(duration_s=0.5))
-    assert {totals.metrics[f"latency_p{share}_s"] for share in (50, 95, 99)} == {0.5}
 
 
 def test_parameters_hold_the_settings_and_no_secret() -> None:
@@ -175,20 +137,3 @@ def test_losses_are_counted_exactly_and_told_once_a_minute(
 
 def told(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
     return [(vars(record)["records"], vars(record)["reason"]) for record in caplog.records]
-
-
-def test_losses_of_two_threads_are_counted(metrics: Readable, caplog: pytest.LogCaptureFixture) -> None:
-    counts = RecordCounts(metrics.instruments)
-
-    def lose() -> None:
-        for _record in range(1_000):
-            counts.lost(1, "many")
-
-    threads = [threading.Thread(target=lose) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    counts.log_losses()
-    assert metrics.value("llmops.recorder.lost") == 2_000
-    assert sum(count for count, _reason in told(caplog)) == 2_000

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from deploy.ports import unused_port
 from service.recording.recorder import replay
 from tests.fakes.mlflow import FakeMlflow
 from tests.harness import make_settings
@@ -32,29 +31,8 @@ def run(url: str, folder: Path) -> int:
     return replay(make_settings(mlflow_tracking_uri=url, mlflow_timeout_s=1, spool_path=str(folder)))
 
 
-def test_it_brings_everything_and_says_so(
-    mlflow: FakeMlflow, tmp_path: Path, said: pytest.LogCaptureFixture
-) -> None:
-    killed_owner(tmp_path, 1, 2)
-    killed_owner(tmp_path, 3)
-    assert run(mlflow.url, tmp_path) == 0
-    assert mlflow.trace_ids == {make_record(number).trace_id for number in (1, 2, 3)}
-    assert {each.status for each in mlflow.runs} == {"FAILED"}
-    assert list(tmp_path.iterdir()) == []
-    assert said.messages[-2:] == ["MLflow has 3 record(s) that had to wait", "Nothing is left to replay"]
-    assert run(mlflow.url, tmp_path) == 0
-    assert len(mlflow.runs) == 2
-
-
 def test_nothing_to_do_is_success(mlflow: FakeMlflow, tmp_path: Path) -> None:
     assert run(mlflow.url, tmp_path / "nowhere") == 0
-
-
-def test_without_a_server_everything_stays(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
-    killed_owner(tmp_path, 1)
-    assert run(f"http://127.0.0.1:{unused_port()}", tmp_path) == 1
-    assert said.messages == ["Error: MLflow does not take the records: Connection error"]
-    assert len(list(tmp_path.glob("*.jsonl"))) == 1
 
 
 def test_what_is_refused_stays(mlflow: FakeMlflow, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
