@@ -1,4 +1,4 @@
-"""What the tests of the recorder share: records, a tracker that does as it is told, and what was lost."""
+"""Shared by the tests of the recorder: records, a scripted tracker, and counts that can be read."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ FIRST_TRACE = 0x4BF92F3577B34DA6A3CE929D0E0E0000
 
 
 def make_record(number: int = 0, **changes: Any) -> CallRecord:
-    """A call that went well; each number is another one."""
+    """The record of a successful call; each number makes another one."""
     given: dict[str, Any] = {
         "trace_id": f"{FIRST_TRACE + number:032x}",
         "span_id": f"{number + 1:016x}",
@@ -61,7 +61,7 @@ def silent_telemetry(instruments: Instruments) -> Telemetry:
 
 
 class Lost:
-    """Keeps what was said to be lost."""
+    """Keeps the losses that it is called with."""
 
     def __init__(self) -> None:
         self.said: list[tuple[int, str]] = []

@@ -221,11 +221,20 @@ def test_a_failure_that_begins_within_a_file_loses_nothing(sender: Sender) -> No
     assert sender.lost.said == []
 
 
+def test_a_refused_record_is_tried_again_before_it_is_lost(sender: Sender) -> None:
+    sender.write(0, 1, 2)
+    # The whole file is refused, then 1 by itself; 0 shows that MLflow accepts records, and 1 is sent again.
+    sender.tracker.refuses = lambda _record: len(sender.tracker.exports) in {1, 3}
+    assert sender.send() is None
+    assert sender.tracker.exports == [[0, 1, 2], [0], [1], [0], [1], [2]]
+    assert (sorted(sender.tracker.kept), sender.lost.said) == ([0, 1, 2], [])
+
+
 def test_records_of_a_removed_or_changed_file_are_lost_and_counted(sender: Sender) -> None:
     sender.write(*range(2 * SEGMENT_RECORDS))
     first, second = spool_files(sender.spool.folder, sender.spool.name)
     first.unlink()
-    second.write_bytes(lines(100, 101) + b"garbled\n")
+    second.write_bytes(lines(100, 101) + b"invalid\n")
     assert sender.send() is None
     assert sender.lost.total == 198
     assert sender.settled == 200

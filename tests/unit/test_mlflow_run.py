@@ -1,4 +1,4 @@
-"""A process's run, on disk and on the server; its totals, its losses, and what of the settings is shown."""
+"""The run of a process on disk and on the server, its totals and parameters; the count of losses."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def metrics() -> Iterator[Readable]:
         yield found
 
 
-def test_it_is_on_disk_as_it_was(tmp_path: Path) -> None:
+def test_a_run_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     run = ProcessRun("name", 5, {"version": "1"}, "run-1", "2", described=True, totals={"calls": 3.0})
     run.status, run.ended_ms = "FINISHED", 9
     run.save(tmp_path / "run.json")
@@ -35,29 +35,29 @@ def test_it_is_on_disk_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"colour": 1}'])
-def test_what_cannot_be_read_is_known_by_its_name(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_file_gives_a_new_run(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "run.json"
     path.write_bytes(content)
     assert ProcessRun.load(path, "name", 5) == ProcessRun("name", 5)
     assert ProcessRun.load(tmp_path / "none", "name", 5) == ProcessRun("name", 5)
 
 
-def test_a_later_versions_fields_are_passed_over(tmp_path: Path) -> None:
+def test_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"name": "name", "started_ms": 5, "status": "FINISHED", "colour": "blue"}))
     assert ProcessRun.load(path, "other", 0) == ProcessRun("name", 5, status="FINISHED")
 
 
-def test_a_disk_that_takes_nothing_is_passed_over_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_failure_to_save_is_ignored_and_leaves_no_file(tmp_path: Path) -> None:
     run = ProcessRun("name", 5)
     run.save(tmp_path / "nowhere" / "run.json")
-    # The draft can be written, and not be put in its place.
+    # The draft can be written, but not renamed.
     (tmp_path / "run.json").mkdir()
     run.save(tmp_path / "run.json")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_it_is_made_and_described_once() -> None:
+def test_a_run_is_created_and_described_once() -> None:
     tracker, run = FakeTracker(), ProcessRun("name", 5, {"version": "1"})
     assert run.on_server(tracker) == run.on_server(tracker) == Run("run-1", "1")
     assert [(kept.name, kept.params) for kept in tracker.runs.values()] == [("name", {"version": "1"})]
@@ -85,7 +85,7 @@ def test_totals_add_up() -> None:
     }
 
 
-def test_quantiles_are_those_of_the_latest_calls() -> None:
+def test_quantiles_are_of_the_latest_calls() -> None:
     totals = Totals()
     for _call in range(50):
         totals.add(make_record(duration_s=1_000.0))
@@ -111,7 +111,7 @@ def test_parameters_hold_the_settings_and_no_secret() -> None:
     assert len(shown) <= MOST_PARAMS
 
 
-def test_losses_are_counted_exactly_and_told_once_a_minute(
+def test_losses_are_counted_and_logged_once_a_minute(
     metrics: Readable, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = FakeClock(1_000.0)
@@ -121,19 +121,19 @@ def test_losses_are_counted_exactly_and_told_once_a_minute(
     clock.advance(59)
     counts.lost(3, "third")
     counts.log_losses(at_once=False)
-    assert told(caplog) == [(1, "first")]
-    # Also when nothing is lost any more, what was lost is said.
+    assert logged(caplog) == [(1, "first")]
+    # Earlier losses are logged though nothing more is lost.
     clock.advance(1)
     counts.log_losses(at_once=False)
     counts.log_losses(at_once=False)
-    assert told(caplog) == [(1, "first"), (5, "third")]
+    assert logged(caplog) == [(1, "first"), (5, "third")]
     counts.lost(4, "fourth")
     counts.log_losses()
     counts.log_losses()
-    assert told(caplog) == [(1, "first"), (5, "third"), (4, "fourth")]
+    assert logged(caplog) == [(1, "first"), (5, "third"), (4, "fourth")]
     assert metrics.value("llmops.recorder.lost") == 10
     assert set(caplog.messages) == {"Records of calls are lost"}
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
     return [(vars(record)["records"], vars(record)["reason"]) for record in caplog.records]

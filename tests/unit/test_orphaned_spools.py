@@ -225,7 +225,7 @@ def test_files_that_were_sent_are_removed_when_the_next_one_fails(
 
 
 def test_invalid_lines_are_lost_and_an_incomplete_last_line_is_not_counted(sender: Sender) -> None:
-    leave(sender.folder, NAMES[0], lines(1) + b"garbled\n" + lines(2) + lines(3)[:-9])
+    leave(sender.folder, NAMES[0], lines(1) + b"invalid\n" + lines(2) + lines(3)[:-9])
     assert sender.send() == Replayed(records=2)
     assert sender.lost.said == [(1, "refused or unreadable")]
     # The queue of this process has nothing to do with it.

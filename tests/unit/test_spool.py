@@ -1,5 +1,6 @@
 """The spool: files, bounds, order, counts, and who may write."""
 
+import json
 import os
 import threading
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from service.recording.record import read_records
 from service.recording.spool import SEGMENT_BYTES, SEGMENT_RECORDS, Spool, spool_files, try_lock
 from tests.fakes.clock import FakeClock
-from tests.unit.recording import Lost, lines, make_record, number_of
+from tests.unit.recording import Lost, lines, make_record, number_of, python
 
 LINE_BYTES = len(lines(100))
 
@@ -51,13 +52,13 @@ def opened(tmp_path: Path) -> Opened:
     return Opened(tmp_path / "data" / "spool")
 
 
-def test_a_file_is_closed_at_so_many_bytes(opened: Opened) -> None:
+def test_a_file_is_limited_in_bytes(opened: Opened) -> None:
     half = make_record(1, answer="x" * (SEGMENT_BYTES // 2)).as_line()
     assert [opened.spool.append(half, spooled=False) for _ in range(3)] == [False, True, False]
     assert opened.spool.files == 2
 
 
-def test_a_line_larger_than_the_bound_costs_no_other(tmp_path: Path) -> None:
+def test_a_line_larger_than_the_limit_drops_no_other(tmp_path: Path) -> None:
     opened = Opened(tmp_path, max_bytes=LINE_BYTES * 2)
     opened.write(10)
     with pytest.raises(OSError, match="larger than the limit"):
@@ -65,7 +66,7 @@ def test_a_line_larger_than_the_bound_costs_no_other(tmp_path: Path) -> None:
     assert (opened.on_disk, opened.lost.said) == ([10], [])
 
 
-def test_files_that_are_gone_disturb_nobody(opened: Opened) -> None:
+def test_files_that_something_else_removed_raise_no_error(opened: Opened) -> None:
     opened.write(*range(2 * SEGMENT_RECORDS + 1))
     for path in spool_files(opened.spool.folder, opened.spool.name):
         path.unlink()
@@ -79,7 +80,7 @@ def test_files_that_are_gone_disturb_nobody(opened: Opened) -> None:
     opened.spool.close()
 
 
-def test_no_descriptor_stays_open(opened: Opened) -> None:
+def test_no_file_descriptor_leaks(opened: Opened) -> None:
     before = open_descriptors()
     opened.write(*range(5 * SEGMENT_RECORDS))
     opened.spool.sync()
@@ -90,7 +91,7 @@ def test_no_descriptor_stays_open(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path: Path, *, replaced: bool) -> None:
+def test_a_lock_whose_file_was_removed_is_not_held(tmp_path: Path, *, replaced: bool) -> None:
     path = tmp_path / "name.lock"
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
     assert try_lock(descriptor, path)
@@ -101,7 +102,7 @@ def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path: Path, *, replaced: 
     os.close(descriptor)
 
 
-def test_one_thread_writes_while_another_takes(opened: Opened) -> None:
+def test_one_thread_may_write_while_another_takes(opened: Opened) -> None:
     written = threading.Event()
     taken: list[int] = []
 
@@ -119,3 +120,41 @@ def test_one_thread_writes_while_another_takes(opened: Opened) -> None:
     taker.join()
     assert taken == list(range(2_000))
     assert opened.lost.said == []
+
+
+WRITER = """
+    import json, resource, sys
+    from pathlib import Path
+    from service.recording.record import CallRecord, read_records
+    from service.recording.spool import Spool, spool_files
+    from tests.unit.recording import lines, number_of
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    spool = Spool(Path(sys.argv[1]), 10_000_000, print)
+    accepted = []
+    for number in range(400):
+        try:
+            spool.append(lines(number), spooled=False)
+        except OSError:
+            continue
+        accepted.append(number)
+    paths = spool_files(spool.folder, spool.name)
+    found = [read_records(path) for path in paths]
+    complete = all(path.read_bytes().endswith(b"\\n") for path in paths)
+    # Whatever writes at the end of the process, like the measurement of coverage, is not limited.
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    on_disk = [number_of(record) for records, _invalid in found for record in records]
+    invalid = sum(invalid for _records, invalid in found)
+    print(json.dumps([accepted, on_disk, invalid, complete]))
+"""
+"""A file may have 10,000 bytes, which are about 40 records and not a whole number of them."""
+
+
+def test_no_partial_line_is_left_and_each_full_file_costs_one_record(tmp_path: Path) -> None:
+    with python(WRITER, str(tmp_path)) as writer:
+        assert writer.stdout is not None
+        accepted, on_disk, invalid, complete = json.loads(writer.stdout.read())
+    # Those refused were reported, and the others are on disk, each once and in complete lines.
+    assert (on_disk, invalid, complete) == (accepted, 0, True)
+    assert 0 < 400 - len(accepted) <= 400 // 30

@@ -1,4 +1,4 @@
-"""The spool beside plain lists: whatever is done in whatever order, no record is twice there or uncounted."""
+"""The spool against a model of lists: in any order of operations, no record is duplicated or uncounted."""
 
 import tempfile
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ MAX_AGE_S = 100.0
 
 @dataclass
 class File:
-    """A file as it should be."""
+    """The expected content of a file."""
 
     began_s: float
     numbers: list[int] = field(default_factory=list)
@@ -28,7 +28,7 @@ class File:
 
 
 class SpoolMachine(RuleBasedStateMachine):
-    """Appends, takes, puts back, finishes, lets age and counts."""
+    """Every operation of the spool, in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class SpoolMachine(RuleBasedStateMachine):
 
     @property
     def files(self) -> list[File]:
-        """All that should be on disk."""
+        """The files expected on disk."""
         return [*self.sealed, *self.open, *(known for _segment, known in self.taken)]
 
     def seal(self) -> None:
