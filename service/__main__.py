@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         logger.info("The configuration is valid")
         return 0
     if command == "replay":
-        from service.recording.replay import replay  # noqa: PLC0415 - as above
+        from service.recording.recorder import replay  # noqa: PLC0415 - as above
 
         return replay(report.settings)
     return serve(report.settings)

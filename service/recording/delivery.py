@@ -1,6 +1,7 @@
-"""Brings records from the spool to MLflow: this process's own, and those of processes that are dead."""
+"""Sends records from the spools to MLflow: those of this process, and those of orphaned spools."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -11,79 +12,126 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, SpanContext, Status, StatusCode, TraceFlags, Tracer
 
 from service.recording.mlflow import GoneError, RefusedError, Run, Tracker, TrackerError
-from service.recording.record import CallRecord, read
+from service.recording.record import CallRecord, read_records
 from service.recording.run import ProcessRun
-from service.recording.spool import Estate, Segment, Spool, estates
+from service.recording.spool import OrphanedSpool, Segment, Spool, orphaned_spools
 from service.telemetry import names
 from service.telemetry.events import emit
 from service.telemetry.instruments import Instruments
 
-FIRST_DELAY_S = 0.5
+INITIAL_DELAY_S = 0.5
 MAX_DELAY_S = 10.0
-"""After a failure the server is left alone for so long, at most."""
+"""The back-off after failures: the first delay and the longest."""
 
-FRUITLESS = 10
-"""So many refusals, and nothing that was ever taken: the other records of the file are not tried now."""
+MAX_REFUSALS = 10
+"""After so many refused records, and none that was ever accepted, the rest of a file is not tried."""
 
-Lost = Callable[[int, str], None]
+LOSS_LOG_INTERVAL_S = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+class RecordCounts:
+    """Counts what becomes of records, and logs losses once a minute at most; thread-safe."""
+
+    def __init__(self, instruments: Instruments, clock: Callable[[], float] = time.monotonic) -> None:
+        self._instruments = instruments
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._recorded = self._settled = 0
+        self._unlogged = 0
+        self._reason = ""
+        self._logged_at = float("-inf")
+
+    @property
+    def waiting(self) -> int:
+        """Records of this process that are neither in MLflow nor lost."""
+        return self._recorded - self._settled
+
+    def recorded(self) -> None:
+        """Count a record of this process."""
+        with self._lock:
+            self._recorded += 1
+
+    def settled(self, count: int) -> None:
+        """Count records of this process that wait no more, whether MLflow has them or they are lost."""
+        with self._lock:
+            self._settled += count
+
+    def spooled(self, count: int) -> None:
+        """Count records that wait because MLflow fails."""
+        self._instruments.recorder_spooled.add(count)
+
+    def replayed(self, count: int) -> None:
+        """Count records that had to wait, or whose process had ended, and that MLflow now has."""
+        self._instruments.recorder_replayed.add(count)
+
+    def lost(self, count: int, reason: str) -> None:
+        """Count records that are lost."""
+        self._instruments.recorder_lost.add(count)
+        with self._lock:
+            self._unlogged += count
+            self._reason = reason
+        self.log_losses(at_once=False)
+
+    def log_losses(self, *, at_once: bool = True) -> None:
+        """Log the losses that were not logged yet: at once, or if the last line is a minute old."""
+        with self._lock:
+            due = at_once or self._clock() - self._logged_at >= LOSS_LOG_INTERVAL_S
+            if not self._unlogged or not due:
+                return
+            count, self._unlogged = self._unlogged, 0
+            self._logged_at = self._clock()
+            reason = self._reason
+        logger.error("Records of calls are lost", extra={"records": count, "reason": reason})
 
 
 @dataclass
 class Replayed:
-    """How many records of dead processes went to MLflow, and how many files it refused for now."""
+    """The number of records that were sent from orphaned spools, and of files that MLflow refused for now."""
 
     records: int = 0
     files_kept: int = 0
 
 
-logger = logging.getLogger(__name__)
-
-
 class Delivery:
-    """Sends records, and knows whether MLflow takes them at the moment.
+    """Sends records, and keeps track of whether MLflow accepts them at the moment.
 
     Args:
         tracker: The MLflow server.
-        instruments: Where waiting and replayed records are counted.
-        tracer: For the one span of each delivery.
-        on_lost: Called with a number of records that nobody will get, and why.
-        on_settled: Called with the number of this process's records that wait no more, whatever became of
-            them.
+        tracer: For the span of each export.
+        counts: Where replayed, settled and lost records are counted.
         clock: Monotonic, in seconds.
     """
 
-    def __init__(  # noqa: PLR0913 - ends and seams
+    def __init__(
         self,
         tracker: Tracker,
-        instruments: Instruments,
         tracer: Tracer,
-        *,
-        on_lost: Lost,
-        on_settled: Callable[[int], None] = lambda _count: None,
+        counts: RecordCounts,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._tracker = tracker
-        self._instruments = instruments
         self._tracer = tracer
-        self._on_lost = on_lost
-        self._on_settled = on_settled
+        self._counts = counts
         self._clock = clock
-        # What MLflow took last, and takes again without any change; unless it refuses everybody.
-        self._good: tuple[CallRecord, Run] | None = None
+        # The record that MLflow accepted last. Sending it again changes nothing, and shows whether MLflow
+        # accepts any record at the moment.
+        self._accepted: tuple[CallRecord, Run] | None = None
         self._replayed = 0
-        self._delay_s = FIRST_DELAY_S
-        self._again_at = 0.0
+        self._delay_s = INITIAL_DELAY_S
+        self._retry_at = 0.0
         self.failing = False
 
     @property
     def due(self) -> bool:
-        """Whether the server may be asked again."""
-        return self._clock() >= self._again_at
+        """Whether the back-off is over."""
+        return self._clock() >= self._retry_at
 
     def failed(self, error: TrackerError, spool: Spool | None) -> None:
-        """Note that MLflow takes nothing now, and count what waits; said once for each time that it fails."""
+        """Note that MLflow fails and count what waits; logged once until MLflow works again."""
         waiting = spool.count_spooled() if spool else 0
-        self._instruments.recorder_spooled.add(waiting)
+        self._counts.spooled(waiting)
         if not self.failing:
             emit(
                 logger,
@@ -93,109 +141,109 @@ class Delivery:
                 level=logging.WARNING,
             )
         self.failing = True
-        self._again_at = self._clock() + self._delay_s
+        self._retry_at = self._clock() + self._delay_s
         self._delay_s = min(MAX_DELAY_S, 2 * self._delay_s)
 
-    def passed(self) -> None:
-        """Note that MLflow takes records."""
+    def succeeded(self) -> None:
+        """Note that MLflow accepts records."""
         self.failing = False
-        self._delay_s = FIRST_DELAY_S
+        self._delay_s = INITIAL_DELAY_S
 
     def send_spool(self, spool: Spool, run: Run) -> None:
-        """Send what lies in this process's spool by now; raises as the tracker does."""
-        # Not until it is empty: under load it never is.
+        """Send the files that are in this process's spool now; raises ``TrackerError``."""
+        # Not until the spool is empty: under load it never is.
         for _file in range(spool.files):
             if (segment := spool.take()) is None:
                 break
             try:
                 self._send_segment(segment, spool, run)
             except Exception as error:
-                # One that fails by itself lets the others go first.
-                by_itself = isinstance(error, RefusedError) or not isinstance(error, TrackerError)
-                spool.put_back(segment, last=by_itself)
+                # A file that fails on its own account goes behind the others.
+                own_fault = isinstance(error, RefusedError) or not isinstance(error, TrackerError)
+                spool.put_back(segment, last=own_fault)
                 raise
         if self._replayed and not self.failing:
-            self._say_replayed(self._replayed)
+            _log_replayed(self._replayed)
             self._replayed = 0
 
     def _send_segment(self, segment: Segment, spool: Spool, run: Run) -> None:
         try:
-            records, _garbled = read(segment.path)
+            records, _invalid = read_records(segment.path)
         except FileNotFoundError:
             records = []
         except OSError:
             raise RefusedError("a file cannot be read") from None
-        lost = self._send(records, run, waited=segment.spooled > 0)
-        # A file that was removed or changed by somebody has fewer records than went into it.
+        lost = self._send(records, run, replay=segment.spooled > 0)
+        # A file that something else removed or changed has fewer records than were written to it.
         lost += segment.records - len(records)
         spool.done(segment)
-        self._on_settled(segment.records)
+        self._counts.settled(segment.records)
         if lost:
-            self._on_lost(lost, "refused or unreadable")
+            self._counts.lost(lost, "refused or unreadable")
         if segment.spooled:
             replayed = max(0, segment.spooled - lost)
-            self._instruments.recorder_replayed.add(replayed)
+            self._counts.replayed(replayed)
             self._replayed += replayed
 
     def send_memory(self, records: Sequence[CallRecord], run: Run) -> None:
-        """Send records that no disk would take; raises as the tracker does."""
-        lost = self._send(records, run, waited=False)
-        self._on_settled(len(records))
+        """Send records that could not be written to disk; raises ``TrackerError``."""
+        lost = self._send(records, run, replay=False)
+        self._counts.settled(len(records))
         if lost:
-            self._on_lost(lost, "refused")
+            self._counts.lost(lost, "refused")
 
-    def _send(self, records: Sequence[CallRecord], run: Run, *, waited: bool) -> int:
-        """Send the records of a file; how many of them MLflow refuses while it takes others.
+    def _send(self, records: Sequence[CallRecord], run: Run, *, replay: bool) -> int:
+        """Send the records of a file; returns how many of them MLflow refuses while it accepts others.
 
-        Raises ``RefusedError`` where it refuses everybody now: a database in trouble looks the same.
+        Raises ``RefusedError`` where MLflow refuses every record, as it does when its database is in trouble.
         """
         if not records:
             return 0
         try:
-            self._send_once(records, run, waited=waited)
+            self._export(records, run, replay=replay)
         except RefusedError as error:
-            return self._one_by_one(records, run, error, waited=waited)
-        self._took(records[-1], run)
+            return self._send_one_by_one(records, run, error, replay=replay)
+        self._accept(records[-1], run)
         return 0
 
-    def _one_by_one(
-        self, records: Sequence[CallRecord], run: Run, error: RefusedError, *, waited: bool
+    def _send_one_by_one(
+        self, records: Sequence[CallRecord], run: Run, error: RefusedError, *, replay: bool
     ) -> int:
-        """Send each by itself; how many are refused; raises the error where MLflow refuses everybody now."""
-        refused, later = 0, []
+        """Send each record by itself; returns the number refused, or raises the error if all are."""
+        refused, undecided = 0, []
         for record in records:
-            if self._is_taken(record, run, waited=waited):
-                self._took(record, run)
-            elif self._good is not None:
-                refused += self._is_poison(record, run, error, waited=waited)
+            if self._is_accepted(record, run, replay=replay):
+                self._accept(record, run)
+            elif self._accepted is not None:
+                refused += self._is_poison(record, run, error, replay=replay)
             else:
-                later.append(record)
-                if len(later) >= FRUITLESS:
+                undecided.append(record)
+                if len(undecided) >= MAX_REFUSALS:
                     raise error
-        return refused + sum(self._is_poison(record, run, error, waited=waited) for record in later)
+        return refused + sum(self._is_poison(record, run, error, replay=replay) for record in undecided)
 
-    def _is_poison(self, record: CallRecord, run: Run, error: RefusedError, *, waited: bool) -> bool:
-        """Whether MLflow refuses a record, and this one only; raises the error where it refuses all."""
-        if self._good is None or not self._is_taken(*self._good, waited=waited):
+    def _is_poison(self, record: CallRecord, run: Run, error: RefusedError, *, replay: bool) -> bool:
+        """Whether MLflow refuses this record only; raises the error if it refuses every record."""
+        if self._accepted is None or not self._is_accepted(*self._accepted, replay=replay):
             raise error
-        # Asked once more: what ailed the server may have passed between the two questions.
-        return not self._is_taken(record, run, waited=waited)
+        # Tried again, as a failure of the server may have ended between the two exports.
+        return not self._is_accepted(record, run, replay=replay)
 
-    def _is_taken(self, record: CallRecord, run: Run, *, waited: bool) -> bool:
+    def _is_accepted(self, record: CallRecord, run: Run, *, replay: bool) -> bool:
         try:
-            self._send_once([record], run, waited=waited)
+            self._export([record], run, replay=replay)
         except RefusedError:
             return False
         return True
 
-    def _took(self, record: CallRecord, run: Run) -> None:
-        self._good = record, run
-        self.passed()
+    def _accept(self, record: CallRecord, run: Run) -> None:
+        self._accepted = record, run
+        self.succeeded()
 
-    def _send_once(self, records: Sequence[CallRecord], run: Run, *, waited: bool) -> None:
-        # A root of its own, linked to what it is about: it runs after the answers, for many of them.
+    def _export(self, records: Sequence[CallRecord], run: Run, *, replay: bool) -> None:
+        # A root span with links: it runs after the calls it is about, and for many of them.
         with self._tracer.start_as_current_span(
-            names.SPAN_SPOOL_REPLAY if waited else names.SPAN_MLFLOW_RECORD,
+            names.SPAN_SPOOL_REPLAY if replay else names.SPAN_MLFLOW_RECORD,
             context=Context(),
             attributes={names.ATTR_RECORDS: len(records)},
             links=[_link(record) for record in records],
@@ -208,84 +256,86 @@ class Delivery:
                 span.set_status(Status(StatusCode.ERROR, error.reason))
                 raise
 
-    def send_estates(self, folder: Path, max_age_s: float) -> Replayed:
-        """Send what dead processes left, in their order, and end their runs.
+    def send_orphaned(self, folder: Path, max_age_s: float) -> Replayed:
+        """Send the orphaned spools, oldest first, and end their runs.
 
-        Raises as the tracker does, but for ``GoneError``; what was not sent by then stays where it is.
+        Raises:
+            TrackerError: What was not sent until then stays where it is.
         """
         replayed = Replayed()
         try:
-            with closing(estates(folder)) as found:
-                for estate in found:
-                    self._send_estate(estate, max_age_s, replayed)
+            with closing(orphaned_spools(folder)) as found:
+                for orphan in found:
+                    self._send_orphan(orphan, max_age_s, replayed)
         finally:
             if replayed.records:
-                self._say_replayed(replayed.records)
+                _log_replayed(replayed.records)
         return replayed
 
-    def _send_estate(self, estate: Estate, max_age_s: float, replayed: Replayed) -> None:
-        last_seen_ms = int(estate.last_seen_s * 1_000)
-        run = ProcessRun.load(estate.run_file, estate.name, last_seen_ms)
-        # Kept in the run's file from now on, whose own change would be the latest.
-        run.ended_ms = run.ended_ms or last_seen_ms
-        self._give_up_old(estate, max_age_s)
+    def _send_orphan(self, orphan: OrphanedSpool, max_age_s: float, replayed: Replayed) -> None:
+        last_written_ms = int(orphan.last_written_s * 1_000)
+        run = ProcessRun.load(orphan.run_file, orphan.name, last_written_ms)
+        # Saved with the run from now on: writing that file changes the time of the last write.
+        run.ended_ms = run.ended_ms or last_written_ms
+        self._expire(orphan, max_age_s)
         try:
-            self._bring(estate, run, replayed)
+            self._send_files(orphan, run, replayed)
         except GoneError:
-            # Somebody deleted its run; what it recorded goes into another one.
+            # The run was deleted on the server; its records go into a new one.
             run.forget()
-            run.save(estate.run_file)
+            run.save(orphan.run_file)
             try:
-                self._bring(estate, run, replayed)
+                self._send_files(orphan, run, replayed)
             except GoneError as error:
                 raise TrackerError(error.reason) from None
 
-    def _bring(self, estate: Estate, run: ProcessRun, replayed: Replayed) -> None:
+    def _send_files(self, orphan: OrphanedSpool, run: ProcessRun, replayed: Replayed) -> None:
         kept = 0
-        for path in estate.segments:
-            on_server = self._on_server(run, estate)
+        for path in orphan.segments:
+            on_server = self._run_on_server(run, orphan)
             try:
-                records, garbled = read(path)
-                refused = self._send(records, on_server, waited=True)
+                records, invalid = read_records(path)
+                refused = self._send(records, on_server, replay=True)
             except (OSError, RefusedError):
                 kept += 1
                 continue
             path.unlink(missing_ok=True)
-            self._instruments.recorder_replayed.add(len(records) - refused)
+            self._counts.replayed(len(records) - refused)
             replayed.records += len(records) - refused
-            if refused + garbled:
-                self._on_lost(refused + garbled, "refused or unreadable")
+            if refused + invalid:
+                self._counts.lost(refused + invalid, "refused or unreadable")
         if kept:
             replayed.files_kept += kept
             return
         run.end(self._tracker, run.started_ms)
-        estate.clear()
+        orphan.clear()
 
-    def expire_estates(self, folder: Path, max_age_s: float) -> None:
-        """Give up what dead processes left too long ago, whether MLflow is there or not."""
-        with closing(estates(folder)) as found:
-            for estate in found:
-                self._give_up_old(estate, max_age_s)
-
-    def _give_up_old(self, estate: Estate, max_age_s: float) -> None:
-        if lost := estate.expire(max_age_s):
-            self._on_lost(lost, "too old")
-
-    def _on_server(self, run: ProcessRun, estate: Estate) -> Run:
+    def _run_on_server(self, run: ProcessRun, orphan: OrphanedSpool) -> Run:
         new = run.run_id is None
         found = run.on_server(self._tracker)
         if new:
-            # Written down at once: whoever goes on after us must not make another one.
-            run.save(estate.run_file)
+            # Saved at once, so that whoever goes on after a crash does not create another one.
+            run.save(orphan.run_file)
         return found
 
-    def _say_replayed(self, count: int) -> None:
-        emit(
-            logger,
-            names.EVENT_RECORDER_REPLAYED,
-            f"MLflow has {count} record(s) that had to wait",
-            {"records": count},
-        )
+    def expire_orphaned(self, folder: Path, max_age_s: float) -> None:
+        """Drop the files of orphaned spools that are too old, whether or not MLflow works."""
+        with closing(orphaned_spools(folder)) as found:
+            for orphan in found:
+                self._expire(orphan, max_age_s)
+
+    def _expire(self, orphan: OrphanedSpool, max_age_s: float) -> None:
+        if lost := orphan.expire(max_age_s):
+            self._counts.lost(lost, "too old")
+
+
+def _log_replayed(count: int) -> None:
+    emit(
+        logger,
+        names.EVENT_RECORDER_REPLAYED,
+        f"MLflow has {count} record(s) that had to wait",
+        {"records": count},
+    )
 
 
 def _link(record: CallRecord) -> Link:

@@ -1,7 +1,7 @@
-"""The tracker: runs, totals and traces on an MLflow server; the only importer of ``mlflow``.
+"""The client of the MLflow server: runs, their metrics, and traces; the only importer of ``mlflow``.
 
-Everything here blocks, and is called from a thread that may be left behind: a server that hangs must not hold
-up the end of the process.
+Everything except ``ping`` and ``in_thread`` blocks, and runs in daemon threads, so that a server that does
+not answer cannot delay the exit of the process.
 """
 
 import asyncio
@@ -30,9 +30,7 @@ from service.telemetry import names
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-PROVIDER = "litellm"
-
-# MLflow's own names; its server reads them off a root span (mlflow/tracing/constant.py).
+# The names that MLflow's server reads from a root span (mlflow/tracing/constant.py).
 SPAN_TYPE = "mlflow.spanType"
 INPUTS = "mlflow.spanInputs"
 OUTPUTS = "mlflow.spanOutputs"
@@ -40,36 +38,37 @@ COST = "mlflow.llm.cost"
 TAG = "mlflow.traceTag."
 SPAN_TYPES = {"chat": "CHAT_MODEL", "embeddings": "EMBEDDING"}
 
-MOST_INT = 2**63 - 1
+MAX_INT = 2**63 - 1
 
 
 def encode(records: Iterable[CallRecord], resource: Mapping[str, str]) -> bytes:
     """The body of one export: a root span for each record.
 
-    MLflow keeps a span as the trace ``tr-<trace id>``, and one that it has already it keeps as it is: sending
-    a record again changes nothing. The span has no parent there: one that never comes would leave the trace
-    in progress for ever. Whatever a record holds, something can be sent: one that could not would be in the
-    way of all others.
+    MLflow stores a span as the trace ``tr-<trace id>`` and ignores one that it has, so sending a record twice
+    is harmless. The span has no parent: MLflow would wait for it and keep the trace in progress. Every record
+    can be encoded, whatever it holds, as one that could not would block all others.
     """
-    # Records of one time say much the same: what is equal in them is made once.
-    made: dict[tuple[str, type, object], KeyValue] = {}
-    spans = [_span(record, made) for record in records]
+    # Many attributes are the same in all records, and each is encoded once.
+    cache: dict[tuple[str, type, object], KeyValue] = {}
+    spans = [_span(record, cache) for record in records]
     attributes = [_attribute(name, value) for name, value in resource.items()]
-    about = ResourceSpans(resource=Resource(attributes=attributes), scope_spans=[ScopeSpans(spans=spans)])
-    return bytes(ExportTraceServiceRequest(resource_spans=[about]).SerializeToString())
+    resource_spans = ResourceSpans(
+        resource=Resource(attributes=attributes), scope_spans=[ScopeSpans(spans=spans)]
+    )
+    return bytes(ExportTraceServiceRequest(resource_spans=[resource_spans]).SerializeToString())
 
 
-def _span(record: CallRecord, made: dict[tuple[str, type, object], KeyValue]) -> Span:
+def _span(record: CallRecord, cache: dict[tuple[str, type, object], KeyValue]) -> Span:
     succeeded = record.error is None and record.outcome != "cancelled"
     return Span(
         trace_id=bytes.fromhex(record.trace_id),
         span_id=bytes.fromhex(record.span_id),
         name=_text(f"{record.operation} {record.model}"),
         kind=Span.SPAN_KIND_CLIENT,
-        start_time_unix_nano=_whole(record.started_ns),
-        end_time_unix_nano=_whole(record.started_ns + _whole(min(record.duration_s, MOST_INT) * 1e9)),
+        start_time_unix_nano=_clamp(record.started_ns),
+        end_time_unix_nano=_clamp(record.started_ns + _clamp(min(record.duration_s, MAX_INT) * 1e9)),
         attributes=[
-            _known(name, value, made) for name, value in _attributes(record).items() if value is not None
+            _cached(name, value, cache) for name, value in _attributes(record).items() if value is not None
         ],
         status=Status(
             code=Status.STATUS_CODE_OK if succeeded else Status.STATUS_CODE_ERROR,
@@ -82,12 +81,12 @@ def _attributes(record: CallRecord) -> dict[str, object]:
     return {
         SPAN_TYPE: SPAN_TYPES.get(record.operation, "LLM"),
         gen_ai.GEN_AI_OPERATION_NAME: record.operation,
-        gen_ai.GEN_AI_PROVIDER_NAME: PROVIDER,
+        gen_ai.GEN_AI_PROVIDER_NAME: names.GEN_AI_PROVIDER,
         gen_ai.GEN_AI_REQUEST_MODEL: record.model,
         gen_ai.GEN_AI_RESPONSE_MODEL: record.response_model,
         gen_ai.GEN_AI_USAGE_INPUT_TOKENS: record.prompt_tokens,
         gen_ai.GEN_AI_USAGE_OUTPUT_TOKENS: record.completion_tokens,
-        # Always there: without it the server puts a price of its own list in its place.
+        # Always set: without it the server computes a cost from its own price list.
         COST: {"total_cost": record.cost or 0.0},
         USER_ID: record.user,
         ERROR_TYPE: record.error,
@@ -100,20 +99,20 @@ def _attributes(record: CallRecord) -> dict[str, object]:
         names.ATTR_CACHE_SAVED_COST: record.saved_cost,
         INPUTS: record.prompt,
         OUTPUTS: record.answer,
-        # What can be searched for in MLflow's page.
+        # Tags can be searched for on MLflow's page.
         f"{TAG}request_id": record.trace_id,
         f"{TAG}outcome": record.outcome,
     }
 
 
-def _known(name: str, value: object, made: dict[tuple[str, type, object], KeyValue]) -> KeyValue:
+def _cached(name: str, value: object, cache: dict[tuple[str, type, object], KeyValue]) -> KeyValue:
     if not isinstance(value, (str, int)):
         return _attribute(name, value)
-    # With its type: True equals 1 in Python.
+    # The type is part of the key, as True equals 1 in Python.
     key = name, type(value), value
-    if key not in made:
-        made[key] = _attribute(name, value)
-    return made[key]
+    if key not in cache:
+        cache[key] = _attribute(name, value)
+    return cache[key]
 
 
 def _attribute(name: str, value: object) -> KeyValue:
@@ -124,7 +123,7 @@ def _any_value(value: object) -> AnyValue:
     match value:
         case bool():
             return AnyValue(bool_value=value)
-        case int() if abs(value) <= MOST_INT:
+        case int() if abs(value) <= MAX_INT:
             return AnyValue(int_value=value)
         case float():
             return AnyValue(double_value=value)
@@ -135,13 +134,13 @@ def _any_value(value: object) -> AnyValue:
 
 
 def _text(value: object) -> str:
-    """Text that protobuf takes, and each database of MLflow's: no half characters, and no NUL."""
+    """Text that protobuf and MLflow's databases accept: without lone surrogates and NUL characters."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
-def _whole(value: float) -> int:
-    return int(max(0, min(value, MOST_INT)))
+def _clamp(value: float) -> int:
+    return int(max(0, min(value, MAX_INT)))
 
 
 T = TypeVar("T")
@@ -150,23 +149,25 @@ _importing = threading.Lock()
 
 API_PING = "/api/2.0/mlflow/experiments/search"
 TRACES = "/v1/traces"
+EXPERIMENT_HEADER = "x-mlflow-experiment-id"
+RUN_HEADER = "x-mlflow-run-id"
 MAX_TRACES = 100
-"""Most records of one export: the server links no more traces to a run at once."""
+"""The most records of one export: the server links at most so many traces to a run at once."""
 
 JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
 
 NOT_MLFLOW = "not MLflow's answer"
 MAX_PARAM_CHARS = 500
-REFUSED = frozenset(
+REFUSED_STATUSES = frozenset(
     {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
 )
 
 
 class TrackerError(Exception):
-    """The server did not do what it was asked; ``reason`` says why, in two or three words.
+    """A request to the server failed; ``reason`` is a short text for people.
 
-    No part of the tree of errors: nobody is answered with it.
+    It is not part of the service's error tree: no caller is answered with it.
     """
 
     def __init__(self, reason: str) -> None:
@@ -175,27 +176,31 @@ class TrackerError(Exception):
 
 
 class RefusedError(TrackerError):
-    """The server does not take these records; it may take others."""
+    """The server refuses these records; it may accept others."""
 
 
 class GoneError(TrackerError):
-    """The run or its experiment is not there any more."""
+    """The run or its experiment does not exist any more."""
+
+
+class _InvalidParameterError(TrackerError):
+    """The server refuses what a call of the SDK sent, or the state of the run it names."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run on the server, in its experiment."""
+    """The ids of a run on the server."""
 
     run_id: str
     experiment_id: str
 
 
 class Tracker:
-    """An MLflow server, asked with short time limits and no retries of the SDK's own.
+    """An MLflow server; requests have a time limit and are not retried.
 
     Args:
-        settings: Where the server is, the experiment's name, and the time limit of a request.
-        resource: What every trace says of this process.
+        settings: The server's address, the experiment's name, and the time limit of a request.
+        resource: The resource attributes of every trace.
     """
 
     def __init__(self, settings: Settings, resource: Mapping[str, str]) -> None:
@@ -203,87 +208,105 @@ class Tracker:
         self._experiment = settings.mlflow_experiment_name
         self._timeout_s = settings.mlflow_timeout_s
         self._resource = dict(resource)
-        self._lazy: MlflowClient | None = None
+        self._sdk_client: MlflowClient | None = None
 
     def start_run(self, name: str, started_ms: int) -> Run:
-        """The run of this name in the experiment; both are made where they are not there.
+        """Return the run of this name in the experiment, and create both where they do not exist.
 
         Args:
-            name: The run's name; nobody else's.
+            name: The run's name; unique.
             started_ms: Unix time in milliseconds.
 
         Raises:
-            GoneError: The experiment was deleted.
-            TrackerError: The server refused it, could not be reached, or did not answer in time.
+            TrackerError: The server refused, could not be reached, or did not answer in time.
         """
 
         def start() -> Run:
             found = self._client.get_experiment_by_name(self._experiment)
             identifier = found.experiment_id if found else self._client.create_experiment(self._experiment)
-            # One that an earlier attempt made, whose answer never came.
+            # An earlier attempt may have created it without getting the answer.
             query = f"attributes.run_name = '{name}'"
             runs = self._client.search_runs([identifier], query, max_results=1)
             run = runs[0] if runs else self._client.create_run(identifier, started_ms, run_name=name)
             return Run(run.info.run_id, identifier)
 
-        made = _translated(start)
-        if not made.run_id or not made.experiment_id:
-            # The SDK makes something of every object.
+        run = _translate_errors(start)
+        if not run.run_id or not run.experiment_id:
+            # The SDK accepts every JSON object as an answer.
             raise TrackerError(NOT_MLFLOW)
-        return made
+        return run
 
     def log_params(self, run: Run, params: Mapping[str, str]) -> None:
-        """Write the run's parameters, cut to a length that the server takes; raises as ``start_run`` does."""
+        """Set the run's parameters, cut to the length that the server accepts.
+
+        Raises:
+            GoneError: The run was deleted.
+            TrackerError: As for ``start_run``.
+        """
         _import_sdk()
         from mlflow.entities import Param  # noqa: PLC0415 - see _import_sdk
 
-        shown = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in params.items()]
-        _translated(lambda: self._client.log_batch(run.run_id, params=shown))
+        entries = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in params.items()]
+        self._change_run(run, lambda: self._client.log_batch(run.run_id, params=entries))
 
     def log_totals(self, run: Run, totals: Mapping[str, float], at_ms: int) -> None:
-        """Write totals as the run's metrics; raises as ``start_run`` does."""
+        """Set the run's metrics; raises as ``log_params`` does."""
         _import_sdk()
         from mlflow.entities import Metric  # noqa: PLC0415 - see _import_sdk
 
         metrics = [Metric(name, value, at_ms, 0) for name, value in totals.items()]
-        _translated(lambda: self._client.log_batch(run.run_id, metrics=metrics))
+        self._change_run(run, lambda: self._client.log_batch(run.run_id, metrics=metrics))
 
     def end_run(self, run: Run, status: str, at_ms: int) -> None:
-        """End the run as ``FINISHED`` or ``FAILED``; raises as ``start_run`` does."""
-        _translated(lambda: self._client.set_terminated(run.run_id, status, at_ms))
+        """End the run as ``FINISHED`` or ``FAILED``; raises as ``log_params`` does."""
+        self._change_run(run, lambda: self._client.set_terminated(run.run_id, status, at_ms))
+
+    def _change_run(self, run: Run, work: Callable[[], object]) -> None:
+        try:
+            _translate_errors(work)
+        except _InvalidParameterError as error:
+            # For a run that was deleted on its page the server has no error code of its own.
+            _import_sdk()
+            from mlflow.entities import LifecycleStage  # noqa: PLC0415 - see _import_sdk
+
+            found = _translate_errors(lambda: self._client.get_run(run.run_id))
+            if found.info.lifecycle_stage == LifecycleStage.DELETED:
+                raise GoneError(error.reason) from None
+            raise
 
     def send(self, records: Iterable[CallRecord], run: Run) -> None:
-        """Keep each record as a trace of the run; at most ``MAX_TRACES`` of them.
+        """Store each record as a trace of the run; at most ``MAX_TRACES`` of them.
 
         Raises:
-            RefusedError: The server does not take them, or not all of them; none is kept then.
-            TrackerError: It failed, could not be reached, or did not answer in time.
+            RefusedError: The server refuses at least one of them, and has stored none.
+            GoneError: The run or its experiment does not exist.
+            TrackerError: The server failed, could not be reached, or did not answer in time.
         """
         headers = {
             "Content-Type": PROTOBUF,
-            "x-mlflow-experiment-id": run.experiment_id,
-            "x-mlflow-run-id": run.run_id,
+            EXPERIMENT_HEADER: run.experiment_id,
+            RUN_HEADER: run.run_id,
         }
         body = encode(records, self._resource)
         self._request("POST", TRACES, PROTOBUF, extra_headers=headers, data=body)
 
-    def look(self) -> None:
-        """Ask the server's API, which reaches its database; raises as ``send`` does."""
+    def check(self) -> None:
+        """Call the server's API, which queries its database; raises as ``send`` does."""
         self._request("GET", API_PING, JSON, params={"max_results": 1})
 
     async def ping(self) -> None:
-        """The same for the event loop; ``UpstreamError`` where it fails."""
+        """Check the server without blocking the event loop; raises ``UpstreamError``."""
         try:
-            await in_thread(self.look, "mlflow ping")
+            await in_thread(self.check, "mlflow ping")
         except TrackerError as error:
             raise UpstreamError(label=error.reason) from None
 
-    def _request(self, method: str, path: str, answered_in: str, **options: Any) -> None:  # noqa: ANN401
+    def _request(self, method: str, path: str, content_type: str, **options: Any) -> None:  # noqa: ANN401
         _import_sdk()
         from mlflow.utils.credentials import get_default_host_creds  # noqa: PLC0415 - see _import_sdk
         from mlflow.utils.rest_utils import http_request  # noqa: PLC0415 - see _import_sdk
 
-        response = _translated(
+        response = _translate_errors(
             lambda: http_request(  # type: ignore[no-untyped-call]  # the SDK left both untyped
                 get_default_host_creds(self._uri),  # type: ignore[no-untyped-call]  # as above
                 path,
@@ -291,64 +314,75 @@ class Tracker:
                 max_retries=0,
                 timeout=self._timeout_s,
                 raise_on_status=False,
-                # Followed, an order becomes a question, and a login page the proof that all is well.
+                # A redirected POST becomes a GET, and a login page's 200 would pass for success.
                 allow_redirects=False,
                 **options,
             )
         )
         status = int(response.status_code)
-        if status in REFUSED:
+        if status in REFUSED_STATUSES:
             raise RefusedError(f"HTTP {status}")
         if status == HTTPStatus.NOT_FOUND:
             raise GoneError(f"HTTP {status}")
         if status != HTTPStatus.OK:
             raise TrackerError(f"HTTP {status}")
-        if not response.headers.get("Content-Type", "").startswith(answered_in):
-            # Somebody who answers 200 to everything has kept nothing.
+        if not response.headers.get("Content-Type", "").startswith(content_type):
+            # Another server, like a proxy's login page, may answer 200 to everything.
             raise TrackerError(NOT_MLFLOW)
 
     @property
     def _client(self) -> "MlflowClient":
-        if self._lazy is None:
+        if self._sdk_client is None:
             from mlflow import MlflowClient  # noqa: PLC0415 - see _import_sdk
 
-            self._lazy = MlflowClient(self._uri)
-        return self._lazy
+            self._sdk_client = MlflowClient(self._uri)
+        return self._sdk_client
 
 
 def _import_sdk() -> None:
-    """Import it when it is needed, in a thread: it takes most of a second and 30 MB.
+    """Import the SDK when it is first needed, in a thread: it takes almost a second and 30 MB.
 
-    By one thread at a time: its modules import each other in circles, and where two threads meet in one,
-    Python hands out a module that is not whole.
+    One thread at a time: its modules import each other in cycles, and two threads that import them at once
+    can get a partly initialized module.
     """
     with _importing:
         importlib.import_module("mlflow.utils.rest_utils")
 
 
-def _translated(work: Callable[[], T]) -> T:
-    """Do it; what the SDK raises comes out as ``TrackerError``, without its text."""
+def _translate_errors(work: Callable[[], T]) -> T:
+    """Call ``work``; every error of the SDK becomes a ``TrackerError`` without the SDK's text."""
     _import_sdk()
     from mlflow.exceptions import MlflowException, RestException  # noqa: PLC0415 - see _import_sdk
 
     try:
         return work()
     except RestException as error:
-        # What was deleted on MLflow's page stays for a while, and is said to be in the wrong state.
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST" or "must be in the 'active' state" in str(error):
-            raise GoneError(error.error_code) from None
-        raise TrackerError(str(error.error_code)) from None
+        raise ERRORS_BY_CODE.get(code := str(error.error_code), TrackerError)(code) from None
     except MlflowException as error:
-        # Everything that kept an answer from coming has this one class, and tells itself apart by its text.
-        text = str(error).lower()
-        raise TrackerError("Timeout" if "timed out" in text else "Connection error") from None
+        # The SDK raises this one class whenever there was no answer.
+        raise TrackerError("Timeout" if is_timeout(error) else "Connection error") from None
     except Exception as error:  # noqa: BLE001 - see below
-        # An answer that is not MLflow's: the SDK looks for things in it that are not there.
+        # An answer of another server can make the SDK raise anything.
         raise TrackerError(type(error).__name__) from None
 
 
+ERRORS_BY_CODE: Mapping[str, type[TrackerError]] = {
+    "RESOURCE_DOES_NOT_EXIST": GoneError,
+    "INVALID_PARAMETER_VALUE": _InvalidParameterError,
+}
+
+
+def is_timeout(error: BaseException | None) -> bool:
+    """Whether the error was raised because of a timeout of the socket."""
+    while error is not None:
+        if isinstance(error, TimeoutError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 async def in_thread(work: Callable[[], None], name: str) -> None:
-    """Do blocking work in a daemon thread, which is left behind when the caller is cancelled."""
+    """Run blocking work in a daemon thread; when the caller is cancelled, the thread is abandoned."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
 
@@ -364,9 +398,9 @@ async def in_thread(work: Callable[[], None], name: str) -> None:
         error: BaseException | None = None
         try:
             work()
-        except Exception as raised:  # noqa: BLE001 - carried over to whoever awaits
+        except Exception as raised:  # noqa: BLE001 - raised again by the awaiting task
             error = raised
-        # The loop may have been closed by now: then nobody waits any more.
+        # The loop may be closed by now, when nothing awaits the result.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(finish, error)
 

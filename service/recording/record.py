@@ -1,9 +1,10 @@
-"""One model call as it is kept: what the recorder writes, and MLflow shows."""
+"""The record of one model call, and its form as a line of JSON in the spool."""
 
 import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,29 +14,29 @@ SPAN_ID = re.compile(r"[0-9a-f]{16}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallRecord:
-    """A call that has ended; ``trace_id`` and ``span_id`` together are its identity.
+    """A call that has ended; ``trace_id`` and ``span_id`` together identify it.
 
     Args:
         trace_id: 32 hex digits; the request id of the answer.
-        span_id: 16 hex digits: the ``llm call`` span.
+        span_id: 16 hex digits; the ``llm call`` span.
         operation: The GenAI operation, like ``chat``.
         started_ns: Unix time in nanoseconds.
-        duration_s: Seconds from the call's start to its end, attempts and waits together.
-        user: Who asked.
-        model: The model that was asked for.
+        duration_s: Seconds from the start of the call to its end, including retries and back-off.
+        user: The caller's user name.
+        model: The requested model.
         outcome: A value of ``outcome`` on ``llmops.llm.calls``.
         response_model: The model that answered, as the upstream names it.
-        error: The error's name, where there is one.
-        attempts: How often the upstream was asked.
-        prompt_tokens: None where nobody counted; so are the other counts.
-        cost: US dollars; None where the upstream named no price.
-        estimated: Whether the counts are this service's own estimate.
-        streamed: Whether the answer came in pieces.
-        first_chunk_s: Seconds until the first piece of a streamed answer.
+        error: The name of the error; None without one.
+        attempts: The number of requests to the upstream.
+        prompt_tokens: None where the count is not known; the same holds for the other counts.
+        cost: US dollars; None where the upstream gave no price.
+        estimated: Whether the counts are an estimate of this service.
+        streamed: Whether the answer was streamed.
+        first_chunk_s: Seconds until the first chunk of a streamed answer.
         cache: ``hit``, ``miss`` or ``bypass``.
-        saved_cost: US dollars that a cached answer did not cost.
+        saved_cost: US dollars that a cached answer saved.
         prompt: The messages as JSON; None unless content is captured.
-        answer: The answer's text; None unless content is captured.
+        answer: The text of the answer; None unless content is captured.
     """
 
     trace_id: str
@@ -62,45 +63,46 @@ class CallRecord:
     answer: str | None = None
 
     def as_line(self) -> bytes:
-        """The record as one line of JSON, with its line feed; what is None is left out."""
-        # Not dataclasses.asdict: it copies each value, and takes longer than writing the line.
-        given = {name: value for name in _NAMES if (value := getattr(self, name)) is not None}
+        """The record as one line of JSON with its line feed; fields that are None are left out."""
+        # Not dataclasses.asdict: it copies each value, which takes longer than writing the line.
+        given = {name: value for name, value in zip(_NAMES, _VALUES(self), strict=True) if value is not None}
         return json.dumps(given, separators=(",", ":")).encode() + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> Self:
-        """The record in a line; ``ValueError`` when the line holds none.
+        """Parse a line; raises ``ValueError`` when it holds no record.
 
-        Fields that this version does not know are passed over: a later one may have written the line.
+        Unknown fields are ignored: a later version may have written the line.
         """
         try:
             read: Any = json.loads(line)
             record = cls(**{name: value for name, value in read.items() if name in _NAMES})
-            named = TRACE_ID.fullmatch(record.trace_id) and SPAN_ID.fullmatch(record.span_id)
+            identified = TRACE_ID.fullmatch(record.trace_id) and SPAN_ID.fullmatch(record.span_id)
             timed = record.started_ns >= 0 and record.duration_s >= 0
         except (AttributeError, TypeError, RecursionError) as error:
             raise ValueError("no record") from error
-        if not named or not timed:
+        if not identified or not timed:
             raise ValueError("no record")
         return record
 
 
 _NAMES = tuple(field.name for field in fields(CallRecord))
+_VALUES = attrgetter(*_NAMES)
 
 
-def read(path: Path) -> tuple[list[CallRecord], int]:
-    """The records in a file of lines, and how many of its lines are garbled; raises ``OSError``.
+def read_records(path: Path) -> tuple[list[CallRecord], int]:
+    """Read the records of a file, and count its invalid lines; raises ``OSError``.
 
-    What a crash has cut off is passed over and not counted: its call was never answered.
+    A last line that a crash cut off is not counted: its call was never answered.
     """
-    *lines, cut_off = path.read_bytes().split(b"\n")
-    records, garbled = [], 0
+    *lines, last = path.read_bytes().split(b"\n")
+    records, invalid = [], 0
     for line in lines:
         try:
             records.append(CallRecord.from_line(line))
         except ValueError:
-            garbled += 1
+            invalid += 1
     with suppress(ValueError):
-        # Nothing but its line feed may be missing.
-        records.append(CallRecord.from_line(cut_off))
-    return records, garbled
+        # It is complete when only its line feed is missing.
+        records.append(CallRecord.from_line(last))
+    return records, invalid

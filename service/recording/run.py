@@ -1,12 +1,13 @@
-"""The MLflow run of one process, on disk too, so that somebody else can end it; what it sums up, and lost."""
+"""The MLflow run of one process: its parameters, its totals, and its description on disk.
+
+The description lies beside the records, so that another process can end the run after this one was killed.
+"""
 
 import json
-import logging
 import os
 import threading
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,31 +19,26 @@ from service.config.settings import Settings
 from service.recording.mlflow import Run, Tracker
 from service.recording.record import CallRecord
 from service.recording.spool import sync_file
-from service.telemetry.instruments import Instruments
 
 LATENCIES = 10_000
-"""So many of the latest calls' durations are kept, for the quantiles."""
-
-LOSS_LINE_INTERVAL_S = 60.0
+"""The number of latest calls whose durations are kept for the quantiles."""
 
 QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
 class ProcessRun:
-    """What is known of a process's run.
+    """The run of a process, as this process or its file knows it.
 
     Args:
-        name: The process's name in the spool; the run's name too.
+        name: The name of the process's spool, and of the run.
         started_ms: Unix time in milliseconds.
-        params: What the run's page shows of the configuration.
-        run_id: None until the server has the run.
+        params: The run's parameters.
+        run_id: None until the run exists on the server.
         experiment_id: None until then, too.
         described: Whether the server has the parameters.
-        totals: The run's metrics, as they were when this was written.
-        status: How the process ended; None while it lives, and of one that was killed.
+        totals: The run's metrics when this was saved.
+        status: How the process ended; None while it lives, and if it was killed.
         ended_ms: When it ended.
     """
 
@@ -57,10 +53,10 @@ class ProcessRun:
     ended_ms: int | None = None
 
     def on_server(self, tracker: Tracker) -> Run:
-        """The run on the server, made now if it is not there yet; raises as the tracker does."""
+        """The run on the server, created now if it does not exist; raises ``TrackerError``."""
         if self.run_id is None or self.experiment_id is None:
-            made = tracker.start_run(self.name, self.started_ms)
-            self.run_id, self.experiment_id = made.run_id, made.experiment_id
+            created = tracker.start_run(self.name, self.started_ms)
+            self.run_id, self.experiment_id = created.run_id, created.experiment_id
         run = Run(self.run_id, self.experiment_id)
         if not self.described:
             tracker.log_params(run, self.params)
@@ -68,19 +64,19 @@ class ProcessRun:
         return run
 
     def forget(self) -> None:
-        """Let the next question make a new run: somebody has deleted this one."""
+        """Make ``on_server`` create a new run: this one was deleted."""
         self.run_id = self.experiment_id = None
         self.described = False
 
     def end(self, tracker: Tracker, at_ms: int) -> None:
-        """End the run on the server: as FAILED, when nobody had said that the process ended well."""
+        """End the run on the server, as FAILED unless the process had ended well; raises ``TrackerError``."""
         run = self.on_server(tracker)
         if self.totals:
             tracker.log_totals(run, self.totals, self.ended_ms or at_ms)
         tracker.end_run(run, self.status or "FAILED", self.ended_ms or at_ms)
 
     def save(self, path: Path) -> None:
-        """Write it to disk, whole or not at all; a disk that takes nothing is passed over."""
+        """Write the run to disk, completely or not at all; a failure to write is ignored."""
         draft = path.with_suffix(".tmp")
         try:
             descriptor = os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
@@ -89,15 +85,15 @@ class ProcessRun:
             sync_file(draft)
             draft.replace(path)
         except OSError:
-            # Left behind it would make an estate of a process that ended well.
+            # A draft that stays would be the orphaned spool of a process that ended well.
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path, name: str, started_ms: int) -> "ProcessRun":
-        """Read it from disk; where nothing readable is there, a run that is known by its name only.
+        """Read a run from disk; one of this name and start when the file is missing or invalid.
 
-        Fields that this version does not know are passed over: a later one may have written the file.
+        Unknown fields are ignored: a later version may have written the file.
         """
         known = {field.name for field in fields(cls)}
         try:
@@ -108,7 +104,7 @@ class ProcessRun:
 
 
 class Totals:
-    """What the calls of this process came to; may be asked from any thread."""
+    """The sums over the calls of this process; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -116,7 +112,7 @@ class Totals:
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
 
     def add(self, record: CallRecord) -> None:
-        """Count one call."""
+        """Add one call."""
         with self._lock:
             self._sums["calls"] += 1
             self._sums[f"calls_{record.outcome}"] += 1
@@ -126,13 +122,13 @@ class Totals:
                 ("cost_usd", record.cost),
                 ("saved_usd", record.saved_cost),
             ):
-                self._sums[name] += value or 0  # type: ignore[assignment]  # costs are no whole numbers
+                self._sums[name] += value or 0  # type: ignore[assignment]  # costs are not integers
             self._sums["cache_hits"] += record.cache == "hit"
             self._latencies.append(record.duration_s)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The totals by the names of the run's metrics; latencies in seconds."""
+        """The totals by the name of the run's metric; latencies in seconds."""
         with self._lock:
             sums, latencies = dict(self._sums), list(self._latencies)
         latencies.sort()
@@ -143,39 +139,8 @@ class Totals:
         return found
 
 
-class Losses:
-    """Counts what is lost, and says so once a minute at most; from any thread."""
-
-    def __init__(self, instruments: Instruments, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lost = instruments.recorder_lost
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._unsaid = 0
-        self._reason = ""
-        self._said_at = float("-inf")
-
-    def add(self, count: int, reason: str) -> None:
-        """Count so many records."""
-        self._lost.add(count)
-        with self._lock:
-            self._unsaid += count
-            self._reason = reason
-        self.say(at_once=False)
-
-    def say(self, *, at_once: bool = True) -> None:
-        """Say what has not been said yet: now, or when the last time is long enough ago."""
-        with self._lock:
-            due = at_once or self._clock() - self._said_at >= LOSS_LINE_INTERVAL_S
-            if not self._unsaid or not due:
-                return
-            count, self._unsaid = self._unsaid, 0
-            self._said_at = self._clock()
-            reason = self._reason
-        logger.error("Records of calls are lost", extra={"records": count, "reason": reason})
-
-
 def params_of(settings: Settings, version: str) -> Mapping[str, str]:
-    """What a run's page shows of the configuration: everything that is set and is no secret."""
+    """The parameters of a run: the version, and every setting that has a value and is not a secret."""
     shown = {
         name: str(value)
         for name, value in settings.model_dump().items()

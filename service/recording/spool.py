@@ -1,4 +1,8 @@
-"""What dead processes left in the spool, for whoever brings it to its end."""
+"""The spool: files of records on disk that wait for MLflow, and the orphaned spools of ended processes.
+
+All processes share one folder. Each holds an exclusive lock on a file of its own while it lives; the files of
+a process whose lock is free are orphaned, and whoever gets the lock may send and remove them.
+"""
 
 import errno
 import fcntl
@@ -13,27 +17,27 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.recording.record import read
+from service.recording.record import read_records
 
 SEGMENT_RECORDS = 100
 SEGMENT_BYTES = 131_072
-"""A file is closed at this size, and is sent as one piece. Small ones: a piece is what a crash can repeat."""
+"""A file is closed at this size and sent as one export; a crash can repeat one file, so files are small."""
 
-OWNER = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9]+-[0-9a-f]{6}")
-"""How a process is named here: when it began, its number, and six hex digits."""
+SPOOL_NAME = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9]+-[0-9a-f]{6}")
+"""The name of a process's spool: its start time, its process id, and six random hex digits."""
 
 
 @dataclass(slots=True)
 class Segment:
-    """One file of lines.
+    """One file of records.
 
     Args:
-        path: Where it is.
-        began_s: When it was begun, on the spool's clock.
-        records: How many are in it.
-        size_bytes: How large it is.
-        spooled: How many of the records have been counted as waiting for MLflow.
-        synced: Whether the disk itself has it.
+        path: Where the file is.
+        began_s: When it was created, on the spool's clock.
+        records: The number of records in it.
+        size_bytes: Its size.
+        spooled: How many of its records are counted as waiting because MLflow failed.
+        synced: Whether it has been written through to the disk.
     """
 
     path: Path
@@ -45,16 +49,16 @@ class Segment:
 
 
 class Spool:
-    """The files of this process; a call of ``append`` from any thread, the rest from the recorder's.
+    """The files of this process. ``append`` may be called from any thread, the rest from the recorder's only.
 
     Args:
-        folder: Shared by all processes of this service on the machine; made when it is not there.
-        max_bytes: Most bytes that lie waiting; for more, the oldest file goes.
-        on_lost: Called with the number of records that went, and why.
-        clock: Monotonic, in seconds: a machine whose date is put right must not make its records old.
+        folder: Shared by all processes of the service on this machine; created if it does not exist.
+        max_bytes: The limit of all files together; beyond it the oldest file is dropped.
+        on_lost: Called with the number of records dropped, and the reason.
+        clock: Monotonic, in seconds, so that a change of the system time does not expire files.
 
     Raises:
-        OSError: The folder cannot be made, or nothing can be written in it.
+        OSError: The folder cannot be created or written to.
     """
 
     def __init__(
@@ -76,40 +80,40 @@ class Spool:
         self._size_bytes = 0
         self._closed = False
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.name, self._owner = _own_lock(folder)
+        self.name, self._lock_descriptor = _create_lock(folder)
 
     @property
     def files(self) -> int:
-        """How many files can be taken now."""
+        """How many files ``take`` can return now."""
         with self._lock:
             return len(self._sealed) + (self._open is not None)
 
     def append(self, line: bytes, *, spooled: bool) -> bool:
-        """Write one line; whether that made a whole file.
+        """Write one line; returns whether that completed a file.
 
         Args:
-            line: With its line feed.
-            spooled: Whether the record has been counted as waiting for MLflow.
+            line: Includes its line feed.
+            spooled: Whether the record is counted as waiting because MLflow failed.
 
         Raises:
-            OSError: It cannot be written; nothing of it is left in the file. So after ``close``: the files
-                may be an heir's already.
+            OSError: The line cannot be written, and nothing of it is left in the file. Always raised after
+                ``close``, when another process may own the files.
         """
         with self._lock:
             if self._closed:
                 raise OSError(errno.EBADF, "the spool is closed")
             if len(line) > self._max_bytes:
-                raise OSError(errno.EFBIG, "a line is larger than all that may wait")
+                raise OSError(errno.EFBIG, "the line is larger than the limit of the spool")
             self._make_room(len(line))
-            segment = self._open or self._begin()
+            segment = self._open or self._create_segment()
             try:
-                whole = os.write(self._descriptor, line) == len(line)
+                complete = os.write(self._descriptor, line) == len(line)
             except OSError:
-                self._undo(segment)
+                self._remove_partial_line(segment)
                 raise
-            if not whole:
-                self._undo(segment)
-                raise OSError("the disk took a part of the line")
+            if not complete:
+                self._remove_partial_line(segment)
+                raise OSError("the line was written in part")
             segment.records += 1
             segment.spooled += spooled
             segment.size_bytes += len(line)
@@ -120,7 +124,7 @@ class Spool:
                 self._seal()
             return full
 
-    def _begin(self) -> Segment:
+    def _create_segment(self) -> Segment:
         path = self.folder / f"{self.name}.{self._next:06d}.jsonl"
         self._descriptor = os.open(
             path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600
@@ -129,23 +133,23 @@ class Spool:
         self._open = Segment(path, self._clock())
         return self._open
 
-    def _undo(self, segment: Segment) -> None:
-        # Should a torn line stay, it is the last one of its file; whoever reads it passes it over. The next
-        # line gets a file of its own in any case: this one may have reached the size that a file may have.
-        torn = True
+    def _remove_partial_line(self, segment: Segment) -> None:
+        # If that fails, the partial line is the last of its file, and readers ignore it. The next line goes
+        # into a new file in any case, as this one may have reached a limit on the size of files.
+        removed = False
         with suppress(OSError):
             os.ftruncate(self._descriptor, segment.size_bytes)
-            torn = False
-        if torn or segment.records:
+            removed = True
+        if segment.records or not removed:
             self._seal()
 
     def _make_room(self, size_bytes: int) -> None:
         while self._size_bytes + size_bytes > self._max_bytes and (self._sealed or self._open):
             if not self._sealed:
                 self._seal()
-            self._give_up(self._sealed.popleft(), "the spool is full")
+            self._drop(self._sealed.popleft(), "the spool is full")
 
-    def _give_up(self, segment: Segment, reason: str) -> None:
+    def _drop(self, segment: Segment, reason: str) -> None:
         self._size_bytes -= segment.size_bytes
         with suppress(OSError):
             segment.path.unlink(missing_ok=True)
@@ -161,7 +165,7 @@ class Spool:
         self._open = None
 
     def count_spooled(self) -> int:
-        """Count all that lies here as waiting for MLflow; how many were not counted before."""
+        """Count all records as waiting because MLflow failed; returns how many were not counted before."""
         with self._lock:
             segments = [*self._sealed, *([self._open] if self._open else [])]
             new = sum(segment.records - segment.spooled for segment in segments)
@@ -170,14 +174,14 @@ class Spool:
             return new
 
     def take(self) -> Segment | None:
-        """The oldest file, which from now on is the caller's; None when there is none."""
+        """Hand over the oldest file, which the caller then owns; None when there is none."""
         with self._lock:
             if not self._sealed:
                 self._seal()
             return self._sealed.popleft() if self._sealed else None
 
     def put_back(self, segment: Segment, *, last: bool = False) -> None:
-        """Take a file back: before all others, or behind them."""
+        """Return a file that was taken: before all others, or behind them."""
         with self._lock:
             if last:
                 self._seal()
@@ -186,55 +190,55 @@ class Spool:
                 self._sealed.appendleft(segment)
 
     def done(self, segment: Segment) -> None:
-        """Remove a file that was taken: MLflow has what is in it."""
+        """Remove a file that was taken: its records were sent."""
         with self._lock:
             self._size_bytes -= segment.size_bytes
         with suppress(OSError):
             segment.path.unlink(missing_ok=True)
 
     def expire(self, max_age_s: float) -> None:
-        """Give up the files that are older than this."""
+        """Drop the files that are older than this."""
         with self._lock:
             while self._sealed and self._clock() - self._sealed[0].began_s > max_age_s:
-                self._give_up(self._sealed.popleft(), "too old")
+                self._drop(self._sealed.popleft(), "too old")
 
     def sync(self) -> None:
-        """Write what lies here through to the disk."""
+        """Write all files through to the disk."""
         with self._lock:
             segments = [*self._sealed, *([self._open] if self._open else [])]
             unsynced = [segment for segment in segments if not segment.synced]
             for segment in unsynced:
                 segment.synced = True
         for segment in unsynced:
-            # Gone in the meantime, or a disk that fails: the next line will tell.
+            # The file was removed meanwhile, or the disk fails: the next append reports that.
             with suppress(OSError):
                 sync_file(segment.path)
         if unsynced:
-            # That there are these files stands in the folder, which is written by itself.
+            # The entries of new files are in the folder, which must be synced by itself.
             with suppress(OSError):
                 sync_file(self.folder)
 
     def close(self) -> None:
-        """Let go of the files: whoever comes next is their heir. Nothing is left behind of an empty spool."""
+        """Release the lock, so that other processes may take the files over; an empty spool is removed."""
         with self._lock:
             self._closed = True
             self._seal()
-            if not files_of(self.folder, self.name):
+            if not spool_files(self.folder, self.name):
                 with suppress(OSError):
                     lock_path(self.folder, self.name).unlink(missing_ok=True)
-            os.close(self._owner)
+            os.close(self._lock_descriptor)
 
 
-def _own_lock(folder: Path) -> tuple[str, int]:
-    """Choose a name that nobody has, and hold its lock until the process ends."""
+def _create_lock(folder: Path) -> tuple[str, int]:
+    """Choose a new name and lock it until the process ends; returns the name and the lock's descriptor."""
     while True:
         moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         name = f"{moment}-{os.getpid()}-{secrets.token_hex(3)}"
         path = lock_path(folder, name)
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            # Between the two an heir may have come by, and taken it for a dead one's.
-            if hold(descriptor, path):
+            # Another process may have locked and removed the file in between, taking it for an orphan's.
+            if try_lock(descriptor, path):
                 return name, descriptor
         except OSError:
             os.close(descriptor)
@@ -242,11 +246,11 @@ def _own_lock(folder: Path) -> tuple[str, int]:
         os.close(descriptor)
 
 
-def hold(descriptor: int, path: Path) -> bool:
-    """Lock a file that was opened at this path; whether it is ours now, and is there still.
+def try_lock(descriptor: int, path: Path) -> bool:
+    """Lock a file that was opened at this path; returns whether this process has it, and it is still there.
 
-    Whoever has a lock removes it with the last of the files. One that was opened before and locked after
-    that keeps nobody out.
+    The owner of a lock removes its file with the last file of the spool. A descriptor that was opened before
+    that and locked after it excludes nobody.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -256,22 +260,22 @@ def hold(descriptor: int, path: Path) -> bool:
 
 
 def run_file(folder: Path, name: str) -> Path:
-    """Where a process's run is written down."""
+    """The file that describes the MLflow run of the process of a spool."""
     return folder / f"{name}.run.json"
 
 
 def lock_path(folder: Path, name: str) -> Path:
-    """What a process holds while it lives."""
+    """The file that the process of a spool locks while it lives."""
     return folder / f"{name}.lock"
 
 
-def files_of(folder: Path, name: str) -> list[Path]:
-    """What lies there under a name, but for its lock."""
+def spool_files(folder: Path, name: str) -> list[Path]:
+    """The files of a spool, except for its lock."""
     return sorted(path for path in folder.glob(f"{name}.*") if path.suffix != ".lock")
 
 
 def sync_file(path: Path) -> None:
-    """Write a file through to the disk."""
+    """Write a file or folder through to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -280,48 +284,48 @@ def sync_file(path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Estate:
-    """What a dead process left behind."""
+class OrphanedSpool:
+    """The files of a process that has ended, locked by this one."""
 
     folder: Path
     name: str
 
     @property
     def segments(self) -> list[Path]:
-        """Its files of lines, oldest first."""
-        return [path for path in files_of(self.folder, self.name) if path.suffix == ".jsonl"]
+        """Its files of records, oldest first."""
+        return [path for path in spool_files(self.folder, self.name) if path.suffix == ".jsonl"]
 
     @property
     def run_file(self) -> Path:
-        """Where its run is written down."""
+        """The file that describes the MLflow run of the process."""
         return run_file(self.folder, self.name)
 
     @property
-    def last_seen_s(self) -> float:
-        """When the process was last seen alive, in Unix time."""
+    def last_written_s(self) -> float:
+        """When the process last wrote to one of the files, in Unix time."""
         paths = [*self.segments, self.run_file]
         return max((path.stat().st_mtime for path in paths if path.exists()), default=time.time())
 
     def expire(self, max_age_s: float) -> int:
-        """Remove the files that are older; how many records went with them."""
-        gone = 0
+        """Remove the files that are older; returns how many records they had."""
+        removed = 0
         for path in self.segments:
-            # One that cannot be read is in nobody's way.
+            # A file that cannot be read stays, and does not stop the others.
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > max_age_s:
-                    records, garbled = read(path)
+                    records, invalid = read_records(path)
                     path.unlink()
-                    gone += len(records) + garbled
-        return gone
+                    removed += len(records) + invalid
+        return removed
 
     def clear(self) -> None:
-        """Remove what is left; its lock goes with it, when the next estate is asked for."""
-        for path in files_of(self.folder, self.name):
+        """Remove the files that are left; ``orphaned_spools`` removes the lock when it goes on."""
+        for path in spool_files(self.folder, self.name):
             path.unlink(missing_ok=True)
 
 
-def estates(folder: Path) -> Generator[Estate]:
-    """Each dead process's files, oldest first; held until the next is asked for, and tidied when empty.
+def orphaned_spools(folder: Path) -> Generator[OrphanedSpool]:
+    """The spool of each ended process, oldest first; locked until the next one is asked for.
 
     Raises:
         OSError: The folder cannot be read.
@@ -330,16 +334,16 @@ def estates(folder: Path) -> Generator[Estate]:
         names = {path.name.split(".", 1)[0] for path in folder.iterdir()}
     except FileNotFoundError:
         return
-    for name in sorted(filter(OWNER.fullmatch, names)):
-        with _inherited(folder, name) as held:
-            # Nothing is there where another heir was quicker, or where a process ended between two steps.
-            if held and files_of(folder, name):
-                yield Estate(folder, name)
+    for name in sorted(filter(SPOOL_NAME.fullmatch, names)):
+        with _taken_over(folder, name) as locked:
+            # There are no files where another process was faster, or where a process ended between two steps.
+            if locked and spool_files(folder, name):
+                yield OrphanedSpool(folder, name)
 
 
 @contextmanager
-def _inherited(folder: Path, name: str) -> Iterator[bool]:
-    """Hold a process's lock, where it is dead; removes the lock with the last of the files."""
+def _taken_over(folder: Path, name: str) -> Iterator[bool]:
+    """Try to lock a spool; on exit its lock is removed if no files are left."""
     path = lock_path(folder, name)
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -347,11 +351,11 @@ def _inherited(folder: Path, name: str) -> Iterator[bool]:
         yield False
         return
     try:
-        held = False
+        locked = False
         with suppress(OSError):
-            held = hold(descriptor, path)
-        yield held
-        if held and not files_of(folder, name):
+            locked = try_lock(descriptor, path)
+        yield locked
+        if locked and not spool_files(folder, name):
             path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)

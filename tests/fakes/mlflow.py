@@ -44,6 +44,7 @@ class KeptRun:
     ended_ms: int | None = None
     params: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    lifecycle_stage: str = "active"
 
     def as_json(self) -> dict[str, Any]:
         """The run in the shape of the REST API."""
@@ -55,7 +56,7 @@ class KeptRun:
             "user_id": "",
             "status": self.status,
             "start_time": self.started_ms,
-            "lifecycle_stage": "active",
+            "lifecycle_stage": self.lifecycle_stage,
             "artifact_uri": "file:///nowhere",
         }
         params = [{"key": key, "value": value} for key, value in self.params.items()]
@@ -177,6 +178,11 @@ class FakeMlflow(Watched):
         with self._changed:
             return sorted(self._runs.values(), key=lambda run: run.started_ms)
 
+    def delete_run(self, run_id: str) -> None:
+        """Delete a run as its page does: it stays, and changes to it are refused."""
+        with self._changed:
+            self._runs[run_id].lifecycle_stage = "deleted"
+
     def span(self, trace_id: str) -> Span:
         """The one span of a trace."""
         (found,) = [kept.span for kept in self.kept if kept.span.trace_id == trace_id]
@@ -224,6 +230,8 @@ class FakeMlflow(Watched):
         with self._changed:
             try:
                 done = work(asked)
+            except _DeletedError as error:
+                return 400, {"error_code": "INVALID_PARAMETER_VALUE", "message": str(error)}
             except KeyError as error:
                 return 404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": repr(error)}
             self._changed.notify_all()
@@ -242,7 +250,8 @@ class FakeMlflow(Watched):
     def _search_runs(self, asked: Mapping[str, Any]) -> Any:
         # The one question that the recorder asks: attributes.run_name = '<name>'.
         name = asked["filter"].split("'")[1]
-        return {"runs": [run.as_json() for run in self._runs.values() if run.name == name]}
+        found = [run for run in self._runs.values() if run.name == name and run.lifecycle_stage == "active"]
+        return {"runs": [run.as_json() for run in found]}
 
     def _create_run(self, asked: Mapping[str, Any]) -> Any:
         run_id = f"{len(self._runs) + 1:032x}"
@@ -250,17 +259,27 @@ class FakeMlflow(Watched):
         self._runs[run_id] = run
         return {"run": run.as_json()}
 
+    def _active_run(self, run_id: str) -> KeptRun:
+        run = self._runs[run_id]
+        if run.lifecycle_stage != "active":
+            raise _DeletedError("The run must be in the 'active' state.")
+        return run
+
     def _log_batch(self, asked: Mapping[str, Any]) -> Any:
-        run = self._runs[asked["run_id"]]
+        run = self._active_run(asked["run_id"])
         run.params |= {entry["key"]: entry["value"] for entry in asked.get("params", [])}
         run.metrics |= {entry["key"]: entry["value"] for entry in asked.get("metrics", [])}
         return {}
 
     def _update_run(self, asked: Mapping[str, Any]) -> Any:
-        run = self._runs[asked["run_id"]]
+        run = self._active_run(asked["run_id"])
         run.status = asked.get("status", run.status)
         run.ended_ms = int(asked["end_time"]) if "end_time" in asked else run.ended_ms
         return {"run_info": run.as_json()["info"]}
+
+
+class _DeletedError(Exception):
+    """A change was asked of a deleted run."""
 
 
 class _HttpServer(EndingHttpServer):

@@ -1,4 +1,4 @@
-"""What the tests of the recorder share: records, a tracker that does as it is told, and what was lost."""
+"""Shared by the tests of the recorder: records, a scripted tracker, and counts that can be read."""
 
 import os
 import subprocess
@@ -10,18 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import Tracer as SpanTracer
 
+from service.recording.delivery import RecordCounts
 from service.recording.mlflow import GoneError, RefusedError, Run, Tracker, TrackerError
 from service.recording.record import CallRecord
+from service.telemetry.instruments import Instruments
+from service.telemetry.providers import Exporters, Telemetry
 from tests.harness import ROOT
 
 FIRST_TRACE = 0x4BF92F3577B34DA6A3CE929D0E0E0000
 
 
 def make_record(number: int = 0, **changes: Any) -> CallRecord:
-    """A call that went well; each number is another one."""
+    """The record of a successful call; each number makes another one."""
     given: dict[str, Any] = {
         "trace_id": f"{FIRST_TRACE + number:032x}",
         "span_id": f"{number + 1:016x}",
@@ -50,8 +54,14 @@ def no_spans() -> SpanTracer:
     return TracerProvider(shutdown_on_exit=False).get_tracer("test")
 
 
+def silent_telemetry(instruments: Instruments) -> Telemetry:
+    """Telemetry with these instruments that exports nothing."""
+    tracers, meters = TracerProvider(shutdown_on_exit=False), MeterProvider(shutdown_on_exit=False)
+    return Telemetry(tracers, meters, None, instruments, Exporters())
+
+
 class Lost:
-    """Keeps what was said to be lost."""
+    """Keeps the losses that it is called with."""
 
     def __init__(self) -> None:
         self.said: list[tuple[int, str]] = []
@@ -63,6 +73,23 @@ class Lost:
     def total(self) -> int:
         """How many records."""
         return sum(count for count, _reason in self.said)
+
+
+class KeptCounts(RecordCounts):
+    """Counts that can be read."""
+
+    def __init__(self, instruments: Instruments, on_lost: Lost) -> None:
+        super().__init__(instruments)
+        self.on_lost = on_lost
+        self.total_settled = 0
+
+    def settled(self, count: int) -> None:
+        super().settled(count)
+        self.total_settled += count
+
+    def lost(self, count: int, reason: str) -> None:
+        super().lost(count, reason)
+        self.on_lost(count, reason)
 
 
 @dataclass
@@ -97,7 +124,7 @@ class FakeTracker(Tracker):
         self.kept: dict[int, str] = {}
         self.exports: list[list[int]] = []
         self.runs: dict[str, KeptRun] = {}
-        self.looks = 0
+        self.checks = 0
         self.on_send: Callable[[], None] = lambda: None
 
     def _obey(self) -> None:
@@ -146,16 +173,16 @@ class FakeTracker(Tracker):
         for record in sent:
             self.kept.setdefault(number_of(record), run.run_id)
 
-    def look(self) -> None:
-        self.looks += 1
+    def check(self) -> None:
+        self.checks += 1
         self._obey()
 
 
-def python(script: str, *arguments: str, wrapper: Iterable[str] = ()) -> "subprocess.Popen[str]":
+def python(script: str, *arguments: str) -> "subprocess.Popen[str]":
     """Another process that runs this script; what it prints can be read."""
     coverage = {name: os.environ[name] for name in os.environ if name.startswith("COVERAGE")}
     return subprocess.Popen(
-        [*wrapper, sys.executable, "-c", textwrap.dedent(script), *arguments],
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **coverage},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.recording.record import CallRecord, read
+from service.recording.record import CallRecord, read_records
 from tests.unit.recording import lines, make_record, number_of
 
 ANY_TEXT = st.text(st.sampled_from('a\u00e9\U0001f600\ud800\0\n\u2028"\\'), max_size=8)
@@ -22,7 +22,7 @@ ANY_TEXT = st.text(st.sampled_from('a\u00e9\U0001f600\ud800\0\n\u2028"\\'), max_
     tokens=st.none() | st.integers(0, 10**300),
     streamed=st.booleans(),
 )
-def test_a_record_is_the_same_after_its_line(
+def test_a_record_survives_its_line(
     user: str, prompt: str | None, cost: float | None, tokens: int | None, *, streamed: bool
 ) -> None:
     record = make_record(
@@ -34,7 +34,7 @@ def test_a_record_is_the_same_after_its_line(
     assert CallRecord.from_line(line) == record
 
 
-def test_what_is_none_is_left_out_and_a_later_versions_fields_are_passed_over() -> None:
+def test_none_is_left_out_and_fields_of_a_later_version_are_ignored() -> None:
     written = json.loads(make_record().as_line())
     assert "prompt" not in written
     assert "error" not in written
@@ -59,7 +59,7 @@ def test_what_is_none_is_left_out_and_a_later_versions_fields_are_passed_over() 
     ],
     ids=lambda line: repr(line[:8]),
 )
-def test_a_line_that_is_no_record_is_a_value_error(line: bytes) -> None:
+def test_an_invalid_line_is_a_value_error(line: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         CallRecord.from_line(line)
 
@@ -78,25 +78,25 @@ def test_a_line_that_is_no_record_is_a_value_error(line: bytes) -> None:
         {"duration_s": float("nan")},
     ],
 )
-def test_a_record_needs_ids_and_times(changes: dict[str, Any]) -> None:
+def test_ids_and_times_are_required(changes: dict[str, Any]) -> None:
     written = json.loads(make_record().as_line())
     line = json.dumps({**written, **changes}).encode()
     with pytest.raises(ValueError, match="no record"):
         CallRecord.from_line(line)
 
 
-def test_garbled_lines_are_counted_and_the_rest_is_read(tmp_path: Path) -> None:
+def test_invalid_lines_are_counted_and_the_rest_is_read(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     torn = lines(9)[:-20]
-    path.write_bytes(lines(1, 2) + b"garbled\n" + lines(3) + torn)
-    records, garbled = read(path)
+    path.write_bytes(lines(1, 2) + b"invalid\n" + lines(3) + torn)
+    records, invalid = read_records(path)
     assert [number_of(record) for record in records] == [1, 2, 3]
-    # What a crash has cut off was never answered.
-    assert garbled == 1
+    # The call of a line that a crash cut off was never answered.
+    assert invalid == 1
 
 
-def test_a_last_line_that_lacks_its_line_feed_only_is_read(tmp_path: Path) -> None:
+def test_a_last_line_without_its_line_feed_is_read(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     path.write_bytes(lines(1, 2)[:-1])
-    records, garbled = read(path)
-    assert ([number_of(record) for record in records], garbled) == ([1, 2], 0)
+    records, invalid = read_records(path)
+    assert ([number_of(record) for record in records], invalid) == ([1, 2], 0)

@@ -1,4 +1,4 @@
-"""The tracker on the wire: what it asks, and what it makes of each answer."""
+"""The client of MLflow on the wire: its requests, and the error for each answer."""
 
 import asyncio
 import json
@@ -92,7 +92,7 @@ def reason(work: Callable[[], object], kind: type[TrackerError] = TrackerError) 
     return raised.value.reason
 
 
-def test_a_run_and_all_that_is_known_of_it(mlflow: FakeMlflow) -> None:
+def test_a_run_with_parameters_metrics_and_traces(mlflow: FakeMlflow) -> None:
     it = tracker(mlflow.url, mlflow_experiment_name="calls")
     run = it.start_run("name", 5)
     it.log_params(run, {"version": "1", "long": "x" * 1_000})
@@ -108,14 +108,14 @@ def test_a_run_and_all_that_is_known_of_it(mlflow: FakeMlflow) -> None:
     ]
 
 
-def test_a_run_of_this_name_is_made_once(mlflow: FakeMlflow) -> None:
+def test_a_run_of_a_name_is_created_once(mlflow: FakeMlflow) -> None:
     it = tracker(mlflow.url)
     assert it.start_run("name", 5) == it.start_run("name", 5) == tracker(mlflow.url).start_run("name", 6)
     assert it.start_run("other", 5) != it.start_run("name", 5)
     assert len({run.experiment_id for run in mlflow.runs}) == 1
 
 
-def test_a_run_that_is_not_there_is_gone(mlflow: FakeMlflow) -> None:
+def test_an_unknown_run_is_gone(mlflow: FakeMlflow) -> None:
     it = tracker(mlflow.url)
     it.start_run("name", 5)
     gone = Run("f" * 32, "1")
@@ -123,11 +123,20 @@ def test_a_run_that_is_not_there_is_gone(mlflow: FakeMlflow) -> None:
     reason(lambda: it.end_run(gone, "FAILED", 5), GoneError)
 
 
-def test_a_run_that_was_deleted_on_the_page_is_gone_too(scripted: Scripted) -> None:
-    # What a real server says (mlflow/store/tracking/sqlalchemy_store.py, _check_run_is_active).
-    message = "The run abc must be in the 'active' state. Current state is deleted."
-    scripted.answers(400, {"error_code": "INVALID_PARAMETER_VALUE", "message": message})
-    assert reason(lambda: tracker(scripted.url).end_run(RUN, "FINISHED", 5), GoneError)
+def test_a_deleted_run_is_gone_and_one_that_refuses_a_change_is_not(
+    mlflow: FakeMlflow, scripted: Scripted
+) -> None:
+    it = tracker(mlflow.url)
+    run = it.start_run("name", 5)
+    mlflow.delete_run(run.run_id)
+    # The real server answers with the code of a malformed request.
+    assert reason(lambda: it.log_totals(run, {"calls": 1.0}, 5), GoneError) == "INVALID_PARAMETER_VALUE"
+    assert reason(lambda: it.end_run(run, "FINISHED", 5), GoneError) == "INVALID_PARAMETER_VALUE"
+    assert it.start_run("name", 5) != run
+    scripted.answers(400, {"error_code": "INVALID_PARAMETER_VALUE", "message": "deleted"})
+    with pytest.raises(TrackerError, match="INVALID_PARAMETER_VALUE") as raised:
+        tracker(scripted.url).end_run(RUN, "FINISHED", 5)
+    assert not isinstance(raised.value, GoneError)
 
 
 @pytest.mark.parametrize(
@@ -144,20 +153,20 @@ def test_a_run_that_was_deleted_on_the_page_is_gone_too(scripted: Scripted) -> N
         (503, TrackerError),
     ],
 )
-def test_what_each_status_of_an_export_means(
+def test_the_error_for_each_status_of_an_export(
     scripted: Scripted, status: int, kind: type[TrackerError]
 ) -> None:
     scripted.answers(status, b"")
     assert reason(lambda: tracker(scripted.url).send([make_record()], RUN), kind) == f"HTTP {status}"
-    # Asked once: the recorder has its own way of coming back.
+    # Sent once: the recorder retries by itself.
     assert scripted.paths == ["POST /v1/traces"]
 
 
-def test_a_page_that_is_not_mlflows_has_kept_nothing(scripted: Scripted) -> None:
+def test_a_page_of_another_server_is_an_error(scripted: Scripted) -> None:
     scripted.answers(200, b"<html>Sign in</html>", "text/html")
     it = tracker(scripted.url)
     assert reason(lambda: it.send([make_record()], RUN)) == "not MLflow's answer"
-    assert reason(it.look) == "not MLflow's answer"
+    assert reason(it.check) == "not MLflow's answer"
     assert reason(lambda: it.start_run("name", 5))
 
 
@@ -166,7 +175,7 @@ def test_a_redirect_is_not_followed(scripted: Scripted) -> None:
     scripted.headers["Location"] = "/login"
     it = tracker(scripted.url)
     assert reason(lambda: it.send([make_record()], RUN)) == "HTTP 302"
-    assert reason(it.look) == "HTTP 302"
+    assert reason(it.check) == "HTTP 302"
     assert [path for path in scripted.paths if "login" in path] == []
 
 
@@ -178,15 +187,15 @@ def test_an_answer_of_another_shape_is_a_tracker_error(scripted: Scripted, body:
 
 def test_a_server_that_is_down_or_hangs_says_which(mlflow: FakeMlflow) -> None:
     nobody = tracker(f"http://127.0.0.1:{unused_port()}")
-    assert reason(nobody.look) == "Connection error"
+    assert reason(nobody.check) == "Connection error"
     assert reason(lambda: nobody.send([make_record()], RUN)) == "Connection error"
     mlflow.hang = True
     began = time.monotonic()
-    assert reason(tracker(mlflow.url).look) == "Timeout"
+    assert reason(tracker(mlflow.url).check) == "Timeout"
     assert time.monotonic() - began < 10
 
 
-def test_no_text_of_the_server_or_the_sdk_comes_out(scripted: Scripted) -> None:
+def test_errors_have_no_text_of_the_server_or_the_sdk(scripted: Scripted) -> None:
     scripted.answers(500, {"error_code": "INTERNAL_ERROR", "message": "canary"})
     with pytest.raises(TrackerError) as raised:
         tracker(scripted.url).end_run(RUN, "FINISHED", 5)
@@ -195,7 +204,7 @@ def test_no_text_of_the_server_or_the_sdk_comes_out(scripted: Scripted) -> None:
     assert raised.value.__suppress_context__
 
 
-def test_a_ping_asks_the_api_and_fails_as_a_dependency_does(mlflow: FakeMlflow) -> None:
+def test_a_ping_calls_the_api_and_raises_an_upstream_error(mlflow: FakeMlflow) -> None:
     it = tracker(mlflow.url)
     asyncio.run(it.ping())
     assert mlflow.requests == ["GET /api/2.0/mlflow/experiments/search"]
@@ -205,7 +214,7 @@ def test_a_ping_asks_the_api_and_fails_as_a_dependency_does(mlflow: FakeMlflow) 
     assert raised.value.label == "HTTP 503"
 
 
-def test_who_waits_for_a_thread_gets_its_error_and_may_leave() -> None:
+def test_a_thread_is_awaited_and_abandoned_on_cancellation() -> None:
     let_go, ended = threading.Event(), threading.Event()
 
     def fail() -> None:
@@ -224,7 +233,7 @@ def test_who_waits_for_a_thread_gets_its_error_and_may_leave() -> None:
                 await in_thread(hang, "left behind")
 
     asyncio.run(scenario())
-    # The loop is closed, and the thread ends after it: nothing of that may be seen.
+    # The thread ends after the loop is closed, and that raises nothing.
     let_go.set()
     assert ended.wait(10)
     for thread in threading.enumerate():

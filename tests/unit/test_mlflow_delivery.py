@@ -1,20 +1,21 @@
-"""Delivery: what it sends, what it counts, when it asks again, and what it says."""
+"""Delivery: what is sent, counted and logged, and when a failure is retried."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import StatusCode, format_trace_id
+from opentelemetry.trace import NonRecordingSpan, SpanContext, StatusCode, format_trace_id
 
-from service.recording.delivery import FRUITLESS, Delivery
+from service.recording.delivery import MAX_REFUSALS, Delivery
 from service.recording.mlflow import GoneError, TrackerError
-from service.recording.spool import SEGMENT_RECORDS, Spool, files_of
+from service.recording.spool import SEGMENT_RECORDS, Spool, spool_files
 from tests.fakes.clock import FakeClock
-from tests.unit.recording import FakeTracker, Lost, lines, make_record, number_of
+from tests.unit.recording import FakeTracker, KeptCounts, Lost, lines, make_record, number_of
 from tests.unit.resilience import Readable, readable
 
 
@@ -25,29 +26,29 @@ def metrics() -> Iterator[Readable]:
 
 
 class Sender:
-    """A delivery, the spool it sends from, and all that can be seen of them."""
+    """A delivery and its spool, and what can be observed of them."""
 
     def __init__(self, metrics: Readable, folder: Path) -> None:
         self.metrics = metrics
         self.clock = FakeClock()
         self.tracker = FakeTracker()
-        self.lost, self.settled = Lost(), 0
+        self.lost = Lost()
+        self.records = KeptCounts(metrics.instruments, self.lost)
         self.spans_out = InMemorySpanExporter()
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self.spans_out))
         self.spool = Spool(folder, 10_000_000, self.lost)
         self.delivery = Delivery(
             self.tracker,
-            metrics.instruments,
             provider.get_tracer("test"),
-            on_lost=self.lost,
-            on_settled=self._settle,
-            clock=self.clock,
+            self.records,
+            self.clock,
         )
         self.run = self.tracker.start_run("run", 0)
 
-    def _settle(self, count: int) -> None:
-        self.settled += count
+    @property
+    def settled(self) -> int:
+        return self.records.total_settled
 
     def write(self, *numbers: int) -> None:
         """Put these records into the spool, as the recorder does."""
@@ -74,7 +75,7 @@ class Sender:
     @property
     def left(self) -> int:
         """How many files lie in the spool."""
-        return len(files_of(self.spool.folder, self.spool.name))
+        return len(spool_files(self.spool.folder, self.spool.name))
 
 
 @pytest.fixture
@@ -90,17 +91,7 @@ def events(caplog: pytest.LogCaptureFixture) -> list[tuple[Any, Any, str]]:
     ]
 
 
-def test_what_mlflow_takes_at_once_has_not_waited(sender: Sender, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    sender.write(*range(SEGMENT_RECORDS + 20))
-    assert sender.send() is None
-    assert list(sender.tracker.kept) == list(range(120))
-    assert [len(export) for export in sender.tracker.exports] == [SEGMENT_RECORDS, 20]
-    assert (sender.counts, sender.left, sender.settled) == ([0, 0, 0], 0, 120)
-    assert events(caplog) == []
-
-
-def test_what_had_to_wait_is_counted_and_told_once_each_way(
+def test_records_that_wait_are_counted_and_logged_once_each_way(
     sender: Sender, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -126,23 +117,7 @@ def test_what_had_to_wait_is_counted_and_told_once_each_way(
     assert list(sender.tracker.kept) == list(range(153))
 
 
-def test_a_second_failure_is_told_again(sender: Sender, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    for number in range(2):
-        sender.write(number)
-        sender.tracker.error = TrackerError("Timeout")
-        sender.send()
-        sender.tracker.error = None
-        sender.send()
-    assert [name.rsplit(".")[-1] for name, _records, _level in events(caplog)] == [
-        "spooled",
-        "replayed",
-        "spooled",
-        "replayed",
-    ]
-
-
-def test_a_failure_half_way_leaves_the_rest_and_the_replay_is_told_in_one(
+def test_a_failure_half_way_leaves_the_rest_and_the_replay_is_logged_once(
     sender: Sender, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -163,13 +138,13 @@ def test_a_failure_half_way_leaves_the_rest_and_the_replay_is_told_in_one(
     assert events(caplog)[-1] == ("llmops.recorder.replayed", 250, "INFO")
 
 
-def test_back_off_doubles_up_to_ten_seconds_and_begins_anew_after_success(sender: Sender) -> None:
+def test_back_off_doubles_up_to_ten_seconds_and_is_reset_by_success(sender: Sender) -> None:
     waits = []
     for _failure in range(7):
         sender.delivery.failed(TrackerError("Timeout"), sender.spool)
         waits.append(waited_s(sender))
     assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
-    sender.delivery.passed()
+    sender.delivery.succeeded()
     sender.delivery.failed(TrackerError("Timeout"), None)
     assert waited_s(sender) == 0.5
 
@@ -182,7 +157,7 @@ def waited_s(sender: Sender) -> float:
     return sender.clock() - began
 
 
-def test_the_queue_is_not_sent_until_it_is_empty_but_as_it_is(sender: Sender) -> None:
+def test_records_that_arrive_during_a_delivery_wait_for_the_next(sender: Sender) -> None:
     sender.write(0)
     coming = iter(range(1, 1_000))
     sender.tracker.on_send = lambda: sender.write(next(coming))
@@ -193,39 +168,31 @@ def test_the_queue_is_not_sent_until_it_is_empty_but_as_it_is(sender: Sender) ->
     assert sender.tracker.exports == [[0], [1]]
 
 
-def test_a_poison_record_is_lost_and_no_other(sender: Sender) -> None:
-    sender.write(*range(5))
-    sender.tracker.refuses = lambda record: number_of(record) == 2
-    assert sender.send() is None
-    assert sorted(sender.tracker.kept) == [0, 1, 3, 4]
-    assert sender.lost.said == [(1, "refused or unreadable")]
-    assert (sender.left, sender.settled) == (0, 5)
-
-
 @pytest.mark.parametrize("poison", [{0}, {0, 1, 2}, {4}, {0, 2, 4}])
-def test_poison_first_or_last_or_many(sender: Sender, poison: set[int]) -> None:
+def test_refused_records_are_lost_and_no_others(sender: Sender, poison: set[int]) -> None:
     sender.write(*range(5))
     sender.tracker.refuses = lambda record: number_of(record) in poison
     assert sender.send() is None
     assert set(sender.tracker.kept) == set(range(5)) - poison
-    assert (sender.lost.total, sender.left) == (len(poison), 0)
+    assert sender.lost.said == [(len(poison), "refused or unreadable")]
+    assert (sender.left, sender.settled) == (0, 5)
 
 
-def test_when_everybody_is_refused_nothing_is_lost(sender: Sender) -> None:
+def test_nothing_is_lost_while_every_record_is_refused(sender: Sender) -> None:
     sender.write(*range(SEGMENT_RECORDS))
     sender.tracker.refuses = lambda _record: True
     for _again in range(3):
         assert sender.send() == "HTTP 422"
     assert (sender.lost.said, sender.left, sender.delivery.failing) == ([], 1, True)
     # And it does not ask for each of them again and again.
-    assert len(sender.tracker.exports) == 3 * (1 + FRUITLESS)
+    assert len(sender.tracker.exports) == 3 * (1 + MAX_REFUSALS)
     sender.tracker.refuses = lambda _record: False
     assert sender.send() is None
     assert len(sender.tracker.kept) == SEGMENT_RECORDS
     assert sender.counts == [100, 100, 0]
 
 
-def test_a_file_of_poison_is_kept_until_others_pass(sender: Sender) -> None:
+def test_a_file_of_refused_records_is_kept_until_another_record_is_accepted(sender: Sender) -> None:
     sender.write(*range(SEGMENT_RECORDS))
     sender.tracker.refuses = lambda record: number_of(record) < SEGMENT_RECORDS
     assert sender.send() == "HTTP 422"
@@ -237,7 +204,7 @@ def test_a_file_of_poison_is_kept_until_others_pass(sender: Sender) -> None:
     assert (sender.lost.total, sender.left, sender.settled) == (SEGMENT_RECORDS, 0, SEGMENT_RECORDS + 1)
 
 
-def test_a_database_that_fails_in_the_middle_costs_nothing(sender: Sender) -> None:
+def test_a_failure_that_begins_within_a_file_loses_nothing(sender: Sender) -> None:
     sender.write(*range(20))
     allowed = 5
 
@@ -254,19 +221,28 @@ def test_a_database_that_fails_in_the_middle_costs_nothing(sender: Sender) -> No
     assert sender.lost.said == []
 
 
-def test_a_file_that_somebody_removed_or_changed_is_counted(sender: Sender) -> None:
+def test_a_refused_record_is_tried_again_before_it_is_lost(sender: Sender) -> None:
+    sender.write(0, 1, 2)
+    # The whole file is refused, then 1 by itself; 0 shows that MLflow accepts records, and 1 is sent again.
+    sender.tracker.refuses = lambda _record: len(sender.tracker.exports) in {1, 3}
+    assert sender.send() is None
+    assert sender.tracker.exports == [[0, 1, 2], [0], [1], [0], [1], [2]]
+    assert (sorted(sender.tracker.kept), sender.lost.said) == ([0, 1, 2], [])
+
+
+def test_records_of_a_removed_or_changed_file_are_lost_and_counted(sender: Sender) -> None:
     sender.write(*range(2 * SEGMENT_RECORDS))
-    first, second = files_of(sender.spool.folder, sender.spool.name)
+    first, second = spool_files(sender.spool.folder, sender.spool.name)
     first.unlink()
-    second.write_bytes(lines(100, 101) + b"garbled\n")
+    second.write_bytes(lines(100, 101) + b"invalid\n")
     assert sender.send() is None
     assert sender.lost.total == 198
     assert sender.settled == 200
 
 
-def test_a_file_that_cannot_be_read_now_is_kept(sender: Sender) -> None:
+def test_an_unreadable_file_is_kept(sender: Sender) -> None:
     sender.write(*range(SEGMENT_RECORDS))
-    (path,) = files_of(sender.spool.folder, sender.spool.name)
+    (path,) = spool_files(sender.spool.folder, sender.spool.name)
     away = path.with_name("away")
     path.rename(away)
     # Root may read everything; a folder is what it cannot read, either.
@@ -280,7 +256,7 @@ def test_a_file_that_cannot_be_read_now_is_kept(sender: Sender) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), TrackerError("Timeout"), GoneError("HTTP 404")])
-def test_whatever_is_raised_the_file_is_there_still(sender: Sender, error: Exception) -> None:
+def test_a_file_stays_whatever_is_raised(sender: Sender, error: Exception) -> None:
     sender.write(0)
     sender.tracker.error = error
     with pytest.raises(type(error)):
@@ -290,7 +266,7 @@ def test_whatever_is_raised_the_file_is_there_still(sender: Sender, error: Excep
     assert list(sender.tracker.kept) == [0]
 
 
-def test_what_memory_held_is_sent_and_poison_in_it_is_lost(sender: Sender) -> None:
+def test_records_from_memory_are_sent_and_refused_ones_are_lost(sender: Sender) -> None:
     records = [make_record(number) for number in range(5)]
     sender.tracker.refuses = lambda record: number_of(record) == 3
     sender.delivery.send_memory(records, sender.run)
@@ -306,36 +282,18 @@ def spans_named(sender: Sender, name: str) -> list[ReadableSpan]:
     return [span for span in sender.spans_out.get_finished_spans() if span.name == name]
 
 
-def test_a_delivery_is_one_root_span_linked_to_its_calls(sender: Sender) -> None:
+def test_each_export_is_a_root_span_linked_to_its_calls(sender: Sender) -> None:
     sender.write(1, 2)
-    sender.send()
-    (span,) = spans_named(sender, "mlflow record")
-    assert span.parent is None
-    assert dict(span.attributes or {}) == {"llmops.recorder.records": 2}
-    traces = [format_trace_id(link.context.trace_id) for link in span.links]
-    assert traces == [make_record(1).trace_id, make_record(2).trace_id]
-    assert span.status.status_code == StatusCode.UNSET
-
-
-def test_a_replay_has_a_name_of_its_own_and_a_failure_is_seen(sender: Sender) -> None:
-    sender.write(1)
     sender.tracker.error = TrackerError("HTTP 503")
-    sender.send()
+    with trace.use_span(NonRecordingSpan(SpanContext(1, 1, is_remote=False)), end_on_exit=False):
+        sender.send()
     (failed,) = spans_named(sender, "mlflow record")
+    assert failed.parent is None
+    assert dict(failed.attributes or {}) == {"llmops.recorder.records": 2}
+    traces = [format_trace_id(link.context.trace_id) for link in failed.links]
+    assert traces == [make_record(1).trace_id, make_record(2).trace_id]
     assert (failed.status.status_code, failed.status.description) == (StatusCode.ERROR, "HTTP 503")
     sender.tracker.error = None
     sender.send()
-    assert len(spans_named(sender, "spool replay")) == 1
-
-
-def test_what_was_sent_before_a_crash_is_sent_again_and_kept_once(sender: Sender) -> None:
-    sender.write(*range(2 * SEGMENT_RECORDS))
-    taken = sender.spool.take()
-    assert taken is not None
-    # It has the first file, and the process ends before the file goes.
-    sender.tracker.send([make_record(number) for number in range(SEGMENT_RECORDS)], sender.run)
-    sender.spool.close()
-    sender.delivery.send_estates(sender.spool.folder, 3_600)
-    assert sorted(sender.tracker.kept) == list(range(2 * SEGMENT_RECORDS))
-    sent = [number for export in sender.tracker.exports for number in export]
-    assert sorted(sent) == sorted([*range(SEGMENT_RECORDS), *range(2 * SEGMENT_RECORDS)])
+    (replayed,) = spans_named(sender, "spool replay")
+    assert replayed.status.status_code == StatusCode.UNSET

@@ -1,4 +1,4 @@
-"""The recorder: takes every record, whatever the disk and MLflow do, and tells what became of it."""
+"""The recorder accepts every record, whatever the disk and MLflow do, and counts what becomes of it."""
 
 import asyncio
 import json
@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 from service.recording.mlflow import TrackerError
-from service.recording.record import read
+from service.recording.record import read_records
 from service.recording.recorder import MEMORY_BYTES, MEMORY_RECORDS, Recorder
 from service.recording.run import ProcessRun
-from service.recording.spool import lock_path
 from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
-from tests.unit.recording import FakeTracker, killed_owner, lines, make_record, no_spans, number_of
+from tests.unit.recording import FakeTracker, killed_owner, lines, make_record, number_of, silent_telemetry
 from tests.unit.resilience import Readable, readable
 
 LIMIT_S = 10.0
@@ -34,7 +33,7 @@ def until(condition: Callable[[], object], what: str, clock: FakeClock | None = 
 
 
 class Recording:
-    """A recorder with a fast thread, and all that can be seen of it."""
+    """A recorder with a fast thread, and what can be observed of it."""
 
     def __init__(self, metrics: Readable, folder: Path, interval_s: float = 0.005, **settings: Any) -> None:
         self.metrics = metrics
@@ -45,8 +44,7 @@ class Recording:
         self.recorder = Recorder(
             self.tracker,
             make_settings(spool_path=str(folder), **settings),
-            metrics.instruments,
-            no_spans(),
+            silent_telemetry(metrics.instruments),
             interval_s=interval_s,
             clock=self.clock,
         )
@@ -77,7 +75,7 @@ class Recording:
     @property
     def on_disk(self) -> list[int]:
         paths = sorted(self.folder.glob("*.jsonl"))
-        return [number_of(record) for path in paths for record in read(path)[0]]
+        return [number_of(record) for path in paths for record in read_records(path)[0]]
 
     @property
     def kept(self) -> list[int]:
@@ -87,8 +85,8 @@ class Recording:
         return self.metrics.value(f"llmops.recorder.{name}")
 
     @property
-    def written_run(self) -> ProcessRun:
-        """The run as it stands on disk."""
+    def saved_run(self) -> ProcessRun:
+        """The run as saved on disk."""
         (path,) = self.folder.glob("*.run.json")
         return ProcessRun(**json.loads(path.read_bytes()))
 
@@ -110,14 +108,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             each.close()
 
 
-def test_a_record_is_on_disk_before_its_call_is_answered(make: Make) -> None:
-    recording = make()
-    recording.record(1, 2)
-    assert recording.on_disk == [1, 2]
-    assert recording.value("queue") == 2
-
-
-def test_it_comes_to_mlflow_and_is_gone_from_the_disk(make: Make) -> None:
+def test_records_reach_mlflow_and_are_removed_from_the_disk(make: Make) -> None:
     recording = make()
     recording.start()
     recording.record(*range(250))
@@ -138,7 +129,7 @@ def test_a_full_file_does_not_wait_for_the_interval(make: Make) -> None:
     until(lambda: len(recording.kept) == 100, "the file to be sent")
 
 
-def test_what_cannot_go_to_disk_waits_in_memory_and_comes_to_mlflow(
+def test_without_a_disk_records_wait_in_memory_and_are_sent_in_batches(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
@@ -155,7 +146,7 @@ def test_what_cannot_go_to_disk_waits_in_memory_and_comes_to_mlflow(
     assert [run.status for run in recording.tracker.runs.values()] == ["FINISHED"]
 
 
-def test_what_memory_holds_goes_to_disk_when_the_disk_takes_it_again(make: Make) -> None:
+def test_records_in_memory_move_to_the_disk_when_it_works_again(make: Make) -> None:
     recording = make()
     recording.tracker.error = TrackerError("Timeout")
     away = recording.folder.with_name("away")
@@ -170,9 +161,7 @@ def test_what_memory_holds_goes_to_disk_when_the_disk_takes_it_again(make: Make)
     assert recording.value("lost") == 0
 
 
-def test_memory_is_bounded_in_records_and_what_is_beyond_is_counted(
-    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_memory_is_limited_in_records(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     recording = make(tmp_path / "file")
     recording.record(*range(MEMORY_RECORDS + 7))
@@ -180,7 +169,7 @@ def test_memory_is_bounded_in_records_and_what_is_beyond_is_counted(
     assert caplog.messages.count("Records of calls are lost") == 1
 
 
-def test_memory_is_bounded_in_bytes(make: Make, tmp_path: Path) -> None:
+def test_memory_is_limited_in_bytes(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     recording = make(tmp_path / "file")
     frame = len(make_record(answer="").as_line())
@@ -194,27 +183,19 @@ def test_memory_is_bounded_in_bytes(make: Make, tmp_path: Path) -> None:
     until(lambda: recording.kept == [0, 1, 2, 3, 6], "memory to have room again")
 
 
-def test_the_bound_of_the_disk_is_counted_and_the_queue_knows(make: Make) -> None:
-    recording = make(spool_max_bytes=65_536)
-    recording.record(*range(1_000))
-    lost = recording.value("lost")
-    assert lost > 0
-    assert recording.value("queue") == 1_000 - lost == len(recording.on_disk)
-
-
-@pytest.mark.parametrize("odd", [{"user": {1, 2}}, {"prompt_tokens": "many"}, {"cost": 10**5_000}])
-def test_a_bug_in_a_record_costs_the_record_and_not_the_answer(
-    make: Make, caplog: pytest.LogCaptureFixture, odd: dict[str, Any]
+@pytest.mark.parametrize("invalid", [{"user": {1, 2}}, {"prompt_tokens": "many"}, {"cost": 10**5_000}])
+def test_a_record_that_cannot_be_encoded_is_lost_and_raises_nothing(
+    make: Make, caplog: pytest.LogCaptureFixture, invalid: dict[str, Any]
 ) -> None:
     recording = make()
-    recording.record(1, **odd)
+    recording.record(1, **invalid)
     recording.record(2)
     assert recording.on_disk == [2]
     assert (recording.value("queue"), recording.value("lost")) == (1, 1)
     assert "A record could not be taken" in caplog.messages
 
 
-def test_what_comes_after_the_end_is_counted(make: Make) -> None:
+def test_records_after_the_end_are_lost(make: Make) -> None:
     recording = make()
     recording.start()
     recording.finish()
@@ -222,7 +203,7 @@ def test_what_comes_after_the_end_is_counted(make: Make) -> None:
     assert (recording.value("lost"), recording.value("queue"), recording.on_disk) == (2, 0, [])
 
 
-def test_a_good_end_leaves_a_finished_run_and_an_empty_folder(make: Make) -> None:
+def test_the_end_leaves_a_finished_run_and_an_empty_folder(make: Make) -> None:
     recording = make()
     recording.start()
     recording.record(*range(3), cost=0.5)
@@ -235,59 +216,7 @@ def test_a_good_end_leaves_a_finished_run_and_an_empty_folder(make: Make) -> Non
     assert recording.kept == [0, 1, 2]
 
 
-def test_an_end_without_mlflow_leaves_what_the_next_start_goes_on_with(make: Make) -> None:
-    recording = make()
-    recording.tracker.error = TrackerError("Connection error")
-    recording.start()
-    recording.record(1, 2)
-    recording.finish()
-    assert recording.on_disk == [1, 2]
-    run = recording.written_run
-    assert (run.status, run.totals["calls"]) == ("FINISHED", 2)
-    assert (recording.value("lost"), recording.value("spooled")) == (0, 2)
-    heir = make()
-    heir.start()
-    until(lambda: heir.kept == [1, 2], "the records to be sent")
-    until(lambda: heir.tracker.runs["run-2"].status == "FINISHED", "the run to be ended")
-    assert heir.tracker.runs["run-2"].name == run.name
-
-
-def test_an_end_while_mlflow_hangs_is_within_its_limit_and_says_so(
-    make: Make, caplog: pytest.LogCaptureFixture
-) -> None:
-    recording = make()
-    recording.tracker.hangs = True
-    recording.start()
-    recording.record(1, 2)
-    recording.tracker.asked.wait(LIMIT_S)
-    began = time.monotonic()
-    with pytest.raises(TimeoutError):
-        recording.finish(limit_s=0.3)
-    assert time.monotonic() - began < LIMIT_S / 2
-    # The thread waits for the server still, and the end is written down all the same.
-    assert (recording.written_run.status, recording.written_run.totals["calls"]) == ("FINISHED", 2)
-    assert recording.on_disk == [1, 2]
-    assert "MLflow was not done with in time; the next start goes on" in caplog.messages
-
-
-def test_what_neither_disk_nor_mlflow_took_is_lost_at_the_end_and_counted(
-    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").touch()
-    recording = make(tmp_path / "file")
-    recording.tracker.error = TrackerError("Connection error")
-    recording.start()
-    recording.record(1, 2, 3)
-    recording.finish()
-    assert (recording.value("lost"), recording.value("queue")) == (3, 0)
-    assert [
-        (vars(record)["records"], vars(record)["reason"])
-        for record in caplog.records
-        if record.getMessage() == "Records of calls are lost"
-    ] == [(3, "no disk took them, and MLflow neither")]
-
-
-def test_what_is_in_memory_when_mlflow_holds_up_the_end_is_lost_once(make: Make, tmp_path: Path) -> None:
+def test_records_in_memory_are_lost_once_when_mlflow_hangs_at_the_end(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     recording = make(tmp_path / "file")
     recording.tracker.hangs = True
@@ -297,12 +226,12 @@ def test_what_is_in_memory_when_mlflow_holds_up_the_end_is_lost_once(make: Make,
     with pytest.raises(TimeoutError):
         recording.finish(limit_s=0.3)
     assert (recording.value("lost"), recording.value("queue")) == (3, 0)
-    # What comes now is nobody's any more, either.
+    # Records that come later are lost, too.
     recording.record(4)
     assert recording.value("lost") == 4
 
 
-def test_a_bug_does_not_end_the_recording(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_does_not_end_the_thread(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     recording = make()
     recording.tracker.error = ValueError("a bug")
     recording.start()
@@ -312,7 +241,7 @@ def test_a_bug_does_not_end_the_recording(make: Make, caplog: pytest.LogCaptureF
     until(lambda: recording.kept == [1], "the record to be sent", recording.clock)
 
 
-def test_a_run_that_somebody_deleted_is_made_anew(make: Make) -> None:
+def test_a_deleted_run_is_replaced_by_a_new_one(make: Make) -> None:
     recording = make()
     recording.start()
     recording.record(1)
@@ -325,32 +254,19 @@ def test_a_run_that_somebody_deleted_is_made_anew(make: Make) -> None:
     until(lambda: recording.tracker.kept.get(3) == "run-2", "the next record to be there", recording.clock)
 
 
-def test_that_mlflow_is_back_is_asked_when_nothing_waits(make: Make) -> None:
+def test_mlflow_is_checked_after_a_failure_when_nothing_waits(make: Make) -> None:
     recording = make()
     recording.tracker.error = TrackerError("Timeout")
     recording.start()
     until(recording.tracker.asked.is_set, "the first question")
     recording.tracker.error = None
-    until(lambda: recording.tracker.looks, "the question", recording.clock)
+    until(lambda: recording.tracker.checks, "the question", recording.clock)
     recording.record(1)
     until(lambda: recording.kept == [1], "the record to be sent")
     assert recording.value("spooled") == 0
 
 
-def test_what_is_recorded_while_mlflow_fails_is_counted_as_waiting(make: Make) -> None:
-    recording = make()
-    recording.tracker.error = TrackerError("Timeout")
-    recording.start()
-    recording.record(1, 2)
-    until(lambda: recording.value("spooled") == 2, "the failure")
-    recording.record(3)
-    assert recording.value("spooled") == 3
-    recording.tracker.error = None
-    until(lambda: recording.value("replayed") == 3, "the replay", recording.clock)
-    assert (recording.kept, recording.value("queue")) == ([1, 2, 3], 0)
-
-
-def test_totals_are_shown_every_ten_seconds_and_when_they_changed_only(make: Make) -> None:
+def test_totals_are_sent_every_ten_seconds(make: Make) -> None:
     recording = make()
     recording.record(1)
     recording.start()
@@ -360,45 +276,23 @@ def test_totals_are_shown_every_ten_seconds_and_when_they_changed_only(make: Mak
     assert recording.tracker.runs["run-1"].totals["calls"] == 1
     recording.clock.advance(10)
     until(lambda: recording.tracker.runs["run-1"].totals["calls"] == 2, "the next totals")
-    # Should the process be killed now, its heir knows them too.
-    assert recording.written_run.totals["calls"] == 2
+    # If the process is killed now, whoever replays its spool knows them, too.
+    assert recording.saved_run.totals["calls"] == 2
 
 
-def test_under_load_totals_are_shown_all_the_same(make: Make) -> None:
-    recording = make()
-    coming = iter(range(1, 100_000))
-    recording.tracker.on_send = lambda: recording.record(next(coming))
-    recording.record(0)
-    recording.start()
-    until(lambda: recording.tracker.runs and recording.tracker.runs["run-1"].totals, "the totals")
-    recording.tracker.on_send = lambda: None
-
-
-def test_what_the_dead_left_is_sent_at_the_start_and_every_thirty_seconds(make: Make) -> None:
+def test_orphaned_spools_are_sent_at_the_start_and_every_thirty_seconds(make: Make) -> None:
     recording = make()
     killed_owner(recording.folder, 1, 2)
     recording.start()
-    until(lambda: recording.kept == [1, 2], "what was left")
+    until(lambda: recording.kept == [1, 2], "the orphaned spool to be sent")
     killed_owner(recording.folder, 3)
     recording.clock.advance(30)
-    until(lambda: recording.kept == [1, 2, 3], "what was left later")
-    # Counted when MLflow has said that it has it, a moment after it had.
+    until(lambda: recording.kept == [1, 2, 3], "the next one to be sent")
+    # They are counted a moment after MLflow has them.
     until(lambda: (recording.value("replayed"), recording.value("queue")) == (3, 0), "the count")
 
 
-def test_what_the_dead_lost_is_not_taken_from_this_processs_queue(make: Make) -> None:
-    recording = make()
-    name = "20260101T000000-1-000001"
-    lock_path(recording.folder, name).touch()
-    (recording.folder / f"{name}.000000.jsonl").write_bytes(b"garbled\n" * 3)
-    recording.start()
-    until(lambda: recording.value("lost") == 3, "the loss")
-    recording.tracker.error = TrackerError("Timeout")
-    recording.record(1, 2)
-    assert recording.value("queue") == 2
-
-
-def test_what_the_dead_left_grows_too_old_without_mlflow_too(make: Make) -> None:
+def test_orphaned_spools_expire_while_mlflow_fails(make: Make) -> None:
     recording = make(spool_max_age_s=1)
     recording.tracker.error = TrackerError("Timeout")
     name = "20260101T000000-1-000001"
@@ -408,10 +302,10 @@ def test_what_the_dead_left_grows_too_old_without_mlflow_too(make: Make) -> None
     until(lambda: recording.value("lost") == 2, "the loss")
 
 
-def test_the_run_is_written_down_as_soon_as_the_server_has_it(make: Make) -> None:
+def test_the_run_is_saved_as_soon_as_the_server_has_it(make: Make) -> None:
     recording = make()
-    name = recording.written_run.name
-    assert recording.written_run.run_id is None
+    name = recording.saved_run.name
+    assert recording.saved_run.run_id is None
     recording.start()
-    until(lambda: recording.written_run.run_id == "run-1", "the run to be written down")
+    until(lambda: recording.saved_run.run_id == "run-1", "the run to be saved")
     assert recording.tracker.runs["run-1"].name == name

@@ -1,16 +1,15 @@
-"""A process's run, on disk and on the server; its totals, its losses, and what of the settings is shown."""
+"""The run of a process on disk and on the server, its totals and parameters; the count of losses."""
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
 from service.config.settings import Settings
-from service.recording.mlflow import GoneError, Run, TrackerError
-from service.recording.run import LATENCIES, Losses, ProcessRun, Totals, params_of
+from service.recording.delivery import RecordCounts
+from service.recording.mlflow import Run
+from service.recording.run import LATENCIES, ProcessRun, Totals, params_of
 from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
 from tests.unit.recording import FakeTracker, make_record
@@ -26,7 +25,7 @@ def metrics() -> Iterator[Readable]:
         yield found
 
 
-def test_it_is_on_disk_as_it_was(tmp_path: Path) -> None:
+def test_a_run_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     run = ProcessRun("name", 5, {"version": "1"}, "run-1", "2", described=True, totals={"calls": 3.0})
     run.status, run.ended_ms = "FINISHED", 9
     run.save(tmp_path / "run.json")
@@ -36,62 +35,32 @@ def test_it_is_on_disk_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"colour": 1}'])
-def test_what_cannot_be_read_is_known_by_its_name(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_file_gives_a_new_run(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "run.json"
     path.write_bytes(content)
     assert ProcessRun.load(path, "name", 5) == ProcessRun("name", 5)
     assert ProcessRun.load(tmp_path / "none", "name", 5) == ProcessRun("name", 5)
 
 
-def test_a_later_versions_fields_are_passed_over(tmp_path: Path) -> None:
+def test_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"name": "name", "started_ms": 5, "status": "FINISHED", "colour": "blue"}))
     assert ProcessRun.load(path, "other", 0) == ProcessRun("name", 5, status="FINISHED")
 
 
-def test_a_disk_that_takes_nothing_is_passed_over_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_failure_to_save_is_ignored_and_leaves_no_file(tmp_path: Path) -> None:
     run = ProcessRun("name", 5)
     run.save(tmp_path / "nowhere" / "run.json")
-    # The draft can be written, and not be put in its place.
+    # The draft can be written, but not renamed.
     (tmp_path / "run.json").mkdir()
     run.save(tmp_path / "run.json")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_it_is_made_and_described_once() -> None:
+def test_a_run_is_created_and_described_once() -> None:
     tracker, run = FakeTracker(), ProcessRun("name", 5, {"version": "1"})
     assert run.on_server(tracker) == run.on_server(tracker) == Run("run-1", "1")
     assert [(kept.name, kept.params) for kept in tracker.runs.values()] == [("name", {"version": "1"})]
-
-
-def test_an_answer_that_was_lost_makes_no_second_run() -> None:
-    tracker, run = FakeTracker(), ProcessRun("name", 5, {"version": "1"})
-    tracker.answers_lost = 1
-    with pytest.raises(TrackerError):
-        run.on_server(tracker)
-    run.on_server(tracker)
-    assert len(tracker.runs) == 1
-    assert tracker.runs["run-1"].params == {"version": "1"}
-
-
-def test_a_run_that_is_forgotten_is_made_anew_and_described_again() -> None:
-    tracker, run = FakeTracker(), ProcessRun("name", 5, {"version": "1"})
-    run.on_server(tracker)
-    tracker.runs = {"other": tracker.runs.pop("run-1")}
-    tracker.runs["other"].name = "somebody else's"
-    with pytest.raises(GoneError):
-        run.end(tracker, 9)
-    run.forget()
-    run.end(tracker, 9)
-    assert tracker.runs["run-2"].params == {"version": "1"}
-
-
-@pytest.mark.parametrize(("status", "expected"), [("FINISHED", "FINISHED"), (None, "FAILED")])
-def test_it_ends_as_the_process_did(status: Literal["FINISHED"] | None, expected: str) -> None:
-    tracker, run = FakeTracker(), ProcessRun("name", 5, totals={"calls": 2.0}, status=status)
-    run.end(tracker, 9)
-    (kept,) = tracker.runs.values()
-    assert (kept.status, kept.ended_ms, kept.totals) == (expected, 9, {"calls": 2.0})
 
 
 def test_totals_add_up() -> None:
@@ -116,7 +85,7 @@ def test_totals_add_up() -> None:
     }
 
 
-def test_quantiles_are_those_of_the_latest_calls() -> None:
+def test_quantiles_are_of_the_latest_calls() -> None:
     totals = Totals()
     for _call in range(50):
         totals.add(make_record(duration_s=1_000.0))
@@ -125,12 +94,6 @@ def test_quantiles_are_those_of_the_latest_calls() -> None:
     found = totals.metrics
     assert (found["latency_p50_s"], found["latency_p95_s"], found["latency_p99_s"]) == (50.0, 95.0, 99.0)
     assert found["calls"] == LATENCIES + 50
-
-
-def test_one_call_has_quantiles_too() -> None:
-    totals = Totals()
-    totals.add(make_record(duration_s=0.5))
-    assert {totals.metrics[f"latency_p{share}_s"] for share in (50, 95, 99)} == {0.5}
 
 
 def test_parameters_hold_the_settings_and_no_secret() -> None:
@@ -148,46 +111,29 @@ def test_parameters_hold_the_settings_and_no_secret() -> None:
     assert len(shown) <= MOST_PARAMS
 
 
-def test_losses_are_counted_exactly_and_told_once_a_minute(
+def test_losses_are_counted_and_logged_once_a_minute(
     metrics: Readable, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = FakeClock(1_000.0)
-    losses = Losses(metrics.instruments, clock)
-    losses.add(1, "first")
-    losses.add(2, "second")
+    counts = RecordCounts(metrics.instruments, clock)
+    counts.lost(1, "first")
+    counts.lost(2, "second")
     clock.advance(59)
-    losses.add(3, "third")
-    losses.say(at_once=False)
-    assert told(caplog) == [(1, "first")]
-    # Also when nothing is lost any more, what was lost is said.
+    counts.lost(3, "third")
+    counts.log_losses(at_once=False)
+    assert logged(caplog) == [(1, "first")]
+    # Earlier losses are logged though nothing more is lost.
     clock.advance(1)
-    losses.say(at_once=False)
-    losses.say(at_once=False)
-    assert told(caplog) == [(1, "first"), (5, "third")]
-    losses.add(4, "fourth")
-    losses.say()
-    losses.say()
-    assert told(caplog) == [(1, "first"), (5, "third"), (4, "fourth")]
+    counts.log_losses(at_once=False)
+    counts.log_losses(at_once=False)
+    assert logged(caplog) == [(1, "first"), (5, "third")]
+    counts.lost(4, "fourth")
+    counts.log_losses()
+    counts.log_losses()
+    assert logged(caplog) == [(1, "first"), (5, "third"), (4, "fourth")]
     assert metrics.value("llmops.recorder.lost") == 10
     assert set(caplog.messages) == {"Records of calls are lost"}
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
     return [(vars(record)["records"], vars(record)["reason"]) for record in caplog.records]
-
-
-def test_losses_of_two_threads_are_counted(metrics: Readable, caplog: pytest.LogCaptureFixture) -> None:
-    losses = Losses(metrics.instruments)
-
-    def lose() -> None:
-        for _record in range(1_000):
-            losses.add(1, "many")
-
-    threads = [threading.Thread(target=lose) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    losses.say()
-    assert metrics.value("llmops.recorder.lost") == 2_000
-    assert sum(count for count, _reason in told(caplog)) == 2_000

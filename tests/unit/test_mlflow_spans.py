@@ -1,4 +1,4 @@
-"""What MLflow gets of a record."""
+"""The span that MLflow gets for a record."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def attributes_of(record: CallRecord) -> dict[str, Any]:
     return {entry.key: plain(entry.value) for entry in span_of(record).attributes}
 
 
-def test_a_call_that_went_well() -> None:
+def test_a_successful_call() -> None:
     record = make_record(
         1,
         response_model="demo-2",
@@ -72,40 +72,17 @@ def test_a_call_that_went_well() -> None:
     }
 
 
-def test_a_call_that_failed_and_one_that_was_left() -> None:
-    failed = span_of(make_record(outcome="error", error="UpstreamError"))
-    assert (failed.status.code, failed.status.message) == (Status.STATUS_CODE_ERROR, "UpstreamError")
-    assert attributes_of(make_record(outcome="error", error="UpstreamError"))["error.type"] == "UpstreamError"
-    left = span_of(make_record(outcome="cancelled"))
-    assert (left.status.code, left.status.message) == (Status.STATUS_CODE_ERROR, "cancelled")
-
-
-def test_a_call_without_a_price_costs_nothing_and_not_what_mlflow_thinks() -> None:
+def test_a_call_without_a_price_has_a_cost_of_zero() -> None:
     assert attributes_of(make_record())["mlflow.llm.cost"] == {"total_cost": 0.0}
 
 
-def test_content_is_there_where_it_was_captured_only() -> None:
-    assert not {"mlflow.spanInputs", "mlflow.spanOutputs"} & set(attributes_of(make_record()))
-    shown = attributes_of(make_record(prompt='[{"role":"user"}]', answer="Hello"))
-    assert (shown["mlflow.spanInputs"], shown["mlflow.spanOutputs"]) == ('[{"role":"user"}]', "Hello")
-
-
-def test_all_records_of_an_export_are_of_one_resource() -> None:
-    body = encode([make_record(1), make_record(2)], {"service.name": "llmops-api"})
-    assert len(decode(body)) == 2
-    (about,) = ExportTraceServiceRequest.FromString(body).resource_spans
-    assert [(entry.key, plain(entry.value)) for entry in about.resource.attributes] == [
-        ("service.name", "llmops-api")
-    ]
-
-
-def test_half_characters_and_nul_become_something_that_a_database_takes() -> None:
+def test_lone_surrogates_and_nul_are_replaced() -> None:
     shown = attributes_of(make_record(user="a\ud800b", answer="a\0b"))
     assert (shown["user.id"], shown["mlflow.spanOutputs"]) == ("a?b", "a\ufffdb")
     assert "\0" not in span_of(make_record(model="a\0b")).name
 
 
-def test_numbers_beyond_what_the_wire_carries_come_as_text() -> None:
+def test_numbers_beyond_64_bits() -> None:
     assert attributes_of(make_record(prompt_tokens=2**80))["gen_ai.usage.input_tokens"] == str(2**80)
     assert span_of(make_record(started_ns=2**80)).start_time_unix_nano == 2**63 - 1
     assert span_of(make_record(duration_s=10**400)).end_time_unix_nano == 2**63 - 1
@@ -123,12 +100,12 @@ ODD = (
 
 
 @given(changes=st.fixed_dictionaries({}, optional=dict.fromkeys(("user", "error", "answer", "cost"), ODD)))
-def test_whatever_a_record_holds_it_can_be_sent(changes: dict[str, Any]) -> None:
+def test_every_record_can_be_encoded(changes: dict[str, Any]) -> None:
     (span,) = decode(encode([make_record(model=str(changes), **changes)], {}))
     assert span.name
 
 
 @given(started_ns=st.integers(0), duration_s=st.floats(0) | st.integers(0))
-def test_whatever_the_times_they_can_be_sent(started_ns: int, duration_s: float) -> None:
+def test_every_time_can_be_encoded(started_ns: int, duration_s: float) -> None:
     span = span_of(make_record(started_ns=started_ns, duration_s=duration_s))
     assert span.start_time_unix_nano <= span.end_time_unix_nano

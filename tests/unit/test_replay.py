@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.ports import unused_port
-from service.recording.replay import replay
+from service.recording.recorder import replay
 from tests.fakes.mlflow import FakeMlflow
 from tests.harness import make_settings
 from tests.unit.recording import killed_owner, make_record
@@ -32,32 +31,11 @@ def run(url: str, folder: Path) -> int:
     return replay(make_settings(mlflow_tracking_uri=url, mlflow_timeout_s=1, spool_path=str(folder)))
 
 
-def test_it_brings_everything_and_says_so(
-    mlflow: FakeMlflow, tmp_path: Path, said: pytest.LogCaptureFixture
-) -> None:
-    killed_owner(tmp_path, 1, 2)
-    killed_owner(tmp_path, 3)
-    assert run(mlflow.url, tmp_path) == 0
-    assert mlflow.trace_ids == {make_record(number).trace_id for number in (1, 2, 3)}
-    assert {each.status for each in mlflow.runs} == {"FAILED"}
-    assert list(tmp_path.iterdir()) == []
-    assert said.messages[-2:] == ["MLflow has 3 record(s) that had to wait", "Nothing is left to replay"]
-    assert run(mlflow.url, tmp_path) == 0
-    assert len(mlflow.runs) == 2
-
-
-def test_nothing_to_do_is_success(mlflow: FakeMlflow, tmp_path: Path) -> None:
+def test_an_empty_spool_is_success(mlflow: FakeMlflow, tmp_path: Path) -> None:
     assert run(mlflow.url, tmp_path / "nowhere") == 0
 
 
-def test_without_a_server_everything_stays(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
-    killed_owner(tmp_path, 1)
-    assert run(f"http://127.0.0.1:{unused_port()}", tmp_path) == 1
-    assert said.messages == ["Error: MLflow does not take the records: Connection error"]
-    assert len(list(tmp_path.glob("*.jsonl"))) == 1
-
-
-def test_what_is_refused_stays(mlflow: FakeMlflow, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_refused_files_stay(mlflow: FakeMlflow, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     killed_owner(tmp_path, 1)
     mlflow.refuses = lambda _span: True
     assert run(mlflow.url, tmp_path) == 1
@@ -65,7 +43,7 @@ def test_what_is_refused_stays(mlflow: FakeMlflow, tmp_path: Path, said: pytest.
     assert len(list(tmp_path.glob("*.jsonl"))) == 1
 
 
-def test_a_file_with_poison_and_nothing_else_to_go_by_is_replayed_but_for_it(
+def test_a_refused_record_is_lost_and_the_others_are_sent(
     mlflow: FakeMlflow, tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
     killed_owner(tmp_path, 1, 2, 3)
@@ -76,12 +54,12 @@ def test_a_file_with_poison_and_nothing_else_to_go_by_is_replayed_but_for_it(
     assert (loss["records"], loss["reason"]) == (1, "refused or unreadable")
 
 
-def test_without_an_address_it_says_what_is_missing(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_the_address_is_required(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     assert run("", tmp_path) == 1
     assert set(said.messages) == {"Error: MLFLOW_TRACKING_URI must be set: it says where the records go."}
 
 
-def test_a_folder_that_is_none_is_an_error_and_not_success(
+def test_a_spool_path_that_is_a_file_is_an_error(
     mlflow: FakeMlflow, tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""The spool beside plain lists: whatever is done in whatever order, no record is twice there or uncounted."""
+"""The spool against a model of lists: in any order of operations, no record is duplicated or uncounted."""
 
 import tempfile
 from dataclasses import dataclass, field
@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.recording.record import read
-from service.recording.spool import SEGMENT_RECORDS, Segment, Spool, files_of
+from service.recording.record import read_records
+from service.recording.spool import SEGMENT_RECORDS, Segment, Spool, spool_files
 from tests.fakes.clock import FakeClock
 from tests.unit.recording import lines, number_of
 
@@ -20,7 +20,7 @@ MAX_AGE_S = 100.0
 
 @dataclass
 class File:
-    """A file as it should be."""
+    """The expected content of a file."""
 
     began_s: float
     numbers: list[int] = field(default_factory=list)
@@ -28,7 +28,7 @@ class File:
 
 
 class SpoolMachine(RuleBasedStateMachine):
-    """Appends, takes, puts back, finishes, lets age and counts."""
+    """Every operation of the spool, in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class SpoolMachine(RuleBasedStateMachine):
 
     @property
     def files(self) -> list[File]:
-        """All that should be on disk."""
+        """The files expected on disk."""
         return [*self.sealed, *self.open, *(known for _segment, known in self.taken)]
 
     def seal(self) -> None:
@@ -83,7 +83,7 @@ class SpoolMachine(RuleBasedStateMachine):
         assert (segment is None) == (not self.sealed)
         if segment is not None:
             known = self.sealed.pop(0)
-            assert [number_of(record) for record in read(segment.path)[0]] == known.numbers
+            assert [number_of(record) for record in read_records(segment.path)[0]] == known.numbers
             assert (segment.records, segment.spooled) == (len(known.numbers), len(known.spooled))
             self.taken.append((segment, known))
 
@@ -123,8 +123,8 @@ class SpoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def disk_and_counts_are_as_they_should_be(self) -> None:
-        paths = files_of(self.spool.folder, self.spool.name)
-        on_disk = [number_of(record) for path in paths for record in read(path)[0]]
+        paths = spool_files(self.spool.folder, self.spool.name)
+        on_disk = [number_of(record) for path in paths for record in read_records(path)[0]]
         assert sorted(on_disk) == sorted(number for file in self.files for number in file.numbers)
         assert self.lost == self.should_be_lost
         assert self.spool.files == len(self.sealed) + len(self.open)
