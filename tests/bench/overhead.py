@@ -13,9 +13,9 @@ import multiprocessing
 import socket
 import statistics
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import AsyncExitStack
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -29,9 +29,13 @@ from service.dependencies import current_user, model_caller
 from service.middleware.request_limits import RequestLimitsMiddleware
 from service.services.generation import Generation
 from service.telemetry.providers import build_telemetry
+from tests.bench.path import call
 from tests.harness import make_settings
 
-BODY = json.dumps({"prompt": "What does it cost?"}).encode()
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+BODY = {"prompt": "What does it cost?"}
 ANSWER = json.dumps(
     {
         "id": "bench",
@@ -59,42 +63,6 @@ def serve_upstream(listener: socket.socket) -> None:
     server.run(sockets=[listener])
 
 
-async def one_call(app: FastAPI, state: MutableMapping[str, Any], token: str) -> None:
-    """Make one call; it must succeed."""
-    status = 0
-    waiting = asyncio.Event()
-    messages = [{"type": "http.request", "body": BODY, "more_body": False}]
-
-    async def receive() -> MutableMapping[str, Any]:
-        if not messages:
-            await waiting.wait()
-        return messages.pop()
-
-    async def send(message: MutableMapping[str, Any]) -> None:
-        nonlocal status
-        status = message.get("status", status)
-
-    headers = [(b"content-type", b"application/json"), (b"authorization", f"Bearer {token}".encode())]
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": "/llm/generate",
-        "raw_path": b"/llm/generate",
-        "root_path": "",
-        "query_string": b"",
-        "headers": [*headers, (b"content-length", str(len(BODY)).encode())],
-        "server": ("127.0.0.1", 80),
-        "client": ("127.0.0.1", 1),
-        "state": dict(state),
-    }
-    await app(scope, receive, send)
-    if status != 200:
-        raise RuntimeError(f"answered with {status}")
-
-
 def without_layers(app: FastAPI, generation: Generation) -> None:
     """Put attempt loop, breaker, limits and rate aside."""
 
@@ -117,20 +85,16 @@ async def measure(url: str, rounds: int, calls: int) -> list[float]:
         litellm_url=url, retry_max=3, breaker_failure_threshold=5, rate_limit="10000000/minute"
     )
     async with AsyncExitStack() as stack:
-        sides: list[Callable[[], Awaitable[None]]] = []
+        sides: list[Callable[[], Awaitable[bytes]]] = []
         for layers in (True, False):
             telemetry = build_telemetry(settings)
             app = create_app(settings, telemetry)
             state = await stack.enter_async_context(lifespan_of(settings, telemetry)(app))
             if not layers:
                 without_layers(app, state["generation"])
-            password = settings.auth_user_password.get_secret_value()
-            token = (await state["auth"].login("user", password, "bench")).token
-
-            def call(app: FastAPI = app, state: Any = state, token: str = token) -> Awaitable[None]:
-                return one_call(app, state, token)
-
-            sides.append(call)
+            account = {"username": "user", "password": settings.auth_user_password.get_secret_value()}
+            token = json.loads(await call(app, state, "/auth/login", account))["access_token"]
+            sides.append(partial(call, app, state, "/llm/generate", BODY, token))
         ratios = []
         for number in range(rounds + 1):
             medians = {}
