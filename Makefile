@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check faults bench lock clean env dashboards stack-test stack-programs demo-stack
+.PHONY: help demo test check faults bench lock clean env dashboards stack-test stack-programs demo-stack compose-test
 
 COVERAGE_FLOOR := 97
 UV_VERSION := 0.13.9
@@ -103,6 +103,13 @@ endif
 demo-stack: stack-programs $(VENV) $(LITELLM) $(MLFLOW) ## The demo with a real collector and Prometheus; needs Go, no Docker
 	@.venv/bin/python -m deploy.demo_stack $(ARGS)
 
+# Not a part of `test`: it needs root, Podman and ten minutes.
+# The environment is the caller's: pip's own variables may name the package index.
+compose-test: $(VENV) ## Prove docker-compose.yml in containers; needs root and Podman; ARGS=--write keeps it
+	@.venv/bin/python -m tests.compose --can
+	@$(MAKE) --no-print-directory .venv-compose/.packages stack-programs
+	.venv/bin/python -m tests.compose $(ARGS)
+
 stack-programs: $(STACK)
 
 .stack/bin/otelcol: otel/build/collector.yaml
@@ -134,10 +141,11 @@ lock: .venv-lock/.packages ## Write the lock files; UPGRADE=1 takes newer versio
 	$(UV_COMPILE) --output-file deploy/litellm/requirements.lock deploy/litellm/requirements.in
 	$(UV_COMPILE) --output-file deploy/mlflow/requirements.lock deploy/mlflow/requirements.in
 	$(UV_COMPILE) --output-file tests/e2e/clients/requirements.lock tests/e2e/clients/requirements.in
+	$(UV_COMPILE) --output-file tests/compose/requirements.lock tests/compose/requirements.in
 	cd tests/e2e/clients/node && npm $(if $(UPGRADE),update,install) --package-lock-only --silent --no-audit --no-fund
 
 clean: ## Remove everything that make made; .env stays
-	rm -rf .venv .venv-litellm .venv-mlflow .venv-clients tests/e2e/clients/node/node_modules .venv-lock
+	rm -rf .venv .venv-litellm .venv-mlflow .venv-clients .venv-compose tests/e2e/clients/node/node_modules .venv-lock
 	rm -rf .bench .demo .stack .coverage .coverage.* htmlcov
 	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .schemathesis
 	find deploy grafana service tests -name __pycache__ -prune -exec rm -rf {} +
@@ -168,6 +176,12 @@ $(MLFLOW): deploy/mlflow/requirements.lock
 	@echo "Installing clients to test with into .venv-clients (once, about half a minute)"
 	$(call new_venv,.venv-clients)
 	@.venv-clients/bin/python $(PIP_INSTALL_LOCK) -r tests/e2e/clients/requirements.lock
+	@touch $@
+
+.venv-compose/.packages: tests/compose/requirements.lock
+	@echo "Installing podman-compose into .venv-compose (once)"
+	$(call new_venv,.venv-compose)
+	@.venv-compose/bin/python $(PIP_INSTALL_LOCK) -r tests/compose/requirements.lock
 	@touch $@
 
 tests/e2e/clients/node/node_modules/.packages: tests/e2e/clients/node/package-lock.json

@@ -9,18 +9,28 @@ import yaml
 from deploy import env_file
 from deploy.backends import ROOT
 from service.config.settings import PASSED_THROUGH, Settings
+from tests.compose.published import PUBLISHED, Image, built
 from tests.contract.test_env_example import SHOWN
 
 TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, Any] = COMPOSE["services"]
 NINE = {"api", "qdrant", "litellm", "mlflow", "collector", "tempo", "loki", "prometheus", "grafana"}
-NOT_FOR_COMPOSE = {
+NOT_PASSED_ON = {
     "QDRANT_PATH": "the store is a server",
-    "WORKERS": "one process a container",
-    "QDRANT_API_KEY": "inside the network, not published",
-    **{name: "MLflow wants none" for name in PASSED_THROUGH if name.startswith("MLFLOW_TRACKING_")},
+    "MLFLOW_TRACKING_USERNAME": "this MLflow wants none",
+    "MLFLOW_TRACKING_PASSWORD": "this MLflow wants none",
+    "MLFLOW_TRACKING_TOKEN": "this MLflow wants none",
+    "MLFLOW_TRACKING_INSECURE_TLS": "this MLflow is asked without TLS",
 }
+FIXED = {
+    "HOST": "in a container, all addresses",
+    "LITELLM_URL": "the service beside it",
+    "QDRANT_URL": "the service beside it",
+    "MLFLOW_TRACKING_URI": "the service beside it",
+    "SPOOL_PATH": "on the volume",
+}
+LONGEST_START_S = 180
 VARIABLE = re.compile(r"\$\{([A-Z][A-Z0-9_]*)(:?[-?])?([^}]*)\}")
 
 
@@ -35,15 +45,24 @@ def test_the_services_are_the_nine_and_the_check_before() -> None:
 def test_every_variable_is_listed_with_its_default() -> None:
     for name, how, default in VARIABLE.findall(TEXT):
         assert name in SHOWN, name
-        if how == ":-" and name not in {"ENVIRONMENT", "PORT"}:
+        if how == ":-" and name not in {"ENVIRONMENT", "PORT"} and not default.startswith("${"):
             assert SHOWN[name]["value"] == default, name
 
 
 def test_every_setting_reaches_the_service() -> None:
     given = set(COMPOSE["x-settings"])
     wanted = {name.upper() for name in Settings.model_fields} | set(PASSED_THROUGH)
-    assert wanted - given == NOT_FOR_COMPOSE.keys() & wanted
+    assert wanted - given == NOT_PASSED_ON.keys()
     assert given <= wanted
+
+
+def test_every_variable_that_is_listed_is_passed_on_or_fixed_for_a_reason() -> None:
+    environments = [service.get("environment", {}) for service in SERVICES.values()]
+    passed = {name for values in environments for name, value in values.items() if value is None}
+    passed |= {name for name, _, _ in VARIABLE.findall(TEXT)}
+    assert SHOWN.keys() - passed == NOT_PASSED_ON.keys() | FIXED.keys() | {"COMPOSE_PROFILES"}
+    for name in FIXED:
+        assert COMPOSE["x-settings"][name], name
 
 
 def test_no_password_has_a_default() -> None:
@@ -95,7 +114,68 @@ def test_a_service_is_bounded_and_has_no_rights(name: str) -> None:
     assert service["networks"] == ["llmops"]
     # The collector's image has no shell and no client; `check` ends by itself.
     assert ("healthcheck" in service) == (name not in {"collector", "check"})
-    assert "build" in service or re.search(r":v?\d+\.\d+\.\d+$", service["image"])
+    assert service["image"].endswith(":local") or re.search(r":v?\d+\.\d+\.\d+$", service["image"])
+
+
+def _image(name: str) -> Image:
+    service = SERVICES[name]
+    builder = next(
+        (one for one in SERVICES.values() if "build" in one and one["image"] == service["image"]), None
+    )
+    if builder is not None:
+        return built(ROOT / builder["build"] / "Dockerfile")
+    return PUBLISHED[service["image"].rpartition(":")[0]]
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_a_service_may_write_to_its_volume_without_a_capability(name: str) -> None:
+    image = _image(name)
+    user = SERVICES[name].get("user", f"{image.uid}:{image.gid}")
+    uid, gid = map(int, user.split(":"))
+    for volume in SERVICES[name].get("volumes", ()):
+        source, path, *_ = volume.split(":")
+        if not source.startswith("./"):
+            folder = image.volume(path)
+            assert folder.may_be_written_by(uid, gid), (
+                f"{user} may not write to {path} of {folder}: {image.source}"
+            )
+
+
+def test_an_image_is_built_once() -> None:
+    builds = [service["image"] for service in SERVICES.values() if "build" in service]
+    assert len(builds) == len(set(builds))
+    for name, service in SERVICES.items():
+        if service["image"].endswith(":local") and "build" not in service:
+            assert service["image"] in builds, name
+            assert service["pull_policy"] == "never", name
+
+
+@pytest.mark.parametrize("name", ["litellm", "mlflow"])
+def test_what_an_image_leaves_out_is_in_its_lock(name: str) -> None:
+    dockerfile = (ROOT / "deploy" / name / "Dockerfile").read_text(encoding="utf-8")
+    lock = (ROOT / "deploy" / name / "requirements.lock").read_text(encoding="utf-8")
+    left_out = re.search(r"uninstall --yes \\\n(.*)\n", dockerfile)
+    assert left_out is not None
+    locked = set(re.findall(r"^([a-z0-9-]+)==", lock, re.MULTILINE))
+    assert set(left_out[1].split()) <= locked
+
+
+def test_a_busy_machine_has_time_to_start_everything() -> None:
+    for name, service in SERVICES.items():
+        if "healthcheck" in service:
+            assert _seconds(service["healthcheck"]["start_period"]) >= LONGEST_START_S, name
+    image = re.search(r"--start-period=(\d+)s", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    assert image is not None
+    assert int(image[1]) >= LONGEST_START_S
+
+
+@pytest.mark.parametrize("name", ["README.md", "docker-compose.yml"])
+def test_what_is_said_to_start_it_builds_what_changed_and_names_the_oldest_compose(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    ups = re.findall(r"docker compose(?: --\S+ \w+)* up\b[^`\n]*", text)
+    assert len(ups) >= 2
+    assert all(" --build" in up for up in ups), ups
+    assert "2.20" in text
 
 
 def test_files_that_are_mounted_exist_and_volumes_are_declared() -> None:

@@ -19,7 +19,8 @@ FIELDS = {name.upper(): field for name, field in Settings.model_fields.items()}
 
 COMPOSE_ONLY = (
     *("COMPOSE_PROFILES", "GRAFANA_ADMIN_PASSWORD", "ALERT_WEBHOOK_URL", "GRAFANA_PORT", "MLFLOW_PORT"),
-    *("MLFLOW_EXPERIMENT_ID", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GROQ_API_KEY", "GEMINI_API_KEY"),
+    *("QDRANT__SERVICE__API_KEY", "MLFLOW_EXPERIMENT_ID"),
+    *("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GROQ_API_KEY", "GEMINI_API_KEY"),
 )
 """What docker-compose.yml reads, and the service does not."""
 

@@ -19,9 +19,10 @@ class FakeQdrant:
 
     Args:
         slow_s: Seconds that an answer takes in mode ``slow``.
+        address: Where it listens; port 0 takes a free one.
     """
 
-    def __init__(self, slow_s: float = 5.0) -> None:
+    def __init__(self, slow_s: float = 5.0, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
         self.collections: dict[str, Points] = {}
         self.dimensions: dict[str, int | None] = {}
         self.mode: Mode = "ok"
@@ -36,7 +37,7 @@ class FakeQdrant:
         class Handler(_Handler):
             server_fake = fake
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(address, Handler)
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="fake qdrant")
@@ -131,6 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         self, method: str, parts: list[str], body: dict[str, Any]
     ) -> tuple[int, Any]:
         fake = self.server_fake
+        if parts == ["readyz"]:
+            return 200, "all shards are ready"
         if parts == ["collections"]:
             return 200, {"collections": [{"name": name} for name in fake.collections]}
         name, rest = parts[1], parts[2:]

@@ -60,6 +60,21 @@ def test_a_setting_of_the_shell_reaches_the_service_and_others_stay_unset() -> N
 def test_nothing_is_exported_where_nobody_listens() -> None:
     services = loaded("lite", OTEL_EXPORTER_OTLP_ENDPOINT="")["services"]
     assert services["api"]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"] == ""
-    assert services["litellm"]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"] == ""
+    litellm = services["litellm"]["environment"]
+    assert litellm["OTEL_EXPORTER_OTLP_ENDPOINT"] == ""
+    # Without an address LiteLLM's exporter is the console.
+    assert litellm["OTEL_SDK_DISABLED"] == "true"
     given = loaded("full")["services"]["api"]["environment"]
     assert given["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector:4318"
+
+
+@pytest.mark.parametrize("endpoint", [{}, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://elsewhere:4318"}])
+def test_litellm_makes_spans_where_somebody_listens_unless_told_otherwise(endpoint: dict[str, str]) -> None:
+    given = loaded("full", **endpoint)["services"]["litellm"]["environment"]
+    assert given["OTEL_SDK_DISABLED"] != "true"
+    told = loaded("full", OTEL_SDK_DISABLED="true", **endpoint)["services"]["litellm"]["environment"]
+    assert told["OTEL_SDK_DISABLED"] == "true"
+
+
+def test_the_flag_wins_over_the_profile_that_make_env_wrote() -> None:
+    assert set(loaded("lite", COMPOSE_PROFILES="full")["services"]) == LITE
