@@ -165,6 +165,7 @@ COLLECTOR: Final[dict[str, tuple[str, ...]]] = {
     "otelcol_process_memory_rss_bytes": (),
     "otelcol_processor_tail_sampling_global_count_traces_sampled_total": ("sampled", "decision"),
     "otelcol_processor_tail_sampling_sampling_trace_dropped_too_early_total": (),
+    "otelcol_processor_filter_logs_filtered_total": ("filter",),
     "up": ("job",),
 }
 """The collector's own metrics with their labels; `up` tells whether it can be scraped."""

@@ -1,4 +1,4 @@
-"""Builds the app: the middleware in its order, the routers, the error handlers."""
+"""Builds the app: the list of middleware, the routers, the error handlers."""
 
 from importlib.metadata import version
 
@@ -13,14 +13,14 @@ from service.config.lifespan import lifespan_of
 from service.config.settings import Settings
 from service.errors import ServiceError
 from service.middleware.errors import ErrorMiddleware, handle
-from service.middleware.request_id import RequestIdMiddleware, make_harmless
+from service.middleware.request_id import RequestIdMiddleware, sanitize_scope
 from service.middleware.request_limits import RequestLimitsMiddleware
 from service.middleware.shutdown import ShutdownMiddleware
 from service.routers import auth, cache, llm, openai, system
 from service.telemetry.providers import Telemetry
 from service.telemetry.server import instrument_server
 
-EXPOSED = (
+EXPOSED_HEADERS = (
     "X-Request-ID",
     "traceresponse",
     "Retry-After",
@@ -33,10 +33,10 @@ EXPOSED = (
     "X-Cache-Similarity",
 )
 
-ACCEPTED = (
+ACCEPTED_HEADERS = (
     *("Authorization", "Content-Type", "X-Request-ID", "traceparent", "tracestate", "OpenAI-Beta"),
     "Cache-Control",
-    # What OpenAI's library for JavaScript sends from a browser, too; it goes no further than here.
+    # OpenAI's JavaScript library sends these from a browser; they are not passed on.
     *(
         f"X-Stainless-{name}"
         for name in (
@@ -48,19 +48,19 @@ ACCEPTED = (
 
 
 class LlmApi(FastAPI):
-    """The app, with requests made harmless before the instrumentation, outside all middleware, sees them."""
+    """The app; it sanitizes each request before the instrumentation outside all middleware reads it."""
 
     trust_traceparent = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         if scope["type"] == "http":
-            make_harmless(scope, trust_traceparent=self.trust_traceparent)
+            sanitize_scope(scope, trust_traceparent=self.trust_traceparent)
         await super().__call__(scope, receive, send)
 
 
 def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
-    """Build the app; nothing is opened and nothing is sent before its lifespan starts."""
+    """Build the app; its lifespan opens the clients, and nothing is opened or sent before."""
     app = LlmApi(
         title="LLM API",
         version=version("llmops-api"),
@@ -69,7 +69,7 @@ def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan_of(settings, telemetry),
-        # FastAPI's own telemetry stands aside for the contrib instrumentation; here it is off for certain.
+        # FastAPI's own telemetry gives way to the contrib instrumentation by itself; this makes it certain.
         telemetry={"tracing": False, "metrics": False, "logs": False},
         middleware=_middleware(settings, telemetry),
         exception_handlers={
@@ -87,22 +87,22 @@ def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
 
 
 def _middleware(settings: Settings, telemetry: Telemetry) -> list[Middleware]:
-    """Outermost first."""
+    """The middleware, outermost first."""
     return [
-        # Everything inside may log and answer: context and header come first.
+        # The request's context and id headers, which everything inside needs for logs and answers.
         Middleware(RequestIdMiddleware, server_timing=settings.server_timing),
-        # Answers of every kind, errors included, must be readable for a permitted browser.
+        # CORS fields on every answer, errors included, so that a permitted browser can read them.
         Middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=ACCEPTED,
-            expose_headers=EXPOSED,
+            allow_headers=ACCEPTED_HEADERS,
+            expose_headers=EXPOSED_HEADERS,
         ),
-        # What is raised further in, by middleware too, becomes an answer here.
+        # Exceptions from all that is inside, middleware included, become answers here.
         Middleware(ErrorMiddleware),
-        # Who is inside is let out; nobody new comes in while the process drains.
+        # Counts requests in flight, and turns new ones away while the process drains.
         Middleware(ShutdownMiddleware, rejected=telemetry.instruments.requests_rejected),
-        # Nothing further in is reached without a place, nor with a body beyond the limits.
+        # Concurrency limit, and the limits on a body's size and time.
         Middleware(RequestLimitsMiddleware, settings=settings, instruments=telemetry.instruments),
     ]

@@ -1,23 +1,67 @@
-"""The facts of the request at hand, as one context variable."""
+"""The facts of the request at hand, as one context variable.
+
+The middleware makes one ``RequestContext`` for each request. Dependencies and services add what they learn;
+log lines, error bodies and the header fields of the answer are made from it.
+"""
 
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RateFacts:
+    """The state of the caller's rate limit after this call was counted.
+
+    Args:
+        quota: Calls permitted in one window.
+        window_s: Length of the window in seconds.
+        remaining: Calls left in the window.
+        reset_s: Seconds until a call is available again.
+    """
+
+    quota: int
+    window_s: int
+    remaining: int
+    reset_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class CallFacts:
+    """What the head of an answer says about the model call behind it.
+
+    Args:
+        attempts: Requests sent to the upstream.
+        cache: ``hit``, ``miss`` or ``bypass``.
+        age_s: Age of the stored answer in seconds; of a hit only.
+        similarity: Cosine similarity of the stored question; of a semantic hit only.
+        lookup_s: Seconds spent on the cache look-up.
+        llm_s: Seconds spent waiting for the upstream.
+        retry_s: Seconds spent waiting between attempts.
+    """
+
+    attempts: int
+    cache: str
+    age_s: float
+    similarity: float | None
+    lookup_s: float
+    llm_s: float
+    retry_s: float
 
 
 @dataclass(slots=True)
 class RequestContext:
-    """What is known of the request at hand; made when it enters, completed on the way.
+    """What is known of one request.
 
     Args:
         request_id: The trace id, 32 hex digits.
         incident_id: ``inc_`` and the server span's id.
-        entered_s: When it arrived, on the monotonic clock.
-        client_request_id: The caller's own ``X-Request-ID``, where it is harmless.
+        entered_s: Arrival time on the monotonic clock.
+        client_request_id: The caller's own ``X-Request-ID``, when it has a permitted form.
         user: The caller's name, once known.
-        error: The name of the error that it was answered with.
-        auth_s: Seconds that the token's check took.
-        headers: More header fields for the answer, whatever it is.
-        timings_s: Seconds by what they were spent on; filled in for a model call only.
+        error: Name of the error that the request was answered with.
+        auth_s: Seconds spent on authentication.
+        rate: The caller's rate limit, once the call was counted.
+        call: The model call behind the answer, once its head can be written.
     """
 
     request_id: str
@@ -27,8 +71,8 @@ class RequestContext:
     user: str | None = None
     error: str | None = None
     auth_s: float = 0.0
-    headers: dict[str, str] = field(default_factory=dict)
-    timings_s: dict[str, float] = field(default_factory=dict)
+    rate: RateFacts | None = None
+    call: CallFacts | None = None
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("current_request", default=None)

@@ -1,33 +1,51 @@
-"""What a route asks for, as annotated aliases; the one cast from ASGI's untyped state stands here."""
+"""What a route asks for: the process's services, the caller, and the model call, as annotated aliases."""
 
 import time
 from dataclasses import dataclass
-from typing import Annotated, TypedDict, cast
+from typing import Annotated, cast
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from opentelemetry import trace
 from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDUSER_ID
+from starlette.types import Scope
 
-from service.cache.control import CacheWish, wish_of
-from service.cache.response_cache import CacheAdmin, CacheFacts
+from service.cache.control import CacheControl, parse_cache_control
+from service.cache.response_cache import CacheAdmin, NoCacheAdmin
 from service.context import current_request
 from service.errors import AuthenticationError, PermissionDeniedError
 from service.identity.tokens import Authenticator, User
+from service.services.call_report import CallSpec
 from service.services.drain import Drain
 from service.services.generation import Generation
 from service.services.health_checker import HealthChecker
 from service.services.rate_limit import RateLimiter
+from service.upstream.messages import LlmRequest
 from service.utils.deadline import Deadline
 
+ENDUSER_ROLE = "enduser.role"
 
-class State(TypedDict):
-    """The use cases, opened once per process."""
+bearer = HTTPBearer(auto_error=False, bearerFormat="JWT", description="The token from POST /auth/login")
+
+
+@dataclass(frozen=True, slots=True)
+class AppServices:
+    """The process's services, made once by the lifespan.
+
+    Args:
+        auth: Signs users in and checks tokens.
+        generation: Answers model calls.
+        cache: Statistics and clearing of the cache.
+        rate_limiter: Counts model calls per user.
+        drain: Requests in flight, and the state of the stop.
+        health: The state of the dependencies.
+        health_required: Dependencies without which the process is not ready.
+        stream_keep_alive_s: Seconds of silence after which a stream gets a comment.
+    """
 
     auth: Authenticator
     generation: Generation
-    cache: CacheAdmin | None
-    cache_facts: CacheFacts
+    cache: CacheAdmin | NoCacheAdmin
     rate_limiter: RateLimiter
     drain: Drain
     health: HealthChecker
@@ -35,22 +53,14 @@ class State(TypedDict):
     stream_keep_alive_s: float
 
 
-ENDUSER_ROLE = "enduser.role"
-
-bearer = HTTPBearer(auto_error=False, bearerFormat="JWT", description="The token from POST /auth/login")
-
-
-def _state(request: Request) -> State:
-    return cast("State", request.scope["state"])
+def services_of(scope: Scope) -> AppServices:
+    """The services that the lifespan put into the ASGI state, which is untyped: the one cast."""
+    return cast("AppServices", scope["state"]["services"])
 
 
 # Coroutines, though nothing is awaited: FastAPI runs plain functions in a thread each.
-async def _auth(request: Request) -> Authenticator:
-    return _state(request)["auth"]
-
-
-async def _generation(request: Request) -> Generation:
-    return _state(request)["generation"]
+async def _services(request: Request) -> AppServices:
+    return services_of(request.scope)
 
 
 async def current_user(
@@ -60,7 +70,7 @@ async def current_user(
     if credentials is None:
         raise AuthenticationError
     started = time.monotonic()
-    user = _state(request)["auth"].identify(credentials.credentials)
+    user = services_of(request.scope).auth.identify(credentials.credentials)
     context = current_request.get()
     if context is not None:
         context.user = user.username
@@ -77,71 +87,48 @@ async def admin_user(user: Annotated[User, Depends(current_user)]) -> User:
 
 
 async def model_caller(request: Request, user: Annotated[User, Depends(current_user)]) -> User:
-    """The signed-in caller, with this model call counted against their rate."""
-    await _state(request)["rate_limiter"].count(user.username)
+    """The signed-in caller, with this model call counted against their rate limit."""
+    await services_of(request.scope).rate_limiter.count(user.username)
     return user
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCall:
-    """What a route that calls a model needs beside the caller and the body.
+    """What a route that calls a model needs beside the body.
 
     One dependency for all of it: FastAPI spends more time on each than most of them do.
 
     Args:
-        generation: The use case.
-        deadline: When the call must be over; it began when the request entered, not when its body was there.
-        wish: What the caller wants of the cache.
+        user: The caller.
+        services: The process's services.
+        deadline: When the call must be over; it began when the request arrived, not when its body was read.
+        cache_control: The directives of the caller's ``Cache-Control``.
         request_id: The trace id.
-        keep_alive_s: Seconds of silence after which a stream gets a comment.
     """
 
-    generation: Generation
+    user: User
+    services: AppServices
     deadline: Deadline
-    wish: CacheWish
+    cache_control: CacheControl
     request_id: str
-    keep_alive_s: float
+
+    def spec(self, request: LlmRequest, *, streamed: bool = False) -> CallSpec:
+        """The call of the use case for this request."""
+        return CallSpec(request, self.user.username, self.deadline, streamed, self.cache_control)
 
 
-async def _model_call(request: Request) -> ModelCall:
-    state, context = _state(request), current_request.get()
-    generation = state["generation"]
+async def _model_call(request: Request, user: Annotated[User, Depends(model_caller)]) -> ModelCall:
+    services, context = services_of(request.scope), current_request.get()
     return ModelCall(
-        generation,
-        Deadline.after(generation.timeout_s, since=context.entered_s if context else None),
-        wish_of(", ".join(request.headers.getlist("cache-control"))),
+        user,
+        services,
+        Deadline.after(services.generation.timeout_s, since=context.entered_s if context else None),
+        parse_cache_control(", ".join(request.headers.getlist("cache-control"))),
         context.request_id if context else "",
-        state["stream_keep_alive_s"],
     )
 
 
-async def _drain(request: Request) -> Drain:
-    return _state(request)["drain"]
-
-
-async def _health(request: Request) -> HealthChecker:
-    return _state(request)["health"]
-
-
-async def _required(request: Request) -> frozenset[str]:
-    return _state(request)["health_required"]
-
-
-async def _cache(request: Request) -> CacheAdmin | None:
-    return _state(request)["cache"]
-
-
-async def _cache_facts(request: Request) -> CacheFacts:
-    return _state(request)["cache_facts"]
-
-
-CacheDep = Annotated[CacheAdmin | None, Depends(_cache)]
-CacheFactsDep = Annotated[CacheFacts, Depends(_cache_facts)]
-DrainDep = Annotated[Drain, Depends(_drain)]
-HealthDep = Annotated[HealthChecker, Depends(_health)]
-RequiredDep = Annotated[frozenset[str], Depends(_required)]
-AuthDep = Annotated[Authenticator, Depends(_auth)]
-GenerationDep = Annotated[Generation, Depends(_generation)]
+ServicesDep = Annotated[AppServices, Depends(_services)]
 CurrentUser = Annotated[User, Depends(current_user)]
 ModelCaller = Annotated[User, Depends(model_caller)]
 ModelCallDep = Annotated[ModelCall, Depends(_model_call)]

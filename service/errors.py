@@ -1,4 +1,4 @@
-"""The errors that a caller can be answered with: one closed tree, which imports nothing of this service.
+"""The errors that a caller can be answered with, as one closed tree; it imports nothing of this service.
 
 ::
 
@@ -13,9 +13,9 @@
     │   ├── PayloadTooLargeError    413  the body is over the limit
     │   ├── ValidationError         422  the body is not of the route's shape
     │   ├── RateLimitError          429  too many requests, here or upstream
-    │   └── CallerLeftError         499  nobody is left to be answered (telemetry only)
+    │   └── CallerLeftError         499  the caller disconnected (telemetry only)
     ├── UpstreamFailure             the model's side is at fault
-    │   ├── UpstreamError           502  it answered 5xx or nonsense, or broke off
+    │   ├── UpstreamError           502  it answered 5xx or an invalid body, or broke off
     │   └── UpstreamTimeoutError    504  it did not answer in time, or could not be reached
     ├── UnavailableError            this service declines for the moment
     │   ├── CircuitOpenError        503  the breaker is open
@@ -27,24 +27,49 @@ The name of a class is the ``error`` of the body, and the ``error.type`` of span
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from enum import StrEnum
+from typing import ClassVar, Final
+
+
+class Cause(StrEnum):
+    """Why an exchange with the upstream failed below HTTP; a closed set, so it can stand in telemetry."""
+
+    REFUSED = "refused"
+    """No connection: the host, or the network on the way to it, turned it down."""
+    DNS = "dns"
+    """The host's name could not be resolved."""
+    TLS = "tls"
+    """The TLS handshake failed, for instance because of the certificate."""
+    CONNECT_TIMEOUT = "connect_timeout"
+    """The connection was not established within the time limit."""
+    READ_TIMEOUT = "read_timeout"
+    """The connection was established, and the upstream did not send in time."""
+    RESET = "reset"
+    """The connection was reset or closed before the answer was complete."""
+    PROTOCOL = "protocol"
+    """What was sent or received is not valid HTTP."""
+
+
+UNREACHABLE: Final = frozenset({Cause.REFUSED, Cause.DNS, Cause.TLS, Cause.CONNECT_TIMEOUT})
+"""The causes that mean that there was no connection at all."""
 
 
 class ServiceError(Exception):
-    """An error with everything that its answer needs.
+    """An error that carries everything needed to answer the caller.
 
     Args:
-        message: What happened and what to do about it, in plain words; shown to the caller, so it holds
-            no secret, no prompt and nothing internal. Without it, the class's own sentence.
-        retry_after_s: Seconds until a retry makes sense, where somebody said so; becomes ``Retry-After``,
-            rounded up. Without it the class's own, if it has one, stands there.
+        message: What happened and what to do about it, in plain words. It is shown to the caller, so it
+            holds no secret, no prompt and nothing internal. Without it, the class's own sentence.
+        retry_after_s: Seconds until a retry makes sense, where the upstream or a limiter named them; becomes
+            ``Retry-After``, rounded up. Without it, the class's default applies, if it has one.
         retryable: Whether the caller is advised to try again, where it differs from the class's advice.
         transient: Whether this service itself may try again at once.
         label: What happened in two or three words, for the log lines of attempts.
+        cause: Why the exchange with the upstream failed below HTTP, where that is what happened.
         details: One entry for each field at fault: ``field``, ``message``, ``type``.
-        headers: More header fields for the answer.
+        headers: Additional header fields for the answer.
         param: The field at fault, where one is; for clients that speak OpenAI's protocol.
-        code: What went wrong in OpenAI's words, where they have some and they differ from the class's.
+        code: OpenAI's code for the error, where there is one and it differs from the class's default.
     """
 
     status: ClassVar[int] = 500
@@ -61,6 +86,7 @@ class ServiceError(Exception):
         retryable: bool | None = None,
         transient: bool = True,
         label: str | None = None,
+        cause: Cause | None = None,
         details: Sequence[Mapping[str, str]] = (),
         headers: Mapping[str, str] | None = None,
         param: str | None = None,
@@ -71,6 +97,7 @@ class ServiceError(Exception):
         self.retryable = self.retry if retryable is None else retryable
         self.transient = transient
         self.label = label or type(self).__name__
+        self.cause = cause
         self.details = tuple(details)
         self.headers = dict(headers or {})
         self.param = param
@@ -79,7 +106,7 @@ class ServiceError(Exception):
 
     @property
     def name(self) -> str:
-        """The error's name on every surface."""
+        """The error's name in the answer's body and in telemetry."""
         return type(self).__name__
 
 
@@ -96,7 +123,7 @@ class BadRequestError(CallerError):
 
 
 class AuthenticationError(CallerError):
-    """There is no valid token; answered with ``WWW-Authenticate: Bearer`` (RFC 6750, section 3)."""
+    """The request has no valid token; answered with ``WWW-Authenticate: Bearer`` (RFC 6750, section 3)."""
 
     status = 401
     default_code = "invalid_api_key"
@@ -168,20 +195,20 @@ class RateLimitError(CallerError):
 
 
 class CallerLeftError(CallerError):
-    """The caller closed the connection; nobody is answered, telemetry shows the status that nginx uses."""
+    """The caller closed the connection; nothing is sent, and telemetry shows the status that nginx uses."""
 
     status = 499
     default_message = "The caller left before the answer."
 
 
-class UpstreamFailure(ServiceError):  # noqa: N818 - a branch of the tree, not an error that anybody sees
+class UpstreamFailure(ServiceError):  # noqa: N818 - a branch of the tree, never raised itself
     """The model's side is at fault."""
 
     status = 502
 
 
 class UpstreamError(UpstreamFailure):
-    """The upstream answered 5xx or nonsense, broke the connection, or refused this service's credentials."""
+    """The upstream answered 5xx or an invalid body, broke the connection, or refused our credentials."""
 
     default_message = "The model's side failed. Try again."
     retry = True
@@ -204,7 +231,7 @@ class UnavailableError(ServiceError):
 
 
 class CircuitOpenError(UnavailableError):
-    """The breaker is open; the upstream was not touched."""
+    """The breaker is open; the upstream was not asked."""
 
     default_message = "The model's side keeps failing, so it is not being asked. Try again later."
 
@@ -247,4 +274,4 @@ PUBLIC_ERRORS: tuple[type[ServiceError], ...] = (
     ShuttingDownError,
     InternalError,
 )
-"""Every error that an answer can name, in the order of the tree."""
+"""Every error that a caller can be answered with, in the order of the tree."""

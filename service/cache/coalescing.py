@@ -1,12 +1,14 @@
-"""Equal calls at the same time share one call to the upstream, and each goes its own way in all else.
+"""Request coalescing: equal calls made at the same time share one call to the upstream.
 
-The work is a task of its own, in the trace of the call that was first. Each caller waits within their own
-deadline and may leave; the work is stopped when all have left. Who pays is settled when the answer is there:
-the first, and where that one has left, whoever of the others is next.
+The first caller leads: its work runs in a task of its own, in the trace of that caller. Callers who ask the
+same meanwhile follow. Each caller waits until their own deadline and may leave earlier; the work is cancelled
+when nobody waits any more. One caller is billed: the leader, or the first follower to get the answer if the
+leader has left.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from opentelemetry import trace
@@ -21,129 +23,153 @@ from service.utils.retry import Progress
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 Work = Callable[[], Awaitable[Reply]]
 
-STOP_LIMIT_S = 0.2
-"""So long the last one who leaves waits for the work to stop."""
+CANCEL_TIMEOUT_S = 0.2
+"""How long the last caller who leaves waits for the cancelled work to end."""
 
 
-class _Flight:
-    """One call to the upstream, and those who wait for it."""
-
-    def __init__(self, origin: SpanContext, deadline: Deadline, progress: Progress) -> None:
-        self.origin = origin
-        self.deadline = deadline
-        self.progress = progress
-        self.answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self.task: asyncio.Task[None] | None = None
-        self.waiting = 0
-        self.first_is_here = True
-        self.paid = False
-
-
-class Flights:
-    """The calls that are under way and may be shared.
+@dataclass(slots=True)
+class _SharedCall:
+    """One call to the upstream and the callers who wait for its answer.
 
     Args:
-        spawn: Starts a task that somebody owns.
+        answer: Its answer.
+        origin: The leader's span, linked from the followers' spans.
+        deadline: The leader's deadline.
+        progress: The attempts of the leader's work.
+        task: Runs the leader's work.
+        waiting: How many callers wait.
+        leader_left: Whether the leader was cancelled before the answer was there.
+        billed: Whether a caller was billed for the answer.
+    """
+
+    answer: asyncio.Future[Reply]
+    origin: SpanContext
+    deadline: Deadline
+    progress: Progress
+    task: asyncio.Task[None] | None = None
+    waiting: int = 0
+    leader_left: bool = False
+    billed: bool = False
+
+
+class Coalescing:
+    """The calls under way that other callers may join.
+
+    Args:
+        spawn: Starts a task in a task group.
     """
 
     def __init__(self, spawn: Spawn) -> None:
         self._spawn = spawn
-        self._flights: dict[str, _Flight] = {}
+        self._calls: dict[str, _SharedCall] = {}
 
-    def __contains__(self, digest: object) -> bool:
-        return digest in self._flights
+    def in_flight(self, digest: str) -> bool:
+        """Whether a call with this digest is under way."""
+        return digest in self._calls
 
     async def share(
         self, digest: str, deadline: Deadline, progress: Progress, work: Work
     ) -> tuple[Reply, bool]:
-        """The answer of the call with this digest, which is made unless it is under way.
+        """Join the call with this digest, or make it when none is under way.
 
         Args:
-            digest: Equal calls have the same.
-            deadline: How long this caller waits for the work of another; their own work has its own limit.
-            progress: How far the work has come, where it is this caller's; who pays gets it too.
-            work: Makes the call; runs at most once, in this caller's context.
+            digest: Identifies equal calls.
+            deadline: How long a follower waits; a leader's work has its own limit.
+            progress: The attempts of the leader's work. Copied to a follower who is billed.
+            work: Makes the call; runs at most once, in the leader's context.
 
         Returns:
-            The answer, and whether it is this caller's to pay.
+            The answer, and whether this caller is billed for it.
 
         Raises:
-            UpstreamTimeoutError: The other's work took longer than this caller can wait.
-            ServiceError: What the work raised.
+            UpstreamTimeoutError: The leader's work took longer than this follower can wait.
+            ServiceError: Whatever the work raised.
         """
-        while True:
-            flight = self._flights.get(digest)
-            if flight is None:
-                return await self._lead(digest, _Flight(_here(), deadline, progress), work)
-            trace.get_current_span().add_link(flight.origin)
+        span = trace.get_current_span()
+        while (call := self._calls.get(digest)) is not None:
+            span.add_link(call.origin)
             try:
-                reply, pays = await self._follow(digest, flight, deadline)
+                reply, billed = await self._follow(digest, call, deadline)
             except UpstreamTimeoutError:
-                # The first had less time than this one: it is not over for those who have some left.
-                if flight.deadline.left_s > 0 or deadline.left_s <= 0:
+                # The leader had less time than this follower, who tries again with the time that is left.
+                if call.deadline.left_s > 0 or deadline.left_s <= 0:
                     raise
             else:
-                if pays:
-                    progress.attempts = flight.progress.attempts
-                return reply, pays
-
-    async def _lead(self, digest: str, flight: _Flight, work: Work) -> tuple[Reply, bool]:
-        self._flights[digest] = flight
-        flight.task = self._spawn(self._fly(digest, flight, work))
+                if billed:
+                    progress.attempts = call.progress.attempts
+                return reply, billed
+        answer = asyncio.get_running_loop().create_future()
+        call = self._calls[digest] = _SharedCall(answer, span.get_span_context(), deadline, progress)
+        call.task = self._spawn(self._lead(digest, call, work))
         try:
-            reply = await self._wait(digest, flight)
+            reply = await self._wait(digest, call)
         except asyncio.CancelledError:
-            flight.first_is_here = False
+            call.leader_left = True
             raise
-        flight.paid = True
+        call.billed = True
         return reply, True
 
-    async def _follow(self, digest: str, flight: _Flight, deadline: Deadline) -> tuple[Reply, bool]:
+    async def _follow(self, digest: str, call: _SharedCall, deadline: Deadline) -> tuple[Reply, bool]:
         try:
             async with asyncio.timeout(deadline.left_s) as limit:
-                reply = await self._wait(digest, flight)
+                reply = await self._wait(digest, call)
         except TimeoutError:
             if not limit.expired():
                 raise
             raise timed_out(deadline.limit_s) from None
-        pays = not flight.first_is_here and not flight.paid
-        flight.paid = flight.paid or pays
-        return reply, pays
+        billed = call.leader_left and not call.billed
+        call.billed = call.billed or billed
+        return reply, billed
 
-    async def _wait(self, digest: str, flight: _Flight) -> Reply:
-        flight.waiting += 1
+    async def _wait(self, digest: str, call: _SharedCall) -> Reply:
+        call.waiting += 1
         try:
-            return await asyncio.shield(flight.answer)
+            return await asyncio.shield(call.answer)
         finally:
-            flight.waiting -= 1
-            if flight.waiting == 0 and not flight.answer.done() and flight.task is not None:
-                # Nobody new joins what is about to be stopped.
-                self._forget(digest, flight)
-                flight.task.cancel()
-                # Its span belongs before the end of those above it.
-                await asyncio.wait({flight.task}, timeout=STOP_LIMIT_S)
+            call.waiting -= 1
+            if call.waiting == 0 and not call.answer.done() and call.task is not None:
+                # Removed first, so that nobody joins a call that is being cancelled.
+                self._remove(digest, call)
+                call.task.cancel()
+                # The attempt's span has to end before the spans above it do.
+                await asyncio.wait({call.task}, timeout=CANCEL_TIMEOUT_S)
 
-    async def _fly(self, digest: str, flight: _Flight, work: Work) -> None:
+    async def _lead(self, digest: str, call: _SharedCall, work: Work) -> None:
+        """Run the leader's work, and hand its answer or error to all who wait."""
         try:
             reply = await work()
         except asyncio.CancelledError:
-            flight.answer.cancel()
+            call.answer.cancel()
             raise
         except BaseException as error:
-            flight.answer.set_exception(error)
-            # Whoever waits gets it; when nobody does any more it is nobody's.
-            flight.answer.exception()
+            call.answer.set_exception(error)
+            # Marks the exception as retrieved: asyncio would report it when nobody waits any more.
+            call.answer.exception()
             if not isinstance(error, Exception):
                 raise
         else:
-            flight.answer.set_result(reply)
+            call.answer.set_result(reply)
         finally:
-            self._forget(digest, flight)
+            self._remove(digest, call)
 
-    def _forget(self, digest: str, flight: _Flight) -> None:
-        if self._flights.get(digest) is flight:
-            del self._flights[digest]
+    def _remove(self, digest: str, call: _SharedCall) -> None:
+        if self._calls.get(digest) is call:
+            del self._calls[digest]
 
 
-def _here() -> SpanContext:
-    return trace.get_current_span().get_span_context()
+class NoCoalescing:
+    """Every caller makes and pays for their own call; used where the cache is off."""
+
+    def in_flight(self, digest: str) -> bool:  # noqa: ARG002 - as Coalescing has it
+        """Whether a call with this digest is under way: none can be joined."""
+        return False
+
+    async def share(
+        self,
+        digest: str,  # noqa: ARG002 - as Coalescing has it
+        deadline: Deadline,  # noqa: ARG002 - as Coalescing has it
+        progress: Progress,  # noqa: ARG002 - as Coalescing has it
+        work: Work,
+    ) -> tuple[Reply, bool]:
+        """Make the call; the caller is billed for it."""
+        return await work(), True

@@ -1,45 +1,55 @@
-"""Puts the pieces of a streamed answer together again, into the form in which answers are kept."""
+"""Cached answers: how they are stored, kept in memory, and put together from a stream."""
 
 import base64
 import json
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
 from service.cache.keys import CacheKey
+from service.cache.store import Point
 from service.errors import ServiceError
-from service.upstream.messages import Completion, LlmRequest, Reply, cost_of, read_answer
+from service.upstream.messages import (
+    MAX_CHOICES,
+    Completion,
+    Reply,
+    cost_of,
+    count,
+    counts_of,
+    name_of,
+    read_object,
+)
 from service.upstream.stream import StreamEvent, event
 
-WHOLE: Final = frozenset({"stop", "tool_calls", "function_call"})
-"""Reasons for an answer's end that leave it whole: not its length, and not a filter."""
+COMPLETE: Final = frozenset({"stop", "tool_calls", "function_call"})
+"""Finish reasons of a complete answer: neither a length limit nor a content filter cut it off."""
 
-PACK_FROM_BYTES = 1_024
+COMPRESS_FROM_BYTES = 1_024
 OVERHEAD_BYTES = 1_024
-"""What an entry takes in memory beside its content, roughly."""
+"""Approximate size of an entry in memory beside its content."""
 
 HEAD: Final = ("id", "created", "model", "system_fingerprint", "service_tier")
-NOT_IN_A_DELTA: Final = frozenset({"role", "content", "tool_calls"})
+HANDLED_IN_DELTA: Final = frozenset({"role", "content", "tool_calls"})
 
 
 class DamagedEntryError(ValueError):
-    """What the store gave back is no entry, or not the one that was asked for."""
+    """The store returned a payload that is no entry, or the entry of another key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One answer.
+    """A stored answer.
 
     Args:
-        key: Where it is kept, and whose it is.
-        model: The model that was asked for.
+        key: Identifies the question, and whose answer it is.
+        model: The model that was asked.
         created_at: Unix time in seconds.
         expires_at: Unix time in seconds.
-        content: The answer as ``chat.completion`` JSON, the upstream's bytes where it gave it whole.
-        completion: What is read of it; its cost is what it did cost once.
+        content: The answer as ``chat.completion`` JSON: the upstream's bytes, unless it was streamed.
+        completion: What was read from it; its cost is that of the call that it was made for.
     """
 
     key: CacheKey
@@ -51,17 +61,12 @@ class Entry:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes in memory, roughly."""
+        """Approximate size in memory."""
         return len(self.content) + len(self.completion.text) + OVERHEAD_BYTES
 
-    @property
-    def saved_tokens(self) -> int:
-        """Tokens that giving it out again does not cost."""
-        return tokens_of(self.completion)
-
-    def as_payload(self) -> dict[str, Any]:
-        """What the store keeps: the answer, and nothing of the question."""
-        return {
+    def point(self) -> Point:
+        """The entry as it is stored: the answer, and nothing of the question."""
+        payload = {
             "key": self.key.digest,
             "tenant": self.key.tenant,
             "model": self.model,
@@ -70,34 +75,48 @@ class Entry:
             "cost": self.completion.cost,
             **_packed(self.content),
         }
+        return Point(self.key.point_id, payload)
 
     @classmethod
     def from_payload(cls, key: CacheKey, payload: Mapping[str, Any]) -> Self:
-        """The entry that the store gave back.
+        """The entry in a point's payload, whose content is parsed here.
 
         Raises:
-            DamagedEntryError: It is none, or another one than was asked for.
+            DamagedEntryError: It is no entry, or the entry of another key.
         """
         if (payload.get("key"), payload.get("tenant")) != (key.digest, key.tenant):
             raise DamagedEntryError("another key")
         try:
             content = _unpacked(payload)
             model, created, expires = str(payload["model"]), payload["created"], payload["expires"]
-            reply = read_answer(content, {}, LlmRequest("chat", model, {}, b"", verbatim=True))
+            content.decode()  # JSON may have another encoding; what this service stores is UTF-8
+            answer = read_object(content)
             created_at, expires_at = float(created), float(expires)
+            choices = complete_choices(answer)
+            text = choices[0]["message"].get("content") if choices else None
         except (ServiceError, KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
             raise DamagedEntryError(type(error).__name__) from None
-        if not is_whole(content, reply.completion):
+        if not choices:
             raise DamagedEntryError("not whole")
-        cost = cost_of({}, {"cost": payload.get("cost")})
-        return cls(key, model, created_at, expires_at, content, replace(reply.completion, cost=cost))
+        usage = counts_of(answer)
+        completion = Completion(
+            text=text if isinstance(text, str) else "",
+            model=name_of(answer, "model") or model,
+            prompt_tokens=count(usage.get("prompt_tokens")),
+            completion_tokens=count(usage.get("completion_tokens")),
+            total_tokens=count(usage.get("total_tokens")),
+            cost=cost_of({}, {"cost": payload.get("cost")}),
+            id=name_of(answer, "id"),
+            finish_reasons=tuple(choice["finish_reason"] for choice in choices),
+        )
+        return cls(key, model, created_at, expires_at, content, completion)
 
     def reply(self) -> Reply:
-        """The answer, for a caller who pays nothing for it."""
+        """The answer for a caller who is not billed for it."""
         return Reply(self.content, replace(self.completion, cost=0.0))
 
     def events(self) -> Iterator[StreamEvent]:
-        """The answer as the events of a stream, each choice in as few pieces as the protocol has."""
+        """The answer as a stream: for each choice one event with all of it, and one with its end."""
         payload = json.loads(self.content)
         head = {name: payload[name] for name in HEAD if name in payload}
         head["object"] = "chat.completion.chunk"
@@ -117,46 +136,47 @@ class Entry:
 
 
 def tokens_of(completion: Completion) -> int:
-    """The tokens that an answer took, question and answer together."""
+    """The tokens of a question and its answer together."""
     if completion.total_tokens is not None:
         return completion.total_tokens
     return (completion.prompt_tokens or 0) + (completion.completion_tokens or 0)
 
 
-def entry_of(  # noqa: PLR0913 - an answer, where it goes, and the bounds
-    key: CacheKey, model: str, reply: Reply, *, now: float, ttl_s: float, max_bytes: int
-) -> Entry | None:
-    """The entry to keep for an answer; None where it is not one to be kept.
-
-    Args:
-        key: Where it is kept.
-        model: The model that was asked for.
-        reply: The answer.
-        now: Unix time in seconds.
-        ttl_s: Seconds for which it is good.
-        max_bytes: The largest content that is kept.
-    """
-    content = reply.content
-    if len(content) > max_bytes or not is_whole(content, reply.completion):
-        return None
-    return Entry(key, model, now, now + ttl_s, content, reply.completion)
-
-
-def is_whole(content: bytes, completion: Completion) -> bool:
-    """Whether each choice ended of its own accord, with no refusal among them."""
-    if not completion.finish_reasons or not WHOLE.issuperset(completion.finish_reasons):
+def is_complete(reply: Reply) -> bool:
+    """Whether an answer may be stored: each choice came to its natural end, and none is a refusal."""
+    reasons = reply.completion.finish_reasons
+    if not reasons or not COMPLETE.issuperset(reasons):
         return False
     try:
-        # As it is stored, it is UTF-8; JSON may be something else.
-        choices = json.loads(content.decode())["choices"]
-        refused = any((choice.get("message") or {}).get("refusal") for choice in choices)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        # Entries are stored as UTF-8; JSON may have another encoding.
+        choices = complete_choices(json.loads(reply.content.decode()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-    return not refused and len(choices) == len(completion.finish_reasons)
+    return len(choices) == len(reasons)
+
+
+def complete_choices(answer: Mapping[str, Any]) -> list[Any]:
+    """The choices of an answer; none of them unless all are complete and none is a refusal.
+
+    Args:
+        answer: The parsed answer, which may be anything that JSON can express.
+
+    Raises:
+        KeyError: It is no ``chat.completion``.
+        TypeError: As ``KeyError``.
+        AttributeError: As ``KeyError``.
+    """
+    choices = answer["choices"]
+    if len(choices) > MAX_CHOICES:
+        return []
+    for choice in choices:
+        if choice.get("finish_reason") not in COMPLETE or (choice.get("message") or {}).get("refusal"):
+            return []
+    return list(choices)
 
 
 def _packed(content: bytes) -> dict[str, str]:
-    if len(content) >= PACK_FROM_BYTES:
+    if len(content) >= COMPRESS_FROM_BYTES:
         packed = base64.b85encode(zlib.compress(content, 1)).decode()
         if len(packed) < len(content):
             return {"packed": packed}
@@ -175,7 +195,7 @@ def _chunk(head: Mapping[str, Any], choices: list[Any], text: str = "") -> Strea
 
 
 def _delta(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole message as the one piece of a stream; calls of tools have their places there."""
+    """A message as the only delta of a stream, where tool calls have an index."""
     delta: dict[str, Any] = {"role": message.get("role", "assistant"), "content": message.get("content")}
     calls = message.get("tool_calls")
     if isinstance(calls, list):
@@ -183,24 +203,24 @@ def _delta(message: Mapping[str, Any]) -> dict[str, Any]:
             {"index": place, **call} for place, call in enumerate(calls) if isinstance(call, dict)
         ]
     delta.update(
-        {name: value for name, value in message.items() if name not in NOT_IN_A_DELTA and value is not None}
+        {name: value for name, value in message.items() if name not in HANDLED_IN_DELTA and value is not None}
     )
     return delta
 
 
 @dataclass(slots=True)
-class _Kept:
+class _Remembered:
     entry: Entry
-    seen_s: float
+    confirmed_s: float
 
 
 class EntryMemory:
-    """Keeps entries by their digest.
+    """The entries used last, by their digests.
 
     Args:
-        max_bytes: What all of them may take together, roughly; 0 keeps none.
-        trusted_s: Seconds for which the store is not asked whether the entry is still there; None where
-            nobody else can have taken it out.
+        max_bytes: Limit of their approximate size together; 0 keeps none.
+        fresh_s: Seconds after which an entry is stale: it may have been removed from the store by another
+            process. None where no other process uses the store.
         now: Unix time in seconds.
         clock: Monotonic, in seconds.
     """
@@ -208,72 +228,78 @@ class EntryMemory:
     def __init__(
         self,
         max_bytes: int,
-        trusted_s: float | None,
+        fresh_s: float | None,
         *,
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_bytes = max_bytes
-        self._trusted_s = trusted_s
+        self._fresh_s = fresh_s
         self._now = now
         self._clock = clock
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._entries: OrderedDict[str, _Remembered] = OrderedDict()
         self.size_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
-    def get(self, digest: str, *, believed: bool = False) -> Entry | None:
-        """The entry, unless it is too old or, not ``believed``, seen in the store too long ago."""
-        kept = self._kept.get(digest)
-        if kept is None:
+    def get(self, digest: str, *, allow_stale: bool = False) -> Entry | None:
+        """The entry; None where there is none, it has expired, or it is stale and that is not allowed."""
+        found = self._entries.get(digest)
+        if found is None:
             return None
-        if kept.entry.expires_at <= self._now():
+        if found.entry.expires_at <= self._now():
             self.discard(digest)
             return None
-        if not believed and self._trusted_s is not None and self._clock() - kept.seen_s >= self._trusted_s:
+        if (
+            not allow_stale
+            and self._fresh_s is not None
+            and self._clock() - found.confirmed_s >= self._fresh_s
+        ):
             return None
-        self._kept.move_to_end(digest)
-        return kept.entry
+        self._entries.move_to_end(digest)
+        return found.entry
 
     def put(self, entry: Entry) -> None:
-        """Keep the entry, instead of the one with the same digest."""
+        """Add the entry or replace it; those not used for longest are evicted when memory is full."""
         self.discard(entry.key.digest)
         if entry.size_bytes > self._max_bytes:
             return
-        self._kept[entry.key.digest] = _Kept(entry, self._clock())
+        self._entries[entry.key.digest] = _Remembered(entry, self._clock())
         self.size_bytes += entry.size_bytes
         while self.size_bytes > self._max_bytes:
-            _, oldest = self._kept.popitem(last=False)
+            _, oldest = self._entries.popitem(last=False)
             self.size_bytes -= oldest.entry.size_bytes
 
     def discard(self, digest: str) -> None:
-        """Forget the entry, if it is here."""
-        kept = self._kept.pop(digest, None)
-        if kept is not None:
-            self.size_bytes -= kept.entry.size_bytes
+        """Remove the entry, if it is here."""
+        found = self._entries.pop(digest, None)
+        if found is not None:
+            self.size_bytes -= found.entry.size_bytes
 
-    def clear(self, *, tenant: str | None = None, model: str | None = None) -> int:
-        """Forget all, or all of this tenant and model; how many that were."""
-        gone = [
+    def clear(self, *, tenant: str | None = None, model: str | None = None) -> None:
+        """Remove all entries, or those of this tenant and this model."""
+        digests = [
             digest
-            for digest, kept in self._kept.items()
-            if tenant in {None, kept.entry.key.tenant} and model in {None, kept.entry.model}
+            for digest, found in self._entries.items()
+            if tenant in {None, found.entry.key.tenant} and model in {None, found.entry.model}
         ]
-        for digest in gone:
+        for digest in digests:
             self.discard(digest)
-        return len(gone)
 
 
 EVENTS_PER_ANSWER = 64
-"""A token of four letters comes in an event of two or three hundred bytes."""
+"""Bytes of a stream's events for one byte of the answer, at most: a token of four letters comes in an event
+of two or three hundred bytes."""
 
 
 class Assembler:
-    """Takes the events of one answer; gives up, for good, on what it does not understand or is too large.
+    """Puts the events of one stream together into an answer.
+
+    It gives up for good on events that it does not understand, and on an answer that is too large.
 
     Args:
-        max_bytes: The largest answer that is of use; its events may be so many times as large.
+        max_bytes: The largest answer that may be stored; 0 takes nothing.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -281,23 +307,14 @@ class Assembler:
         self._head: dict[str, Any] = {}
         self._usage: Mapping[str, Any] | None = None
         self._choices: dict[int, dict[str, Any]] = {}
-        self._failed = False
-
-    def tap(
-        self, relay: Callable[[StreamEvent], Awaitable[None]]
-    ) -> Callable[[StreamEvent], Awaitable[None]]:
-        """Take each event once it is handed on."""
-
-        async def hand_on(event: StreamEvent) -> None:
-            await relay(event)
-            self.take(event.payload, len(event.raw))
-
-        return hand_on
+        self._failed = max_bytes == 0
 
     def take(self, payload: Mapping[str, Any] | None, size_bytes: int) -> None:
-        """Take one event; raises nothing, whatever it holds."""
+        """Take one event; raises nothing, whatever it contains."""
+        if self._failed:
+            return
         self._left_bytes -= size_bytes
-        if self._failed or payload is None or self._left_bytes < 0:
+        if payload is None or self._left_bytes < 0:
             self._failed = True
             self._choices.clear()
             return
@@ -307,7 +324,11 @@ class Assembler:
             self._failed = True
 
     def reply(self, completion: Completion) -> Reply | None:
-        """The whole answer; None where there is none that could be given out again."""
+        """The answer as if it had not been streamed; None where there is none to be stored.
+
+        Args:
+            completion: What the stream knows of the answer.
+        """
         if self._failed or not self._choices:
             return None
         choices = [choice for _, choice in sorted(self._choices.items())]
@@ -331,7 +352,7 @@ class Assembler:
         for given in payload.get("choices") or ():
             index = given.get("index", 0)
             if type(index) is not int:
-                raise TypeError("an index that is no number")
+                raise TypeError("the index of a choice is no integer")
             choice = self._choices.setdefault(
                 index,
                 {"index": index, "message": {"role": "assistant", "content": None}, "finish_reason": None},
@@ -344,7 +365,7 @@ class Assembler:
 
 
 def _merge(whole: dict[str, Any], piece: Mapping[str, Any]) -> None:
-    """Add a piece: texts and lists go on, calls of tools by their places, the rest is taken as it is."""
+    """Add a delta: strings and lists are appended, tool calls go by their index, other values replace."""
     for name, value in piece.items():
         if value is None:
             whole.setdefault(name, None)
@@ -366,7 +387,7 @@ def _merge_call(message: dict[str, Any], call: Mapping[str, Any]) -> None:
     calls: list[dict[str, Any]] = message.setdefault("tool_calls", None) or []
     message["tool_calls"] = calls
     if type(place) is not int or place > len(calls):
-        raise ValueError("a call of a tool out of its order")
+        raise ValueError("a tool call is out of order")
     if place == len(calls):
         calls.append({})
     known = calls[place]

@@ -1,4 +1,4 @@
-"""What makes two requests the same: canonical hashes of everything that changes an answer."""
+"""Cache keys: which requests are equal, and whose answers a user gets."""
 
 import hashlib
 import json
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 SCHEMA = 1
-"""Part of every key: an entry that another version of this code wrote is not found, not misread."""
+"""Part of every key, so that entries which another version of this code wrote are not found."""
 
-NOT_PART_OF_IT: Final = frozenset({"stream", "stream_options", "model"})
-"""How the answer is handed over changes nothing of it; the model is in the key by its name as resolved. All
-else is in, what is not known here too: a field that changes nothing costs a hit, the opposite costs trust."""
+IGNORED: Final = frozenset({"stream", "stream_options", "model"})
+"""Fields that do not change the answer; the model is in the key under its resolved name. All other fields are
+in the key, including unknown ones: a field too many costs a hit, a field too few returns a wrong answer."""
 
 DEFAULTS: Final[Mapping[str, Any]] = {
     "temperature": 1,
@@ -25,20 +25,20 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "response_format": {"type": "text"},
     "parallel_tool_calls": True,
 }
-"""What OpenAI's reference gives for a parameter that is absent
-(https://platform.openai.com/docs/api-reference/chat/create); null means absent there, too."""
+"""The values of absent parameters in OpenAI's reference
+(https://platform.openai.com/docs/api-reference/chat/create), where null means absent, too."""
 
 MAX_EXACT = 2**53
-"""Up to here a float without a fraction is exactly one whole number."""
+"""Up to here, a float without a fraction equals exactly one integer."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:
-    """Where an answer is kept.
+    """The key of a stored answer.
 
     Args:
-        digest: 64 hex digits; two requests have the same one when their answers may be the same.
-        tenant: 64 hex digits: whose answer it is. A name cannot break out of a hash.
+        digest: 64 hex digits; equal requests of one tenant have the same digest.
+        tenant: 64 hex digits: whose answer it is. A hash, so that no name can be mistaken for a filter.
     """
 
     digest: str
@@ -46,16 +46,16 @@ class CacheKey:
 
     @property
     def point_id(self) -> str:
-        """The point's id, made from the key: two writers cannot make two entries."""
+        """The id of the entry's point; made from the digest, so that two writers make one entry."""
         return str(uuid.UUID(self.digest[:32]))
 
 
 def tenant_of(user: str | None, realm: str = "") -> str:
-    """The tenant of a user; None stands for all of them together.
+    """The tenant of a user; None stands for all users together.
 
     Args:
         user: The user's name.
-        realm: What else keeps answers apart: the same name elsewhere is somebody else.
+        realm: Separates deployments that share a store and have users of the same names.
     """
     return _hash(["tenant", realm, "shared"] if user is None else ["tenant", realm, "user", user])
 
@@ -66,33 +66,46 @@ def key_of(
     """The key of a request.
 
     Args:
-        tenant: As ``tenant_of`` gives it.
-        model: The model that is asked, the default one where none was named.
+        tenant: As ``tenant_of`` returns it.
+        model: The model that is asked; the default model where the request names none.
         body: The request in OpenAI's shape.
-        headers: Header fields that go to the upstream with it.
+        headers: Header fields that are sent to the upstream with it.
 
     Raises:
-        RecursionError: The request is nested too deeply to be looked at.
+        RecursionError: The request is nested too deeply.
     """
-    asked = {name: value for name, value in body.items() if not _is_default(name, value)}
-    return CacheKey(_hash(["answer", tenant, model, dict(headers or {}), canonical(asked)]), tenant)
+    return CacheKey(_hash(["answer", tenant, model, dict(headers or {}), _relevant_fields(body)]), tenant)
 
 
 def scope_of(tenant: str, model: str, body: Mapping[str, Any], guard: str) -> str:
-    """What has to be equal for two questions to be compared by their meaning: all but the last message.
+    """A hash of all that has to be equal for two questions to be compared by meaning.
 
     Args:
-        tenant: As ``tenant_of`` gives it.
+        tenant: As ``tenant_of`` returns it.
         model: The model that is asked.
-        body: The request in OpenAI's shape.
-        guard: What must not differ in the last message, as ``guard_of`` gives it.
+        body: The request in OpenAI's shape; all of it counts but its last message.
+        guard: What must not differ in the last message, as ``guard_of`` returns it.
     """
-    asked = {name: value for name, value in body.items() if not _is_default(name, value)}
-    asked["messages"] = list(asked.get("messages", ()))[:-1]
-    return _hash(["scope", tenant, model, guard, canonical(asked)])
+    fields = _relevant_fields(body)
+    fields["messages"] = fields.get("messages", [])[:-1]
+    return _hash(["scope", tenant, model, guard, fields])
 
 
-def canonical(value: object) -> object:
+def _relevant_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that change the answer, without those that have their default values."""
+    fields = {}
+    for name, value in body.items():
+        if name in IGNORED or value is None:
+            continue
+        default = DEFAULTS.get(name)
+        # True equals 1 in Python, but not in JSON.
+        if value == default and isinstance(value, bool) == isinstance(default, bool):
+            continue
+        fields[name] = canonical(value)
+    return fields
+
+
+def canonical(value: object) -> Any:  # noqa: ANN401 - any JSON value
     """The same JSON value with one spelling for each number."""
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < MAX_EXACT else value
@@ -103,17 +116,7 @@ def canonical(value: object) -> object:
     return value
 
 
-def _is_default(name: str, value: object) -> bool:
-    if name in NOT_PART_OF_IT or value is None:
-        return True
-    if name not in DEFAULTS:
-        return False
-    default = DEFAULTS[name]
-    # True equals 1 in Python and is something else in JSON.
-    return isinstance(value, bool) == isinstance(default, bool) and bool(value == default)
-
-
 def _hash(parts: list[Any]) -> str:
-    # One JSON list: no part can pretend to be the beginning of the next one.
+    # One JSON list: no part can be mistaken for the beginning of the next.
     text = json.dumps([SCHEMA, *parts], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,302 +1,383 @@
-"""Puts the cache together, and brings what it still holds into the store when the process stops."""
+"""Answers stored earlier: looking them up, storing new ones, and administering the cache.
+
+``open_cache`` puts the cache together. The use case sees it as an ``AnswerCache``: ``ResponseCache`` and
+``SemanticCache`` where it is on, ``NoCache`` where it is off.
+"""
 
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AbstractContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
-from opentelemetry.trace import Span, SpanContext, Tracer
+from opentelemetry.trace import Span, SpanContext
 
-from service.cache.control import CacheUse, CacheWish, Kind, Result
-from service.cache.entries import Assembler, DamagedEntryError, Entry, EntryMemory, entry_of
+from service.cache.control import CacheControl, Kind, Result
+from service.cache.embedded import open_embedded
+from service.cache.entries import Assembler, DamagedEntryError, Entry, EntryMemory, is_complete
 from service.cache.keys import CacheKey, key_of, tenant_of
-from service.cache.semantic import Near, Question, SemanticIndex
-from service.cache.store import COLLECTION, CacheStore, Point, StoreError, Vectors
+from service.cache.semantic import Question, SemanticIndex, question_point
+from service.cache.store import (
+    COLLECTION,
+    Breaker,
+    GuardedStore,
+    StoreError,
+    VectorStore,
+    equal_to,
+    open_server,
+)
 from service.cache.sweeper import CacheSweeper
 from service.cache.writer import CacheWriter, Write
 from service.config.settings import Settings
 from service.errors import UpstreamError, ValidationError
-from service.services.call_report import Call
-from service.services.circuit_breaker import CircuitBreaker
 from service.telemetry import names
-from service.telemetry.instruments import Instruments
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
-from service.upstream.messages import Reply
+from service.upstream.messages import LlmRequest, Reply
+from service.utils.deadline import Deadline
+
+FRESH_S = 10.0
+"""How long an entry in memory is returned without asking a server: other processes may clear the cache."""
 
 VECTOR_BYTES = 8
 
 
-@dataclass(slots=True)
-class Ticket:
-    """One call's way through the cache.
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of one call's answer in the cache.
 
     Args:
-        key: Where its answer is kept.
-        wish: What its caller wants of the cache.
+        key: The answer's key.
+        control: The request's ``Cache-Control``.
         epoch: How often the cache had been cleared when the call came.
-        question: What it asks, where that could be compared.
+        question: The call's question with its vector; None where it was not compared by meaning.
     """
 
     key: CacheKey
-    wish: CacheWish
+    control: CacheControl
     epoch: int
     question: Question | None = None
 
 
-class ResponseCache:
-    """Finds stored answers and takes new ones; whatever happens, the call goes on.
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """The outcome of one look-up.
 
     Args:
-        store: The vector store.
-        memory: The entries used last.
-        writer: Brings entries to the store.
-        sweeper: Takes out what is too old, or damaged.
-        semantic: Finds questions by their meaning; None where that is off.
-        settings: Whose answers are whose, for how long, and how large.
-        instruments: Where look-ups are counted.
-        tracer: For the span of each look-up.
+        result: How the look-up ended.
+        kind: Which look-up gave this result: by key, or by meaning.
+        entry: The stored answer; None without a hit, and where the answer is that of a call under way.
+        shared: Whether an equal call is under way, whose answer this caller can share; ``result`` is a hit.
+        age_s: Age of the stored answer in seconds.
+        similarity: Cosine similarity of the two questions; of a hit by meaning only.
+        lookup_s: Seconds that the look-up took.
+        slot: Where the answer is stored; None where it is neither looked up nor stored.
+    """
+
+    result: Result = "bypass"
+    kind: Kind = "exact"
+    entry: Entry | None = None
+    shared: bool = False
+    age_s: float = 0.0
+    similarity: float | None = None
+    lookup_s: float = 0.0
+    slot: Slot | None = None
+
+    @property
+    def seen(self) -> Literal["hit", "miss", "bypass"]:
+        """The result as callers and records see it: an error of the cache is a miss."""
+        return "miss" if self.result == "error" else self.result
+
+
+class AnswerCache(Protocol):
+    """What the use case needs of the cache."""
+
+    async def lookup(
+        self,
+        request: LlmRequest,
+        user: str,
+        control: CacheControl,
+        deadline: Deadline,
+        in_flight: Callable[[str], bool],
+    ) -> Lookup:
+        """Look for a stored answer, or for an equal call under way; raises nothing but ``CancelledError``.
+
+        An answer in this process's memory is found without suspending.
+
+        Args:
+            request: The call.
+            user: Who asks.
+            control: The request's ``Cache-Control``.
+            deadline: When the call must be over.
+            in_flight: Whether a call with this digest is under way that this one can share.
+        """
+        ...
+
+    def assembler(self, lookup: Lookup) -> Assembler:
+        """What puts a streamed answer together so that it can be stored."""
+        ...
+
+    def store(self, lookup: Lookup, reply: Reply, model: str, origin: SpanContext) -> None:
+        """Store the answer if the look-up and the answer allow it; does not wait for the store.
+
+        Args:
+            lookup: The call's look-up.
+            reply: The answer.
+            model: The model that was asked.
+            origin: The call's span, linked from the span of the write.
+        """
+        ...
+
+
+class NoCache:
+    """The cache where it is off: finds nothing, stores nothing, and leaves no telemetry."""
+
+    async def lookup(
+        self,
+        request: LlmRequest,  # noqa: ARG002 - as AnswerCache has it
+        user: str,  # noqa: ARG002 - as AnswerCache has it
+        control: CacheControl,  # noqa: ARG002 - as AnswerCache has it
+        deadline: Deadline,  # noqa: ARG002 - as AnswerCache has it
+        in_flight: Callable[[str], bool],  # noqa: ARG002 - as AnswerCache has it
+    ) -> Lookup:
+        """Bypass the cache."""
+        return Lookup()
+
+    def assembler(self, lookup: Lookup) -> Assembler:  # noqa: ARG002 - as AnswerCache has it
+        """An assembler that takes nothing."""
+        return Assembler(0)
+
+    def store(self, lookup: Lookup, reply: Reply, model: str, origin: SpanContext) -> None:
+        """Store nothing."""
+
+
+class ResponseCache:
+    """Finds stored answers to equal questions, and takes new answers.
+
+    Args:
+        store: Where entries are stored.
+        settings: Which answers are cached, for how long, whose they are and how large they may be.
+        telemetry: Where spans and counts go.
         now: Unix time in seconds.
         clock: For durations, in seconds.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - the parts of it, put together in one place
+    def __init__(
         self,
-        store: CacheStore,
-        memory: EntryMemory,
-        writer: CacheWriter,
-        sweeper: CacheSweeper,
-        semantic: SemanticIndex | None,
+        store: GuardedStore,
         settings: Settings,
-        instruments: Instruments,
-        tracer: Tracer,
+        telemetry: Telemetry,
         *,
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.store = store
-        self.memory = memory
-        self.writer = writer
-        self.sweeper = sweeper
-        self._semantic = semantic
+        instruments, tracer = telemetry.instruments, telemetry.tracer_provider.get_tracer(SCOPE)
+        self.backend = store
+        self.sweeper = CacheSweeper(store, settings.cache_max_entries, tracer)
+        self.writer = CacheWriter(
+            store, telemetry, settings.cache_queue_bytes, on_written=self.sweeper.count_written
+        )
+        self.memory = EntryMemory(settings.cache_memory_bytes, FRESH_S if store.shared else None)
+        self.epoch = 0
+        self.results: dict[Result, int] = {"hit": 0, "miss": 0, "bypass": 0, "error": 0}
         self._settings = settings
         self._instruments = instruments
         self._tracer = tracer
         self._now = now
         self._clock = clock
-        # Two deployments may have the same Qdrant, and the same names of users and models.
+        # Two deployments may share one Qdrant, and have users and models of the same names.
         self._realm = f"{settings.environment} {settings.litellm_url}"
-        self.epoch = 0
-        self.results: dict[Result, int] = {"hit": 0, "miss": 0, "bypass": 0, "error": 0}
-
-    def ticket(self, call: Call) -> Ticket | None:
-        """The call's ticket; None where its answer is not one to be stored, nor to be looked for."""
-        if not self._may_store(call):
-            self._count(call.cache, "exact", "bypass")
-            return None
-        tenant = self.tenant(call.user)
-        try:
-            key = key_of(tenant, call.model, call.body, call.headers)
-        except RecursionError:
-            self._count(call.cache, "exact", "bypass")
-            return None
-        if not call.wish.read:
-            self._count(call.cache, "exact", "bypass")
-        return Ticket(key, call.wish, self.epoch)
 
     def tenant(self, user: str) -> str:
-        """Whose answers a user gets."""
+        """The tenant whose answers this user gets."""
         return tenant_of(None if self._settings.cache_scope == "shared" else user, self._realm)
 
-    def _may_store(self, call: Call) -> bool:
-        if call.operation != "chat":
-            return False
-        temperature = call.body.get("temperature")
-        # An absent temperature is 1.
-        return self._settings.cache_sampled or (temperature is not None and temperature == 0)
-
-    def recall(self, call: Call, ticket: Ticket) -> Entry | None:
-        """The answer, where this process has it in its memory: at once, without anything to wait for."""
-        started = self._clock()
-        entry = self.memory.get(ticket.key.digest) if ticket.wish.read else None
-        if entry is None or not self._will_do(entry, ticket):
-            return None
-        with self._span() as span:
-            call.cache.age_s = max(0.0, self._now() - entry.created_at)
-            self._count(call.cache, "exact", "hit", started)
-            self._describe(span, call.cache)
-        call.cache.lookup_s = self._clock() - started
-        return entry
-
-    def _span(self) -> AbstractContextManager[Span]:
-        return self._tracer.start_as_current_span(
+    async def lookup(
+        self,
+        request: LlmRequest,
+        user: str,
+        control: CacheControl,
+        deadline: Deadline,
+        in_flight: Callable[[str], bool],
+    ) -> Lookup:
+        """Look in memory, then in the store, then by meaning where that is on; as ``AnswerCache`` says."""
+        started_s = self._clock()
+        slot = self._slot(request, user, control)
+        if slot is None or not control.read:
+            self._instruments.cache_lookups.add(1, {"kind": "exact", "result": "bypass"})
+            self.results["bypass"] += 1
+            return Lookup(slot=slot)
+        key = slot.key
+        with self._tracer.start_as_current_span(
             names.SPAN_CACHE_LOOKUP, record_exception=False, set_status_on_exception=False
-        )
+        ) as span:
+            failed = False
+            entry = self.memory.get(key.digest)
+            if entry is not None and not control.permits(self._now() - entry.created_at):
+                entry = None
+            if entry is None and not in_flight(key.digest):
+                try:
+                    entry = self._accept(key, await self.backend.read(COLLECTION, key.point_id), slot.epoch)
+                except StoreError:
+                    failed = True
+                    # An entry that the store cannot confirm is as good as when it was stored.
+                    entry = self.memory.get(key.digest, allow_stale=True)
+                if entry is not None and not control.permits(self._now() - entry.created_at):
+                    entry = None
+            shared = entry is None and in_flight(key.digest)
+            result: Result = "hit" if shared or entry is not None else "error" if failed else "miss"
+            lookup_s = self._clock() - started_s
+            self._instruments.cache_lookups.add(1, {"kind": "exact", "result": result})
+            self._instruments.cache_lookup_duration.record(lookup_s, {"kind": "exact"})
+            age_s = 0.0 if entry is None else max(0.0, self._now() - entry.created_at)
+            found = Lookup(result, "exact", entry, shared, age_s, None, lookup_s, slot)
+            if result == "miss":
+                found = await self._lookup_similar(found, slot, request, deadline, in_flight)
+            else:
+                self.results[result] += 1
+            _describe(span, found)
+        return found
 
-    async def look_up(self, call: Call, ticket: Ticket, in_flight: Callable[[str], bool]) -> Entry | None:
-        """The answer in the store; None where there is none, or where an equal call is under way.
-
-        What came of it stands in ``call.cache`` afterwards; there, too, a call under way is a hit.
-
-        Args:
-            call: The call.
-            ticket: Its ticket.
-            in_flight: Whether a call with this digest is under way, whose answer this one will get.
-        """
-        started = self._clock()
+    def _slot(self, request: LlmRequest, user: str, control: CacheControl) -> Slot | None:
+        """Where the answer is stored; None for embeddings, sampled answers and requests nested too deeply."""
+        temperature = request.body.get("temperature")
+        # An absent temperature is 1.
+        sampled = temperature is None or temperature != 0
+        if request.operation != "chat" or (sampled and not self._settings.cache_sampled):
+            return None
         try:
-            with self._span() as span:
-                entry = await self._find(call, ticket, in_flight)
-                self._describe(span, call.cache)
-        finally:
-            call.cache.lookup_s = self._clock() - started
-        return entry
+            key = key_of(self.tenant(user), request.model, request.body, request.headers)
+        except RecursionError:
+            return None
+        return Slot(key, control, self.epoch)
 
-    async def _find(self, call: Call, ticket: Ticket, in_flight: Callable[[str], bool]) -> Entry | None:
-        started = self._clock()
-        entry: Entry | None = None
-        result: Result = "hit"
-        if not in_flight(ticket.key.digest):
-            entry, result = await self._read(ticket)
-        if entry is None and in_flight(ticket.key.digest):
-            call.cache.shared = True
-            result = "hit"
-        looks_on = result == "miss" and self._semantic is not None
-        self._count(call.cache, "exact", result, started, final=not looks_on)
-        if entry is not None:
-            call.cache.age_s = max(0.0, self._now() - entry.created_at)
-        if not looks_on:
-            return entry
-        return await self._find_near(call, ticket, in_flight)
-
-    async def _read(self, ticket: Ticket) -> tuple[Entry | None, Result]:
-        """Ask the store for exactly this question."""
-        try:
-            entry = await self._entry(ticket.key)
-        except StoreError:
-            # What this process has still is as good as when it was stored.
-            entry = self.memory.get(ticket.key.digest, believed=True)
-            if entry is None or not self._will_do(entry, ticket):
-                return None, "error"
-        if entry is None or not self._will_do(entry, ticket):
-            return None, "miss"
-        return entry, "hit"
-
-    async def _entry(self, key: CacheKey) -> Entry | None:
-        """The entry in the store; raises ``StoreError``."""
-        epoch = self.epoch
-        payload = await self.store.read(COLLECTION, key.point_id)
+    def _accept(self, key: CacheKey, payload: Mapping[str, Any] | None, epoch: int) -> Entry | None:
+        """The entry in a payload that the store returned; None where it is missing, damaged or expired."""
         if payload is None:
             self.memory.discard(key.digest)
             return None
         try:
             entry = Entry.from_payload(key, payload)
         except DamagedEntryError as error:
-            self.store.damaged(str(error))
-            self.sweeper.doom(COLLECTION, key.point_id)
+            self.backend.note_damaged(str(error))
+            self.sweeper.mark_for_removal(COLLECTION, key.point_id)
             return None
         if entry.expires_at <= self._now():
             return None
+        # An entry read before the cache was cleared must not come back into memory.
         if epoch == self.epoch:
-            # What was read before the cache was cleared does not come back through here.
             self.memory.put(entry)
         return entry
 
-    def _will_do(self, entry: Entry, ticket: Ticket) -> bool:
-        return ticket.wish.permits(self._now() - entry.created_at)
+    async def _lookup_similar(
+        self,
+        missed: Lookup,
+        slot: Slot,  # noqa: ARG002 - as SemanticCache has it
+        request: LlmRequest,  # noqa: ARG002 - as SemanticCache has it
+        deadline: Deadline,  # noqa: ARG002 - as SemanticCache has it
+        in_flight: Callable[[str], bool],  # noqa: ARG002 - as SemanticCache has it
+    ) -> Lookup:
+        """The outcome where no equal question is stored; here, that of the exact look-up."""
+        self.results["miss"] += 1
+        return missed
 
-    async def _find_near(self, call: Call, ticket: Ticket, in_flight: Callable[[str], bool]) -> Entry | None:
-        """Look for a question that means the same."""
-        started = self._clock()
-        entry: Entry | None = None
+    def assembler(self, lookup: Lookup) -> Assembler:
+        """What puts a streamed answer together; it takes nothing where the answer is not to be stored."""
+        wanted = lookup.slot is not None and lookup.slot.control.store
+        return Assembler(self._settings.cache_max_entry_bytes if wanted else 0)
+
+    def store(self, lookup: Lookup, reply: Reply, model: str, origin: SpanContext) -> None:
+        """Put the answer into memory and into the writer's queue, if it may be stored."""
+        slot, settings = lookup.slot, self._settings
+        if slot is None or not slot.control.store or slot.epoch != self.epoch:
+            return
+        if len(reply.content) > settings.cache_max_entry_bytes or not is_complete(reply):
+            return
+        now = self._now()
+        entry = Entry(slot.key, model, now, now + settings.cache_ttl_s, reply.content, reply.completion)
+        self.memory.put(entry)
+        self.writer.put(Write(COLLECTION, entry.point, entry.size_bytes, entry.expires_at, origin))
+        if slot.question is not None:
+            size_bytes = VECTOR_BYTES * len(slot.question.vector)
+            point = partial(question_point, entry, slot.question)
+            self.writer.put(Write(slot.question.collection, point, size_bytes, entry.expires_at, origin))
+
+
+class SemanticCache(ResponseCache):
+    """A ``ResponseCache`` that also finds answers to questions that mean the same.
+
+    Args:
+        index: Finds stored questions by their meaning.
+        store: Where entries are stored.
+        settings: As ``ResponseCache`` has them.
+        telemetry: Where spans and counts go.
+    """
+
+    def __init__(
+        self, index: SemanticIndex, store: GuardedStore, settings: Settings, telemetry: Telemetry
+    ) -> None:
+        super().__init__(store, settings, telemetry)
+        self._index = index
+
+    async def _lookup_similar(
+        self,
+        missed: Lookup,
+        slot: Slot,
+        request: LlmRequest,
+        deadline: Deadline,
+        in_flight: Callable[[str], bool],
+    ) -> Lookup:
+        started_s = self._clock()
+        found: tuple[Entry | None, float | None] = (None, None)
         result: Result = "miss"
         try:
-            entry = await self._near_entry(call, ticket)
-        except StoreError:
+            question = await self._index.question(slot.key.tenant, request.model, request.body, deadline)
+            if question is not None:
+                slot = replace(slot, question=question)
+                found = await self._nearest(slot, question)
+        except (StoreError, RecursionError):
             result = "error"
+        entry, similarity = found
         if entry is not None:
             result = "hit"
-        self._count(call.cache, "semantic", result, started)
-        if entry is None and in_flight(ticket.key.digest):
-            call.cache.shared, call.cache.kind, call.cache.result = True, "exact", "hit"
-        if entry is not None:
-            call.cache.age_s = max(0.0, self._now() - entry.created_at)
-        return entry
+        elapsed_s = self._clock() - started_s
+        self._instruments.cache_lookups.add(1, {"kind": "semantic", "result": result})
+        self._instruments.cache_lookup_duration.record(elapsed_s, {"kind": "semantic"})
+        self.results[result] += 1
+        lookup_s = missed.lookup_s + elapsed_s
+        if entry is None and in_flight(slot.key.digest):
+            return Lookup("hit", "exact", shared=True, lookup_s=lookup_s, slot=slot)
+        age_s = 0.0 if entry is None else max(0.0, self._now() - entry.created_at)
+        return Lookup(
+            result, "semantic", entry, age_s=age_s, similarity=similarity, lookup_s=lookup_s, slot=slot
+        )
 
-    async def _near_entry(self, call: Call, ticket: Ticket) -> Entry | None:
-        if self._semantic is None:
-            return None
-        tenant = ticket.key.tenant
-        question = await self._semantic.question(tenant, call.model, call.body, call.deadline)
-        ticket.question = question
-        if question is None:
-            return None
-        for near in await self._semantic.nearest(tenant, question):
-            entry = await self._entry_of(near)
-            if entry is not None and self._will_do(entry, ticket):
-                call.cache.similarity = near.similarity
-                self._instruments.cache_similarity.record(near.similarity, {"kind": "semantic"})
-                return entry
-        return None
-
-    async def _entry_of(self, near: Near) -> Entry | None:
-        entry = self.memory.get(near.key.digest) or await self._entry(near.key)
-        if entry is None:
-            # Its answer is gone: too old, or crowded out.
-            self.sweeper.doom(near.collection, near.point_id)
-        return entry
-
-    def assembler(self) -> Assembler:
-        """What puts a streamed answer together, so that it can be kept."""
-        return Assembler(self._settings.cache_max_entry_bytes)
-
-    def keep(self, call: Call, ticket: Ticket, reply: Reply, origin: SpanContext) -> None:
-        """Take the answer, if it is one to be stored; the store gets it afterwards."""
-        if not ticket.wish.store or ticket.epoch != self.epoch:
-            return
-        ttl_s, max_bytes = self._settings.cache_ttl_s, self._settings.cache_max_entry_bytes
-        entry = entry_of(ticket.key, call.model, reply, now=self._now(), ttl_s=ttl_s, max_bytes=max_bytes)
-        if entry is None:
-            return
-        self.memory.put(entry)
-        point = partial(_point, entry)
-        self.writer.put(Write(COLLECTION, point, entry.size_bytes, entry.expires_at, origin))
-        question, semantic = ticket.question, self._semantic
-        if question is not None and semantic is not None:
-            size_bytes = VECTOR_BYTES * len(question.vector)
-            point = partial(semantic.point, entry, question)
-            self.writer.put(Write(question.collection, point, size_bytes, entry.expires_at, origin))
-
-    def _count(
-        self,
-        use: CacheUse,
-        kind: Kind,
-        result: Result,
-        started: float | None = None,
-        *,
-        final: bool = True,
-    ) -> None:
-        self._instruments.cache_lookups.add(1, {"kind": kind, "result": result})
-        if started is not None:
-            self._instruments.cache_lookup_duration.record(self._clock() - started, {"kind": kind})
-        if final:
-            use.kind, use.result = kind, result
-            self.results[result] += 1
-
-    def _describe(self, span: Span, use: CacheUse) -> None:
-        span.set_attributes({names.ATTR_CACHE_KIND: use.kind, names.ATTR_CACHE_RESULT: use.result})
-        if use.shared:
-            span.set_attribute(names.ATTR_CACHE_SHARED, True)  # noqa: FBT003 - an attribute's value
-        if use.result == "hit":
-            span.set_attribute(names.ATTR_CACHE_AGE, round(use.age_s, 3))
-        if use.similarity is not None:
-            span.set_attribute(names.ATTR_CACHE_SIMILARITY, round(use.similarity, 4))
+    async def _nearest(self, slot: Slot, question: Question) -> tuple[Entry | None, float | None]:
+        """The answer to the most similar question that still has one; raises ``StoreError``."""
+        for match in await self._index.nearest(slot.key.tenant, question):
+            entry = self.memory.get(match.key.digest)
+            if entry is None:
+                epoch = self.epoch
+                payload = await self.backend.read(COLLECTION, match.key.point_id)
+                entry = self._accept(match.key, payload, epoch)
+            if entry is None:
+                # The question has outlived its answer, which expired or was evicted.
+                self.sweeper.mark_for_removal(match.collection, match.point_id)
+            elif slot.control.permits(self._now() - entry.created_at):
+                self._instruments.cache_similarity.record(match.similarity, {"kind": "semantic"})
+                return entry, match.similarity
+        return None, None
 
 
-def _point(entry: Entry) -> Point:
-    return Point(entry.key.point_id, entry.as_payload())
+def _describe(span: Span, lookup: Lookup) -> None:
+    span.set_attributes({names.ATTR_CACHE_KIND: lookup.kind, names.ATTR_CACHE_RESULT: lookup.result})
+    if lookup.shared:
+        span.set_attribute(names.ATTR_CACHE_SHARED, True)  # noqa: FBT003 - an attribute's value
+    if lookup.result == "hit":
+        span.set_attribute(names.ATTR_CACHE_AGE, round(lookup.age_s, 3))
+    if lookup.similarity is not None:
+        span.set_attribute(names.ATTR_CACHE_SIMILARITY, round(lookup.similarity, 4))
 
 
 PAGE = 1_000
@@ -304,20 +385,20 @@ PAGE = 1_000
 
 @dataclass(frozen=True)
 class CacheStats:
-    """How the cache does; counts since this process's start, ``entries`` of the whole store.
+    """How the cache is doing: counts since the start of this process, and the size of the whole store.
 
-    ``entries`` is None where the store did not say it in time.
+    ``entries`` is None where the store did not answer in time.
     """
 
-    entries: int | None
-    hits: int
-    misses: int
-    bypassed: int
-    errors: int
-    memory_entries: int
-    memory_bytes: int
-    waiting: int
-    dropped: int
+    entries: int | None = 0
+    hits: int = 0
+    misses: int = 0
+    bypassed: int = 0
+    errors: int = 0
+    memory_entries: int = 0
+    memory_bytes: int = 0
+    waiting: int = 0
+    dropped: int = 0
 
     @property
     def ratio(self) -> float:
@@ -328,7 +409,7 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """How the cache is set."""
+    """How the cache is configured."""
 
     enabled: bool
     semantic: bool
@@ -338,7 +419,7 @@ class CacheFacts:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """What the settings say."""
+        """The facts in the settings."""
         return cls(
             settings.cache_enabled,
             settings.cache_enabled and settings.cache_semantic,
@@ -348,28 +429,46 @@ class CacheFacts:
         )
 
 
+class NoCacheAdmin:
+    """Administers the cache where it is off: there is nothing to count and nothing to clear.
+
+    Args:
+        settings: How the cache is configured.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.facts = CacheFacts.of(settings)
+
+    async def stats(self) -> CacheStats:
+        """No entries, no look-ups."""
+        return CacheStats()
+
+    async def clear(self, *, user: str | None = None, model: str | None = None) -> int:  # noqa: ARG002 - as CacheAdmin has it
+        """Clear nothing."""
+        return 0
+
+
 class CacheAdmin:
-    """Counts and clears.
+    """Counts and clears the cache's entries.
 
     Args:
         cache: The cache.
-        vectors: Finds what is to go.
-        settings: How long a count may take.
+        settings: How the cache is configured, and how long a count may take.
     """
 
-    def __init__(self, cache: ResponseCache, vectors: Vectors, settings: Settings) -> None:
+    def __init__(self, cache: ResponseCache, settings: Settings) -> None:
+        self.facts = CacheFacts.of(settings)
         self._cache = cache
-        self._vectors = vectors
-        self._limit_s = settings.cache_timeout_s
+        self._timeout_s = settings.cache_timeout_s
         self._shared = settings.cache_scope == "shared"
 
     async def stats(self) -> CacheStats:
-        """How the cache does now; what has just been answered is counted, if the store takes it in time."""
+        """Count; answers that have just been given are included if they can be written in time."""
         cache = self._cache
-        await cache.writer.idle(self._limit_s)
+        await cache.writer.wait_until_empty(self._timeout_s)
         entries: int | None = None
         with suppress(StoreError):
-            entries = await cache.store.count(COLLECTION)
+            entries = await cache.backend.count(COLLECTION)
         return CacheStats(
             entries=entries,
             hits=cache.results["hit"],
@@ -383,16 +482,16 @@ class CacheAdmin:
         )
 
     async def clear(self, *, user: str | None = None, model: str | None = None) -> int:
-        """Take out everything, or everything of this user and this model; how many answers that were.
+        """Remove all answers, or those of this user and this model; how many there were.
 
         Raises:
-            ValidationError: No answer is one user's, because all of them share theirs.
-            UpstreamError: The store did not do it, or not all of it.
+            ValidationError: A user was named, and users share their answers.
+            UpstreamError: The store failed; some answers may be left.
         """
         cache = self._cache
         if user is not None and self._shared:
             raise ValidationError("The cache is shared (CACHE_SCOPE): no answer in it is one user's.")
-        # Calls under way do not bring back what is being cleared.
+        # Calls under way do not store their answers any more.
         cache.epoch += 1
         equal: dict[str, str] = {}
         if user is not None:
@@ -400,8 +499,8 @@ class CacheAdmin:
         if model is not None:
             equal["model"] = model
         cache.memory.clear(tenant=equal.get("tenant"), model=model)
-        # What waits is written, and taken out with the rest; what the store does not take is forgotten.
-        await cache.writer.idle(self._limit_s)
+        # Waiting entries are written first and removed with the rest; what cannot be written is discarded.
+        await cache.writer.wait_until_empty(self._timeout_s)
         try:
             async with cache.writer.paused():
                 cleared = await self._clear_store(equal)
@@ -409,96 +508,95 @@ class CacheAdmin:
             raise UpstreamError(
                 f"The cache's store did not do it ({error.reason}). Try again.", label=error.reason
             ) from None
-        # Look-ups that read the store while it was being cleared do not bring back what they found.
+        # Look-ups that read the store while it was being cleared do not put what they read into memory.
         cache.epoch += 1
         cache.memory.clear(tenant=equal.get("tenant"), model=model)
         return cleared
 
     async def _clear_store(self, equal: dict[str, str]) -> int:
-        store = self._cache.store
+        store = self._cache.backend
         cleared = 0
         for collection in await store.collections():
             if equal:
-                gone = await self._clear_some(collection, equal)
+                removed = await self._clear_matching(collection, equal)
             else:
-                gone = await store.count(collection)
+                removed = await store.count(collection)
                 await store.drop(collection)
                 if collection == COLLECTION:
-                    # Other processes are not to find it missing.
+                    # Made again at once, so that other processes do not find it missing.
                     await store.prepare(COLLECTION)
-            cleared += gone if collection == COLLECTION else 0
+            cleared += removed if collection == COLLECTION else 0
         return cleared
 
-    async def _clear_some(self, collection: str, equal: dict[str, str]) -> int:
-        gone = 0
+    async def _clear_matching(self, collection: str, equal: dict[str, str]) -> int:
+        store = self._cache.backend
+        removed = 0
         while True:
-            ids = await self._cache.store.ids(collection, self._vectors.having(collection, equal, PAGE))
-            await self._cache.store.delete(collection, ids)
-            gone += len(ids)
+            ids = await store.ids(collection, PAGE, equal_to(equal))
+            await store.delete(collection, ids)
+            removed += len(ids)
             if len(ids) < PAGE:
-                return gone
+                return removed
 
 
 BREAKER_FAILURES = 3
 BREAKER_S = 10.0
-"""A store that fails is asked again after so long. Three slow look-ups, of ``CACHE_TIMEOUT_S`` each, is what
-its failing may cost in that time."""
+"""A store that fails is asked again after this time. In between it costs at most three slow look-ups, of
+``CACHE_TIMEOUT_S`` each."""
 
-TRUSTED_S = 10.0
-"""With a server other processes may clear the cache; what is in this process's memory is looked up again."""
+FLUSH_TIMEOUT_S = 0.8
 
-FLUSH_LIMIT_S = 0.8
+
+def open_store(settings: Settings) -> AbstractAsyncContextManager[VectorStore]:
+    """Open the store that the settings name, a Qdrant server or the embedded one; leaving closes it."""
+    return open_server(settings) if settings.qdrant_url else open_embedded(settings.qdrant_path)
 
 
 @dataclass(frozen=True)
-class Caching:
-    """The cache, how to look after it, and what it does in the background."""
+class Cache:
+    """The cache as the service uses it.
 
-    cache: ResponseCache
-    admin: CacheAdmin
-    background: tuple[Callable[[], Coroutine[Any, Any, None]], ...]
+    Args:
+        answers: Looks up and stores answers.
+        admin: Counts and clears them.
+        background: Coroutine functions that run until the process stops.
+    """
+
+    answers: AnswerCache
+    admin: CacheAdmin | NoCacheAdmin
+    background: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = ()
 
 
 @asynccontextmanager
-async def open_cache(
+async def open_cache(  # noqa: PLR0913, PLR0917 - everything that the cache is built from
     settings: Settings,
     telemetry: Telemetry,
-    vectors: Vectors,
+    store: VectorStore,
     llm: LlmClient,
     on_failing: Callable[[], None],
-) -> AsyncIterator[Caching | None]:
-    """The cache, where it is on; on the way out, what waits is written.
+    breaker: Callable[[str], Breaker],
+) -> AsyncIterator[Cache]:
+    """Build the cache that the settings ask for; leaving the block writes the entries that still wait.
 
     Args:
-        settings: Its settings.
+        settings: Whether the cache is on, and how it is configured.
         telemetry: Where spans and counts go.
-        vectors: Where entries are kept.
+        store: Where entries are stored, made by ``open_store``.
         llm: Makes the vectors of questions.
-        on_failing: Called when the store has failed after it had worked.
+        on_failing: Called when the store fails after it had worked.
+        breaker: Makes a circuit breaker of this name; with ``BREAKER_FAILURES`` and ``BREAKER_S``.
     """
     if not settings.cache_enabled:
-        yield None
+        yield Cache(NoCache(), NoCacheAdmin(settings))
         return
-    instruments = telemetry.instruments
     tracer = telemetry.tracer_provider.get_tracer(SCOPE)
-    breaker = CircuitBreaker("qdrant", BREAKER_FAILURES, BREAKER_S, instruments)
-    store = CacheStore(
-        vectors,
-        breaker,
-        tracer,
-        settings.cache_timeout_s,
-        search_breaker=CircuitBreaker("qdrant_search", BREAKER_FAILURES, BREAKER_S, instruments),
-        on_failing=on_failing,
-    )
-    sweeper = CacheSweeper(store, vectors, settings.cache_max_entries, tracer)
-    writer = CacheWriter(store, instruments, tracer, settings.cache_queue_bytes, after=sweeper.count_written)
-    memory = EntryMemory(settings.cache_memory_bytes, TRUSTED_S if vectors.is_server else None)
-    semantic = None
+    backend = GuardedStore(store, breaker, tracer, settings.cache_timeout_s, on_failing)
     if settings.cache_semantic:
-        embedding_breaker = CircuitBreaker("embeddings", BREAKER_FAILURES, BREAKER_S, instruments)
-        semantic = SemanticIndex(llm, store, settings, embedding_breaker)
-    cache = ResponseCache(store, memory, writer, sweeper, semantic, settings, instruments, tracer)
+        index = SemanticIndex(llm, backend, settings, breaker("embeddings"))
+        cache: ResponseCache = SemanticCache(index, backend, settings, telemetry)
+    else:
+        cache = ResponseCache(backend, settings, telemetry)
     try:
-        yield Caching(cache, CacheAdmin(cache, vectors, settings), (writer.run, sweeper.run))
+        yield Cache(cache, CacheAdmin(cache, settings), (cache.writer.run, cache.sweeper.run))
     finally:
-        await writer.flush(FLUSH_LIMIT_S)
+        await cache.writer.flush(FLUSH_TIMEOUT_S)

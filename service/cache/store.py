@@ -1,12 +1,18 @@
-"""The vector store as the cache uses it: in time, behind a breaker, seen in the trace, and healed."""
+"""The vector store: its interface, the client of a Qdrant server, and the guard around either store.
+
+``VectorStore`` has two implementations: ``QdrantServer`` here, and ``EmbeddedStore``. The cache uses them
+through ``GuardedStore`` only, which adds the time limit, the circuit breaker and the CLIENT span, and creates
+collections that are missing.
+"""
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from http import HTTPStatus
+from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 import httpx
@@ -15,92 +21,35 @@ from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.semconv.attributes.server_attributes import SERVER_ADDRESS, SERVER_PORT
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
 from qdrant_client import AsyncQdrantClient, models
-from qdrant_client.http.exceptions import ApiException, UnexpectedResponse
+from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
-from service.cache.embedded import (
-    LATER,
-    URGENT,
-    BusyStoreError,
-    ClosedStoreError,
-    EmbeddedStore,
-    Work,
-)
 from service.config.settings import Settings
 from service.errors import ServiceError, UpstreamError
-from service.services.circuit_breaker import CircuitBreaker
 from service.telemetry import names
 from service.telemetry.events import emit
 
+COLLECTION = "llmops_cache"
+"""The answers' collection; the collections of questions' vectors have names that begin with it."""
+
+DELETE_CHUNK = 500
+
 KEYWORD = models.KeywordIndexType.KEYWORD
-INDEXES: Final = {
+INDEXES: Final[Mapping[str, models.KeywordIndexParams | models.PayloadSchemaType]] = {
     "tenant": models.KeywordIndexParams(type=KEYWORD, is_tenant=True),
     "scope": models.PayloadSchemaType.KEYWORD,
     "model": models.PayloadSchemaType.KEYWORD,
     "expires": models.PayloadSchemaType.FLOAT,
     "created": models.PayloadSchemaType.FLOAT,
 }
+"""Indexes over fields of the payload, which a server needs for filters and for ordering."""
 
+OLDEST_FIRST: Final = models.OrderBy(key="created")
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A point: its id (a UUID), what it carries, its vector where its collection has any."""
-
-    id: str
-    payload: Mapping[str, Any]
-    vector: Sequence[float] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A point that was found, and how like it is (cosine, 1 for the same)."""
-
-    id: str
-    payload: Mapping[str, Any]
-    score: float
-
-
-def index(collection: str, name: str, schema: object) -> Work:
-    """Make an index over a field of the payload."""
-    return lambda client: client.create_payload_index(collection, name, field_schema=schema)
-
-
-def _vector(point: Point) -> dict[str, Any] | list[float]:
-    return {} if point.vector is None else list(point.vector)
-
-
-def filter_of(equal: Mapping[str, str]) -> models.Filter:
-    """Lets through what says exactly this."""
-    return models.Filter(
-        must=[
-            models.FieldCondition(key=name, match=models.MatchValue(value=value))
-            for name, value in equal.items()
-        ]
-    )
-
-
-def structs(points: Sequence[Point]) -> list[models.PointStruct]:
-    """The points as the client takes them."""
-    return [models.PointStruct(id=p.id, payload=dict(p.payload), vector=_vector(p)) for p in points]
-
-
-def upsert(collection: str, points: list[models.PointStruct]) -> Work:
-    """Write points, and wait until they are written."""
-    return lambda client: client.upsert(collection, points=points, wait=True)
-
-
-COLLECTION = "llmops_cache"
-OPEN_LIMIT_S = 10.0
-"""So long the start of the process waits for an embedded store to be read."""
-
-DELETE_CHUNK = 500
-WRITE_CHUNK = 16
-"""Points that the embedded store writes before it looks whether something urgent waits."""
-
-NOT_FOUND = 404
+logger = logging.getLogger(__name__)
 
 
 class StoreError(Exception):
-    """The store did not do it; ``reason`` is one of a few words, fit for a metric or an event."""
+    """The store failed; ``reason`` is one of a few words, fit for an event's attribute."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -108,353 +57,396 @@ class StoreError(Exception):
 
 
 class NoCollectionError(StoreError):
-    """The collection is not there, or not any more."""
+    """The collection does not exist, or does not exist any more."""
 
     def __init__(self) -> None:
         super().__init__("no_collection")
 
 
-@asynccontextmanager
-async def open_vectors(settings: Settings) -> AsyncIterator["Vectors"]:
-    """Open the store: a server's client, or the embedded one.
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A point to be written: its id (a UUID), its payload, and a vector if the collection has any."""
 
-    A folder that cannot be opened makes a store that is down, not a service that does not start: the cache is
-    worth nothing without it, and everything else works. It is tried again with each ping.
+    id: str
+    payload: Mapping[str, Any]
+    vector: Sequence[float] | None = None
+
+    def as_struct(self) -> models.PointStruct:
+        """The point as Qdrant's clients take it."""
+        vector: Any = {} if self.vector is None else list(self.vector)
+        return models.PointStruct(id=self.id, payload=dict(self.payload), vector=vector)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A point that a search found, and its similarity to the vector (cosine, 1 for the same direction)."""
+
+    id: str
+    payload: Mapping[str, Any]
+    score: float
+
+
+def equal_to(values: Mapping[str, str]) -> models.Filter:
+    """A filter for points whose payload has these values."""
+    return models.Filter(
+        must=[
+            models.FieldCondition(key=name, match=models.MatchValue(value=value))
+            for name, value in values.items()
+        ]
+    )
+
+
+def expired_at(now: float) -> models.Filter:
+    """A filter for points that have expired; the time is Unix time in seconds."""
+    return models.Filter(must=[models.FieldCondition(key="expires", range=models.Range(lte=now))])
+
+
+def vectors_config(dimension: int | None) -> Any:  # noqa: ANN401 - either of two types of Qdrant's
+    """The configuration of a collection with vectors of this dimension, or without vectors."""
+    if dimension is None:
+        return {}
+    return models.VectorParams(size=dimension, distance=models.Distance.COSINE)
+
+
+def dimension_of(collection: models.CollectionInfo) -> int | None:
+    """The dimension of a collection's vectors; None where it has no vectors, or several."""
+    vectors = collection.config.params.vectors
+    return vectors.size if isinstance(vectors, models.VectorParams) else None
+
+
+class VectorStore(Protocol):
+    """A store of points with payloads and vectors, which may be down.
+
+    Every method but ``ping`` raises whatever its client raises; ``translate`` names it.
     """
-    if settings.qdrant_url:
-        client = _server(settings)
-        try:
-            yield Vectors(server=client, url=settings.qdrant_url)
-        finally:
-            await client.close()
-        return
-    embedded = EmbeddedStore(settings.qdrant_path)
-    with suppress(Exception):  # said by the store itself
-        async with asyncio.timeout(OPEN_LIMIT_S):
-            await embedded.open()
-    try:
-        yield Vectors(embedded=embedded)
-    finally:
-        await embedded.close()
+
+    shared: bool
+    """Whether other processes may use the same store."""
+
+    attributes: Mapping[str, str | int]
+    """Attributes of each span of a call: the server's address."""
+
+    def translate(self, error: Exception) -> StoreError:
+        """The ``StoreError`` for what a method raised."""
+        ...
+
+    async def ping(self) -> None:
+        """Check that the storage can be reached; raises ``UpstreamError`` when it cannot."""
+        ...
+
+    async def ensure(self, collection: str, dimension: int | None) -> None:
+        """Create the collection, or replace it where its vectors have another dimension."""
+        ...
+
+    async def read(self, collection: str, point_id: str) -> Mapping[str, Any] | None:
+        """The payload of the point with this id; None when there is none."""
+        ...
+
+    async def search(
+        self, collection: str, vector: Sequence[float], which: models.Filter, threshold: float, limit: int
+    ) -> list[Found]:
+        """The points most similar to the vector, best first, among those that pass the filter."""
+        ...
+
+    async def write(self, collection: str, points: Sequence[Point]) -> None:
+        """Write points; a point with the same id is replaced."""
+        ...
+
+    async def count(self, collection: str, which: models.Filter | None = None) -> int:
+        """The number of points, or of those that pass the filter."""
+        ...
+
+    async def delete(self, collection: str, ids: Sequence[str]) -> None:
+        """Delete points by their ids; ids that do not exist are ignored."""
+        ...
+
+    async def ids(
+        self,
+        collection: str,
+        limit: int,
+        which: models.Filter | None = None,
+        order_by: models.OrderBy | None = None,
+    ) -> list[str]:
+        """Ids of the points that pass the filter, in this order."""
+        ...
+
+    async def collections(self) -> list[str]:
+        """The names of all collections."""
+        ...
+
+    async def drop(self, collection: str) -> None:
+        """Delete the collection with everything in it."""
+        ...
 
 
-def _server(settings: Settings) -> AsyncQdrantClient:
-    return AsyncQdrantClient(
+@asynccontextmanager
+async def open_server(settings: Settings) -> AsyncIterator["QdrantServer"]:
+    """Open the client of the Qdrant server; nothing is sent until it is used, and leaving closes it."""
+    client = AsyncQdrantClient(
         url=settings.qdrant_url,
         api_key=settings.qdrant_api_key.get_secret_value() or None,
         timeout=settings.qdrant_timeout_s,
         check_compatibility=False,
-        # Without these, a server on this machine gets a new connection for each request.
+        # Without limits given here, the client opens a new connection for each request to a local server.
         limits=httpx.Limits(max_connections=settings.max_in_flight),
         trust_env=False,
     )
+    try:
+        yield QdrantServer(client, settings.qdrant_url)
+    finally:
+        await client.close()
 
 
-class Vectors:
-    """The store, which may be down; made by ``open_vectors``. Every method raises ``StoreError``."""
+class QdrantServer:
+    """A ``VectorStore`` on a Qdrant server; made by ``open_server``."""
 
-    def __init__(
-        self,
-        *,
-        server: AsyncQdrantClient | None = None,
-        embedded: EmbeddedStore | None = None,
-        url: str = "",
-    ) -> None:
-        self._server = server
-        self._embedded = embedded
+    shared = True
+
+    def __init__(self, client: AsyncQdrantClient, url: str) -> None:
+        self._client = client
         address = urlsplit(url)
-        self.address = address.hostname
-        self.port = address.port
+        server = {SERVER_ADDRESS: address.hostname, SERVER_PORT: address.port}
+        self.attributes: Mapping[str, str | int] = {name: value for name, value in server.items() if value}
 
-    @property
-    def is_server(self) -> bool:
-        """Whether other processes may use the same store."""
-        return self._server is not None
+    def translate(self, error: Exception) -> StoreError:
+        """Name a status, or what went wrong on the wire."""
+        match error:
+            case UnexpectedResponse(status_code=HTTPStatus.NOT_FOUND):
+                return NoCollectionError()
+            case UnexpectedResponse():
+                return StoreError(f"status_{error.status_code}")
+            case ResponseHandlingException(source=httpx.TimeoutException()):
+                return StoreError("timeout")
+            case ResponseHandlingException(source=httpx.ConnectError()):
+                return StoreError("unreachable")
+            case ResponseHandlingException(source=httpx.HTTPError()):
+                return StoreError("broken_off")
+        return StoreError("nonsense")
 
     async def ping(self) -> None:
-        """Ask for the collection, which reaches the storage; raises ``UpstreamError`` when it is down."""
+        """Ask for the collection, which reaches the server's storage."""
         try:
-            if self._embedded is not None:
-                await self._embedded.open()
-            await self._call(lambda client: client.collection_exists(COLLECTION))
-        except asyncio.CancelledError:
-            raise
-        except StoreError as error:
-            raise UpstreamError(label=f"the store: {error.reason}") from None
-        except Exception as error:  # noqa: BLE001 - a lock, a disk, a format: it is down whatever it was
-            raise UpstreamError(label=f"the store could not be opened: {type(error).__name__}") from None
+            await self._client.collection_exists(COLLECTION)
+        except Exception as error:  # noqa: BLE001 - whatever the client raises, the store is down
+            raise UpstreamError(label=f"the store: {self.translate(error).reason}") from None
 
     async def ensure(self, collection: str, dimension: int | None) -> None:
-        """Make the collection unless it is there as it should be; without a dimension it has no vectors."""
-        if await self._call(lambda client: client.collection_exists(collection)):
-            if await self._dimension(collection) == dimension:
+        """Create the collection and its indexes; another process may do the same at the same time."""
+        if await self._client.collection_exists(collection):
+            if dimension_of(await self._client.get_collection(collection)) == dimension:
                 return
-            # Its name says what its vectors are: somebody else has made this one.
-            await self.drop(collection)
-        vectors: Any = {}
-        if dimension is not None:
-            vectors = models.VectorParams(size=dimension, distance=models.Distance.COSINE)
+            # Its name states its dimension, so it is not one that this service has made.
+            await self._client.delete_collection(collection)
         try:
-            await self._call(lambda client: client.create_collection(collection, vectors_config=vectors))
-        except StoreError:
-            # Another process may have been quicker.
-            if not await self._call(lambda client: client.collection_exists(collection)):
+            await self._client.create_collection(collection, vectors_config=vectors_config(dimension))
+        except ApiException:
+            # Another process may have created it first.
+            if not await self._client.collection_exists(collection):
                 raise
-        if self._server is None:
-            return
         for name, schema in INDEXES.items():
-            await self._call(index(collection, name, schema))
-
-    async def _dimension(self, collection: str) -> int | None:
-        info = await self._call(lambda client: client.get_collection(collection))
-        return getattr(info.config.params.vectors, "size", None)
+            await self._client.create_payload_index(collection, name, field_schema=schema)
 
     async def read(self, collection: str, point_id: str) -> Mapping[str, Any] | None:
-        """What the point with this id carries; None when there is none."""
-        found = await self._call(
-            lambda client: client.retrieve(collection, ids=[point_id], with_payload=True, with_vectors=False)
+        """The payload of the point with this id; None when there is none."""
+        records = await self._client.retrieve(
+            collection, ids=[point_id], with_payload=True, with_vectors=False
         )
-        return (found[0].payload or {}) if found else None
+        return (records[0].payload or {}) if records else None
 
     async def search(
-        self, collection: str, vector: Sequence[float], equal: Mapping[str, str], threshold: float, limit: int
+        self, collection: str, vector: Sequence[float], which: models.Filter, threshold: float, limit: int
     ) -> list[Found]:
-        """The points most like the vector, best first, among those whose payload says exactly this."""
-        answer = await self._call(
-            lambda client: client.query_points(
-                collection,
-                query=list(vector),
-                query_filter=filter_of(equal),
-                score_threshold=threshold,
-                limit=limit,
-                with_payload=True,
-            )
+        """The points most similar to the vector, best first, among those that pass the filter."""
+        answer = await self._client.query_points(
+            collection,
+            query=list(vector),
+            query_filter=which,
+            score_threshold=threshold,
+            limit=limit,
+            with_payload=True,
         )
         return [Found(str(point.id), point.payload or {}, float(point.score)) for point in answer.points]
 
     async def write(self, collection: str, points: Sequence[Point]) -> None:
-        """Write the points; one that is there already is replaced."""
-        made = structs(points)
-        size = WRITE_CHUNK if self._server is None else len(made)
-        for start in range(0, len(made), size):
-            chunk = made[start : start + size]
-            await self._call(upsert(collection, chunk), urgency=LATER)
+        """Write points, and wait until the server has stored them."""
+        await self._client.upsert(collection, points=[point.as_struct() for point in points], wait=True)
 
-    async def count(self, collection: str, equal: Mapping[str, str] | None = None) -> int:
-        """How many points there are, or how many whose payload says exactly this."""
-        wanted = filter_of(equal) if equal else None
-        found = await self._call(lambda client: client.count(collection, count_filter=wanted, exact=True))
-        return int(found.count)
+    async def count(self, collection: str, which: models.Filter | None = None) -> int:
+        """The number of points, or of those that pass the filter."""
+        return (await self._client.count(collection, count_filter=which, exact=True)).count
 
     async def delete(self, collection: str, ids: Sequence[str]) -> None:
-        """Delete points by their ids; those that are not there are passed over."""
+        """Delete points by their ids; ids that do not exist are ignored."""
         for start in range(0, len(ids), DELETE_CHUNK):
-            chunk = list(ids[start : start + DELETE_CHUNK])
-            await self._call(self._deletion(collection, chunk), urgency=LATER)
+            selector = models.PointIdsList(points=list(ids[start : start + DELETE_CHUNK]))
+            await self._client.delete(collection, points_selector=selector)
 
-    def _deletion(self, collection: str, ids: list[str]) -> Work:
-        embedded = self._embedded
-
-        def delete(client: Any) -> object:  # noqa: ANN401 - either client, by what they have in common
-            if embedded is not None:
-                # The embedded client hides a deleted point and keeps what it carried, for ever.
-                with suppress(ValueError, KeyError):
-                    client.overwrite_payload(collection, payload={}, points=ids)
-                embedded.deleted += len(ids)
-            return client.delete(collection, points_selector=models.PointIdsList(points=list(ids)))
-
-        return delete
-
-    async def expired(self, collection: str, now: float, limit: int) -> list[str]:
-        """Ids of points that are not good any more."""
-        over = models.Filter(must=[models.FieldCondition(key="expires", range=models.Range(lte=now))])
-        return await self._ids(collection, limit, scroll_filter=over)
-
-    async def oldest(self, collection: str, limit: int) -> list[str]:
-        """Ids of the points that were written first."""
-        return await self._ids(collection, limit, order_by=models.OrderBy(key="created"))
-
-    async def having(self, collection: str, equal: Mapping[str, str], limit: int) -> list[str]:
-        """Ids of points whose payload says exactly this."""
-        return await self._ids(collection, limit, scroll_filter=filter_of(equal))
-
-    async def _ids(self, collection: str, limit: int, **which: object) -> list[str]:
-        found, _next = await self._call(
-            lambda client: client.scroll(collection, limit=limit, with_payload=False, **which), urgency=LATER
+    async def ids(
+        self,
+        collection: str,
+        limit: int,
+        which: models.Filter | None = None,
+        order_by: models.OrderBy | None = None,
+    ) -> list[str]:
+        """Ids of the points that pass the filter, in this order."""
+        records, _next = await self._client.scroll(
+            collection, scroll_filter=which, order_by=order_by, limit=limit, with_payload=False
         )
-        return [str(point.id) for point in found]
+        return [str(record.id) for record in records]
 
     async def collections(self) -> list[str]:
-        """The names of the cache's collections."""
-        answer = await self._call(lambda client: client.get_collections())
-        return [entry.name for entry in answer.collections if entry.name.startswith(COLLECTION)]
+        """The names of all collections."""
+        return [found.name for found in (await self._client.get_collections()).collections]
 
     async def drop(self, collection: str) -> None:
-        """Delete the collection, with everything in it."""
-        await self._call(lambda client: client.delete_collection(collection))
-
-    async def _call(self, work: Work, *, urgency: int = URGENT) -> Any:  # noqa: ANN401 - what the client gives
-        """Let the client do it, here or in its thread; what it raises comes out as one of few reasons."""
-        try:
-            if self._embedded is not None:
-                return await self._embedded.run(work, urgency=urgency)
-            return await work(self._server)
-        except UnexpectedResponse as error:
-            if error.status_code == NOT_FOUND:
-                raise NoCollectionError from None
-            raise StoreError(f"status_{error.status_code}") from None
-        except ApiException as error:
-            raise StoreError(_transport_reason(error)) from None
-        except ClosedStoreError:
-            raise StoreError("not_open") from None
-        except BusyStoreError:
-            raise StoreError("busy") from None
-        except Exception as error:  # noqa: BLE001 - the embedded client raises whatever it meets
-            # The embedded client has one kind of error for a collection that is not there, and for the rest.
-            if isinstance(error, ValueError) and "not found" in str(error):
-                raise NoCollectionError from None
-            raise StoreError("nonsense" if self._embedded is None else type(error).__name__) from None
+        """Delete the collection with everything in it."""
+        await self._client.delete_collection(collection)
 
 
-def _transport_reason(error: ApiException) -> str:
-    cause = getattr(error, "source", None)
-    if isinstance(cause, httpx.TimeoutException):
-        return "timeout"
-    if isinstance(cause, httpx.ConnectError):
-        return "unreachable"
-    return "broken_off" if isinstance(cause, httpx.HTTPError) else "nonsense"
+class Breaker(Protocol):
+    """A circuit breaker, as the cache uses it."""
+
+    @property
+    def rejects(self) -> bool:
+        """Whether an attempt would be rejected now."""
+        ...
+
+    def attempt(self) -> AbstractContextManager[None]:
+        """Let one attempt pass, and learn from how it ends."""
+        ...
 
 
 SYSTEM = "qdrant"
-WRITE_LIMIT_S = 10.0
-"""Time limit of what nobody waits for."""
+WRITE_TIMEOUT_S = 10.0
+"""Time limit of calls that no request waits for."""
 
-SAY_AGAIN_S = 60.0
-OPEN = "circuit_open"
+DAMAGED_LOG_INTERVAL_S = 60.0
+CIRCUIT_OPEN = "circuit_open"
 SLOW = "slow"
 
-T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
-
-
-class CacheStore:
-    """Reads and writes points; what goes wrong comes out as ``StoreError``, within a limit.
+class GuardedStore:
+    """The store as the cache uses it: every call is limited in time and ends well or with ``StoreError``.
 
     Args:
-        vectors: The vector store.
-        breaker: Keeps a store that fails from being asked.
+        store: The vector store.
+        breaker: Makes a circuit breaker of this name. Searches have one of their own: in a large collection
+            they can be too slow while reads are fast.
         tracer: For the CLIENT spans.
-        limit_s: Seconds that a read may take.
-        search_breaker: The same for searches: among too many points they are slow while reads are not.
-        on_failing: Called when the store has failed after it had worked.
-        clock: Monotonic, in seconds.
+        timeout_s: Time limit of calls that a request waits for.
+        on_failing: Called when the store fails after it had worked.
     """
 
-    def __init__(  # noqa: PLR0913 - ends, a limit and seams
+    def __init__(
         self,
-        vectors: Vectors,
-        breaker: CircuitBreaker,
+        store: VectorStore,
+        breaker: Callable[[str], Breaker],
         tracer: Tracer,
-        limit_s: float,
-        *,
-        search_breaker: CircuitBreaker | None = None,
+        timeout_s: float,
         on_failing: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._vectors = vectors
-        self._breaker = breaker
-        self._search_breaker = search_breaker or breaker
+        self.shared = store.shared
+        self._store = store
+        self._breaker = breaker("qdrant")
+        self._search_breaker = breaker("qdrant_search")
         self._tracer = tracer
-        self._limit_s = limit_s
+        self._timeout_s = timeout_s
         self._on_failing = on_failing
         self._ready: set[str] = set()
-        self._failing = ""
+        """Collections that this process has seen or created."""
         self._failures = 0
-        self._clock = clock
         self._damaged = 0
-        self._damaged_said_at = float("-inf")
-        self._server: dict[str, str | int] = {SERVER_ADDRESS: vectors.address} if vectors.address else {}
-        if vectors.port:
-            self._server[SERVER_PORT] = vectors.port
+        self._damaged_logged_at = float("-inf")
 
     async def read(self, collection: str, point_id: str) -> Mapping[str, Any] | None:
-        """What a point carries; None where there is none, and where there is no collection yet."""
+        """The payload of a point; None where the point or the collection does not exist."""
         try:
-            return await self._do(
-                "retrieve", collection, self._vectors.read(collection, point_id), self._limit_s
-            )
+            async with self._guard("retrieve", collection, self._timeout_s):
+                return await self._store.read(collection, point_id)
         except NoCollectionError:
-            self._lost(collection)
+            self._note_missing(collection)
             return None
 
     async def search(
-        self, collection: str, vector: Sequence[float], equal: Mapping[str, str], threshold: float, limit: int
+        self, collection: str, vector: Sequence[float], which: models.Filter, threshold: float, limit: int
     ) -> list[Found]:
-        """The points most like the vector among those that say this; none where there is no collection."""
-        work = self._vectors.search(collection, vector, equal, threshold, limit)
+        """The points most similar to the vector that pass the filter; none without the collection."""
         try:
-            return await self._do("query", collection, work, self._limit_s, self._search_breaker)
+            async with self._guard("query", collection, self._timeout_s, self._search_breaker):
+                return await self._store.search(collection, vector, which, threshold, limit)
         except NoCollectionError:
-            self._lost(collection)
+            self._note_missing(collection)
             return []
 
     async def write(self, collection: str, points: Sequence[Point]) -> None:
-        """Write points; a collection that is not there is made, and one that has vanished is made again."""
+        """Write points; a collection that does not exist, or has vanished, is created."""
         vector = points[0].vector
         for attempt in (1, 2):
             await self.prepare(collection, None if vector is None else len(vector))
             try:
-                await self._do("upsert", collection, self._vectors.write(collection, points), WRITE_LIMIT_S)
+                async with self._guard("upsert", collection, WRITE_TIMEOUT_S):
+                    await self._store.write(collection, points)
             except NoCollectionError:
-                self._lost(collection)
+                self._note_missing(collection)
                 if attempt == 2:  # noqa: PLR2004 - the last one
                     raise
             else:
                 return
 
     async def prepare(self, collection: str, dimension: int | None = None) -> None:
-        """Make the collection, unless it is there."""
+        """Create the collection, unless this process knows that it exists."""
         if collection not in self._ready:
-            making = self._vectors.ensure(collection, dimension)
-            await self._do("create_collection", collection, making, WRITE_LIMIT_S)
+            async with self._guard("create_collection", collection, WRITE_TIMEOUT_S):
+                await self._store.ensure(collection, dimension)
             self._ready.add(collection)
 
     async def delete(self, collection: str, ids: Sequence[str]) -> None:
-        """Delete points, if they are there."""
+        """Delete points, if they exist."""
         with suppress(NoCollectionError):
-            await self._do("delete", collection, self._vectors.delete(collection, ids), WRITE_LIMIT_S)
+            async with self._guard("delete", collection, WRITE_TIMEOUT_S):
+                await self._store.delete(collection, ids)
 
-    async def count(self, collection: str, equal: Mapping[str, str] | None = None) -> int:
-        """How many points say this; all of them where nothing is said."""
+    async def count(self, collection: str) -> int:
+        """The number of points; 0 without the collection."""
         try:
-            return await self._do("count", collection, self._vectors.count(collection, equal), self._limit_s)
+            async with self._guard("count", collection, self._timeout_s):
+                return await self._store.count(collection)
         except NoCollectionError:
             return 0
 
-    async def ids(self, collection: str, work: Awaitable[list[str]]) -> list[str]:
-        """What a question for ids finds; nothing where there is no collection."""
+    async def ids(
+        self,
+        collection: str,
+        limit: int,
+        which: models.Filter | None = None,
+        order_by: models.OrderBy | None = None,
+    ) -> list[str]:
+        """Ids of the points that pass the filter, in this order; none without the collection."""
         try:
-            return await self._do("scroll", collection, work, WRITE_LIMIT_S)
+            async with self._guard("scroll", collection, WRITE_TIMEOUT_S):
+                return await self._store.ids(collection, limit, which, order_by)
         except NoCollectionError:
             return []
 
     async def collections(self) -> list[str]:
-        """The cache's collections as they are now."""
-        return await self._do("list_collections", COLLECTION, self._vectors.collections(), WRITE_LIMIT_S)
+        """The names of the cache's collections."""
+        async with self._guard("list_collections", COLLECTION, WRITE_TIMEOUT_S):
+            found = await self._store.collections()
+        return [name for name in found if name.startswith(COLLECTION)]
 
     async def drop(self, collection: str) -> None:
-        """Delete a collection; the next write makes it again."""
+        """Delete a collection; the next write creates it again."""
         self._ready.discard(collection)
         with suppress(NoCollectionError):
-            await self._do("delete_collection", collection, self._vectors.drop(collection), WRITE_LIMIT_S)
+            async with self._guard("delete_collection", collection, WRITE_TIMEOUT_S):
+                await self._store.drop(collection)
 
-    def damaged(self, reason: str) -> None:
-        """Say, now and then, that the store holds what cannot be an entry; the store itself works."""
+    def note_damaged(self, reason: str) -> None:
+        """Log, once a minute at most, that the store returned a payload that is no entry."""
         self._damaged += 1
-        if self._clock() < self._damaged_said_at + SAY_AGAIN_S:
+        if time.monotonic() < self._damaged_logged_at + DAMAGED_LOG_INTERVAL_S:
             return
-        self._damaged_said_at = self._clock()
+        self._damaged_logged_at = time.monotonic()
         emit(
             logger,
             names.EVENT_CACHE_ERROR,
@@ -463,19 +455,20 @@ class CacheStore:
             level=logging.WARNING,
         )
 
-    async def _do(
-        self,
-        operation: str,
-        collection: str,
-        work: Awaitable[T],
-        limit_s: float,
-        breaker: CircuitBreaker | None = None,
-    ) -> T:
-        """Await the work within the limit, under the breaker and a CLIENT span."""
+    @asynccontextmanager
+    async def _guard(
+        self, operation: str, collection: str, timeout_s: float, breaker: Breaker | None = None
+    ) -> AsyncIterator[None]:
+        """One call of the store, within its time limit, under its breaker and in its CLIENT span.
+
+        Raises:
+            NoCollectionError: The collection does not exist, which does not count as a failure.
+            StoreError: The store failed, or was not called because the breaker is open.
+        """
         breaker = breaker or self._breaker
         if breaker.rejects:
-            _never_awaited(work)
-            raise StoreError(OPEN)
+            raise StoreError(CIRCUIT_OPEN)
+        failure: StoreError | None = None
         with self._tracer.start_as_current_span(
             f"{operation} {collection}",
             kind=SpanKind.CLIENT,
@@ -483,61 +476,56 @@ class CacheStore:
                 db.DB_SYSTEM_NAME: SYSTEM,
                 db.DB_OPERATION_NAME: operation,
                 db.DB_COLLECTION_NAME: collection,
-                **self._server,
+                **self._store.attributes,
             },
             record_exception=False,
             set_status_on_exception=False,
         ) as span:
             try:
-                result = await self._attempt(work, limit_s, breaker)
-            except NoCollectionError:
+                with breaker.attempt():
+                    try:
+                        async with asyncio.timeout(timeout_s):
+                            yield
+                    except TimeoutError:
+                        failure = StoreError(SLOW)
+                    except Exception as error:  # noqa: BLE001 - the clients raise whatever they meet
+                        failure = self._store.translate(error)
+                    if failure is not None and not isinstance(failure, NoCollectionError):
+                        # The breaker counts this service's errors only.
+                        raise UpstreamError(label=failure.reason) from None
+            except ServiceError:
+                failure = failure or StoreError(CIRCUIT_OPEN)
+            if isinstance(failure, NoCollectionError):
                 if collection in self._ready:
-                    span.set_attribute(ERROR_TYPE, "no_collection")
-                raise
-            except StoreError as error:
-                span.set_attribute(ERROR_TYPE, error.reason)
+                    span.set_attribute(ERROR_TYPE, failure.reason)
+                raise failure from None
+            if failure is not None:
+                span.set_attribute(ERROR_TYPE, failure.reason)
                 span.set_status(Status(StatusCode.ERROR))
-                self._failed(operation, error.reason)
-                raise
-        self._worked()
-        return result
+                self._note_failure(operation, failure.reason)
+                raise failure from None
+        if self._failures:
+            logger.info("The cache works again", extra={"failures": self._failures})
+            self._failures = 0
+            # A store that was down may come back empty.
+            self._ready.clear()
 
-    async def _attempt(self, work: Awaitable[T], limit_s: float, breaker: CircuitBreaker) -> T:
-        reason = SLOW
-        try:
-            with breaker.attempt():
-                try:
-                    async with asyncio.timeout(limit_s):
-                        return await work
-                except NoCollectionError:
-                    # The store answers: that is no failure of it.
-                    pass
-                except TimeoutError:
-                    raise UpstreamError(label=SLOW) from None
-                except StoreError as error:
-                    reason = error.reason
-                    raise UpstreamError(label=reason) from None
-        except ServiceError:
-            raise StoreError(reason) from None
-        raise NoCollectionError
-
-    def _lost(self, collection: str) -> None:
-        """Note that a collection is not there; news only where this process has seen it."""
+    def _note_missing(self, collection: str) -> None:
+        """Log that a collection has vanished, if this process has seen it before."""
         if collection in self._ready:
             self._ready.discard(collection)
             emit(
                 logger,
                 names.EVENT_CACHE_ERROR,
-                "The cache's collection has vanished; it is made again",
+                "The cache's collection has vanished; it is created again",
                 {"reason": "no_collection", "failures": 1},
                 level=logging.WARNING,
             )
 
-    def _failed(self, operation: str, reason: str) -> None:
+    def _note_failure(self, operation: str, reason: str) -> None:
         self._failures += 1
-        if self._failing:
+        if self._failures > 1:
             return
-        self._failing = reason
         emit(
             logger,
             names.EVENT_CACHE_ERROR,
@@ -546,17 +534,3 @@ class CacheStore:
             level=logging.WARNING,
         )
         self._on_failing()
-
-    def _worked(self) -> None:
-        if self._failing:
-            logger.info("The cache works again", extra={"failures": self._failures})
-            # What was made before may be gone: a store that comes back may come back empty.
-            self._ready.clear()
-        self._failing = ""
-        self._failures = 0
-
-
-def _never_awaited(work: Awaitable[Any]) -> None:
-    close = getattr(work, "close", None)
-    if close is not None:
-        close()

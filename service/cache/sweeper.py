@@ -1,4 +1,4 @@
-"""Takes out of the store what is too old, too much, or damaged; in the background, a little at a time."""
+"""The sweeper: removes expired, surplus and damaged entries from the store, in the background."""
 
 import asyncio
 import logging
@@ -10,38 +10,37 @@ from contextlib import AbstractContextManager
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, Tracer
 
-from service.cache.store import CacheStore, StoreError, Vectors
+from service.cache.store import OLDEST_FIRST, GuardedStore, StoreError, expired_at
 from service.telemetry import names
 
 INTERVAL_S = 60.0
+FAILED_WAIT_S = 1.0
 PAGE = 1_000
 MAX_PAGES = 50
-"""A round takes out so many pages of a collection at most; what is left is the next round's."""
+"""Pages that one sweep removes from a collection at most; the rest is left to the next sweep."""
 
-SLACK = 20
-"""A round begins early when a twentieth of the entries are new."""
+EARLY_SHARE = 1 / 20
+"""A sweep comes early when this share of the permitted entries has been written since the last one."""
 
-MAX_DOOMED = 1_000
+MAX_MARKED = 1_000
 
 logger = logging.getLogger(__name__)
 
 
 class CacheSweeper:
-    """Keeps the store within its bounds.
+    """Keeps the store within its limits.
 
     Args:
         store: The store.
-        vectors: Finds what is to go.
         max_entries: How many points a collection may have.
-        tracer: For the one root span of a round.
-        interval_s: Seconds between two rounds.
+        tracer: For the root span of each sweep.
+        interval_s: Seconds between two sweeps.
         now: Unix time in seconds.
     """
 
-    def __init__(  # noqa: PLR0913 - ends, a bound and seams
+    def __init__(
         self,
-        store: CacheStore,
-        vectors: Vectors,
+        store: GuardedStore,
         max_entries: int,
         tracer: Tracer,
         *,
@@ -49,33 +48,32 @@ class CacheSweeper:
         now: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
-        self._vectors = vectors
         self._max_entries = max_entries
         self._tracer = tracer
         self._interval_s = interval_s
         self._now = now
         self._written = 0
         self._wake = asyncio.Event()
-        self._doomed: dict[str, set[str]] = defaultdict(set)
+        self._marked: dict[str, set[str]] = defaultdict(set)
 
-    def doom(self, collection: str, point_id: str) -> None:
-        """Let a point be taken out soon."""
-        if len(self._doomed[collection]) < MAX_DOOMED:
-            self._doomed[collection].add(point_id)
+    def mark_for_removal(self, collection: str, point_id: str) -> None:
+        """Have a point removed soon."""
+        if len(self._marked[collection]) < MAX_MARKED:
+            self._marked[collection].add(point_id)
         self._wake.set()
 
     def count_written(self, points: int) -> None:
-        """Note that points were written; many of them bring the next round forward."""
+        """Note that points were written; many of them bring the next sweep forward."""
         self._written += points
         if self._many_written:
             self._wake.set()
 
     @property
     def _many_written(self) -> bool:
-        return self._written * SLACK >= self._max_entries
+        return self._written >= self._max_entries * EARLY_SHARE
 
     async def run(self) -> None:
-        """Sweep for ever; ends by cancellation only."""
+        """Sweep until cancelled."""
         while True:
             due = False
             try:
@@ -88,61 +86,59 @@ class CacheSweeper:
                 if due or self._many_written:
                     await self.sweep()
                 else:
-                    with self._round():
-                        await self._take_out_doomed()
+                    with self._span():
+                        await self._remove_marked()
             except StoreError:
-                # Said by the store; the next round finds what this one did not reach.
-                await asyncio.sleep(1)
+                # Logged by the store; the next sweep removes what this one did not.
+                await asyncio.sleep(FAILED_WAIT_S)
             except Exception:
-                # A bug here must not end the lifespan.
+                # An exception here would end the lifespan's task group, and the process.
                 logger.exception("The cache could not be swept")
-                await asyncio.sleep(1)
+                await asyncio.sleep(FAILED_WAIT_S)
 
-    def _round(self) -> AbstractContextManager[Span]:
+    def _span(self) -> AbstractContextManager[Span]:
         return self._tracer.start_as_current_span(
             names.SPAN_CACHE_SWEEP, context=Context(), record_exception=False, set_status_on_exception=False
         )
 
     async def sweep(self) -> int:
-        """One round; how many points it took out. Raises ``StoreError``."""
+        """Sweep once; the number of points removed. Raises ``StoreError``."""
         self._written = 0
-        with self._round() as span:
-            gone = await self._take_out_doomed()
+        with self._span() as span:
+            removed = await self._remove_marked()
             for collection in await self._store.collections():
-                gone += await self._sweep_expired(collection)
-                gone += await self._sweep_excess(collection)
-            span.set_attribute(names.ATTR_CACHE_ENTRIES, gone)
-        return gone
+                removed += await self._remove_expired(collection)
+                removed += await self._remove_surplus(collection)
+            span.set_attribute(names.ATTR_CACHE_ENTRIES, removed)
+        return removed
 
-    async def _take_out_doomed(self) -> int:
-        gone = 0
-        while self._doomed:
-            collection, ids = self._doomed.popitem()
+    async def _remove_marked(self) -> int:
+        removed = 0
+        while self._marked:
+            collection, ids = self._marked.popitem()
             await self._store.delete(collection, list(ids))
-            gone += len(ids)
-        return gone
+            removed += len(ids)
+        return removed
 
-    async def _sweep_expired(self, collection: str) -> int:
-        gone = 0
+    async def _remove_expired(self, collection: str) -> int:
+        removed = 0
         for _ in range(MAX_PAGES):
-            finding = self._vectors.expired(collection, self._now(), PAGE)
-            ids = await self._store.ids(collection, finding)
+            ids = await self._store.ids(collection, PAGE, expired_at(self._now()))
             await self._store.delete(collection, ids)
-            gone += len(ids)
+            removed += len(ids)
             if len(ids) < PAGE:
                 break
-        return gone
+        return removed
 
-    async def _sweep_excess(self, collection: str) -> int:
-        gone = 0
-        excess = await self._store.count(collection) - self._max_entries
+    async def _remove_surplus(self, collection: str) -> int:
+        removed = 0
+        surplus = await self._store.count(collection) - self._max_entries
         for _ in range(MAX_PAGES):
-            if gone >= excess:
+            if removed >= surplus:
                 break
-            finding = self._vectors.oldest(collection, min(PAGE, excess - gone))
-            ids = await self._store.ids(collection, finding)
+            ids = await self._store.ids(collection, min(PAGE, surplus - removed), order_by=OLDEST_FIRST)
             if not ids:
                 break
             await self._store.delete(collection, ids)
-            gone += len(ids)
-        return gone
+            removed += len(ids)
+        return removed

@@ -1,4 +1,8 @@
-"""From the environment to settings, or to the list of everything that is wrong with it, all at once."""
+"""Reads and validates the configuration, and reports all of its problems at once.
+
+``read_settings`` returns the settings or the problems. The rules for secrets refuse values that are published
+as defaults or examples, too short, or damaged by the quoting of a shell.
+"""
 
 import re
 from collections.abc import Iterator
@@ -12,6 +16,13 @@ from pydantic import ValidationError as PydanticError
 from rapidfuzz.distance import OSA
 
 from service.config.settings import PASSED_THROUGH, Settings, variable_names
+
+REQUIRED = ("JWT_SECRET_KEY", "AUTH_ADMIN_PASSWORD", "AUTH_USER_PASSWORD")
+LONG_NAME_CHARS = 8
+HOST = re.compile(
+    r"[0-9a-f]*:[0-9a-f:.]+|[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*\.?"
+)
+ORIGIN = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?")
 
 JWT_PROBLEM = "JWT_SECRET_KEY must be set and different from default"
 MIN_SECRET_BYTES = 32
@@ -71,87 +82,15 @@ PUBLISHED_PASSWORDS = frozenset(
         "1234567890",
     }
 )
-HASH = re.compile(r"\$argon2(id|i|d)\$v=\d+\$m=\d+,t=\d+,p=\d+\$[A-Za-z0-9+/]+\$[A-Za-z0-9+/]+")
-HASH_SIZES = frozenset({16, 20, 24, 32, 48, 64})
-EATEN_HASH = re.compile(r"=\d+=\d+,t=\d+,p=\d+")
-"""What a shell, or compose, leaves of an argon2 hash in double quotes."""
-
-
-def is_utf8(text: str) -> bool:
-    """Whether the text can be encoded; bytes of the environment that are no UTF-8 come as surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def secret_problems(secret: SecretStr) -> Iterator[tuple[str, str]]:
-    """Each problem of the signing secret, as the variable's name and a sentence."""
-    value = secret.get_secret_value()
-    how = "Make one with: openssl rand -hex 32"
-    reason = ""
-    if not is_utf8(value):
-        return
-    if not value.strip() or value.strip().lower() in PUBLISHED_SECRETS or PLACEHOLDER.search(_plain(value)):
-        yield "JWT_SECRET_KEY", JWT_PROBLEM
-        return
-    if (size := len(value.encode())) < MIN_SECRET_BYTES:
-        reason = f"it is {size} bytes long and needs at least {MIN_SECRET_BYTES}"
-    elif _repeats(value) or len(set(value)) < MIN_SECRET_DISTINCT:
-        reason = "it repeats one pattern"
-    if reason:
-        yield "JWT_SECRET_KEY", f"{JWT_PROBLEM}: {reason}. {how}"
-
-
-def _plain(value: str) -> str:
-    return re.sub(r"[-_ .]", "", value.lower())
-
-
-def _repeats(value: str) -> bool:
-    """Whether the value is one shorter piece, written at least twice (the last time perhaps cut short)."""
-    return any(
-        value == (value[:size] * (len(value) // size + 1))[: len(value)]
-        for size in range(1, len(value) // 2 + 1)
-    )
-
-
-def _is_hash(value: str) -> bool:
-    """Whether it is a whole argon2 hash; a tag of an odd length is one that was cut short."""
-    try:
-        parameters = argon2.extract_parameters(value)
-    except argon2.exceptions.InvalidHashError:
-        return False
-    return bool(HASH.fullmatch(value)) and parameters.hash_len in HASH_SIZES
-
-
-def password_problems(name: str, secret: SecretStr) -> Iterator[tuple[str, str]]:
-    """Each problem of a password, as the variable's name and a sentence."""
-    value = secret.get_secret_value()
-    if EATEN_HASH.match(value):
-        yield name, f"{name} is an argon2 hash without its $ parts. Put it in single quotes in a shell."
-    elif not value.strip():
-        yield name, f"{name} must be set: a password of your own, or its argon2 hash."
-    elif value.startswith("$argon2"):
-        if not _is_hash(value):
-            yield name, f"{name} starts like an argon2 hash and is none. Put it in single quotes in a shell."
-    elif value.strip().lower() in PUBLISHED_PASSWORDS or PLACEHOLDER.search(_plain(value)):
-        yield name, f"{name} must be different from published defaults: choose a password of your own."
-    elif len(value) < MIN_PASSWORD_CHARS:
-        yield name, f"{name} is too short: it needs at least {MIN_PASSWORD_CHARS} characters."
-
-
-REQUIRED = ("JWT_SECRET_KEY", "AUTH_ADMIN_PASSWORD", "AUTH_USER_PASSWORD")
-LONG_NAME_CHARS = 8
-HOST = re.compile(
-    r"[0-9a-f]*:[0-9a-f:.]+|[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*\.?"
-)
-ORIGIN = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?")
+ARGON2_HASH = re.compile(r"\$argon2(id|i|d)\$v=\d+\$m=\d+,t=\d+,p=\d+\$[A-Za-z0-9+/]+\$[A-Za-z0-9+/]+")
+ARGON2_HASH_SIZES = frozenset({16, 20, 24, 32, 48, 64})
+STRIPPED_HASH = re.compile(r"=\d+=\d+,t=\d+,p=\d+")
+"""An argon2 hash after a shell, or compose, has expanded its ``$`` parts as variables."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What reading the configuration came to: settings only when there is no error."""
+    """The result of reading the configuration; ``settings`` is None when there are errors."""
 
     settings: Settings | None
     errors: tuple[str, ...]
@@ -159,14 +98,14 @@ class Report:
 
 
 def read_settings() -> Report:
-    """Read and check the configuration; raises nothing that a configuration can cause."""
+    """Read and validate the configuration. An invalid configuration is reported, not raised."""
     try:
         settings, refused, errors = _read()
         warnings = tuple(_near_misses(variable_names()))
     except (OSError, UnicodeDecodeError) as error:
         return Report(None, (f".env cannot be read: {type(error).__name__}. Make it a UTF-8 file.",), ())
     errors += [message for name, message in problems(settings) if name not in refused]
-    # The secret that everything hangs on comes first, then the order of the fields.
+    # The signing key's problems come first, the others in the order of the settings.
     errors.sort(key=lambda message: not message.startswith("JWT_SECRET_KEY"))
     return Report(None if errors else settings, tuple(errors), warnings)
 
@@ -178,7 +117,7 @@ def _read() -> tuple[Settings, set[str], list[str]]:
         found = error.errors(include_url=False, include_context=False, include_input=False)
     refused = {str(entry["loc"][0]) for entry in found}
     errors = [f"{str(entry['loc'][0]).upper()} is not valid: {_sentence(entry['msg'])}" for entry in found]
-    # The refused fields get their defaults, so that one pass finds what is wrong with the others too.
+    # Refused fields get their defaults, so that the remaining checks run in the same pass.
     defaults = {name: Settings.model_fields[name].get_default(call_default_factory=True) for name in refused}
     return Settings(**defaults), {name.upper() for name in refused}, list(dict.fromkeys(errors))
 
@@ -188,15 +127,14 @@ def _sentence(text: str) -> str:
 
 
 def problems(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Each problem as the variable's name and a sentence that says what to do."""
-    for name in Settings.model_fields:
-        value = getattr(settings, name)
+    """Yield each problem as the variable's name and a sentence that says what to do."""
+    for name, value in settings:
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
-        if isinstance(text, str) and not is_utf8(text):
+        if isinstance(text, str) and not _is_utf8(text):
             yield name.upper(), f"{name.upper()} is not valid: it must be UTF-8 text."
-    yield from secret_problems(settings.jwt_secret_key)
-    yield from password_problems("AUTH_ADMIN_PASSWORD", settings.auth_admin_password)
-    yield from password_problems("AUTH_USER_PASSWORD", settings.auth_user_password)
+    yield from _signing_key_problems(settings.jwt_secret_key)
+    yield from _password_problems("AUTH_ADMIN_PASSWORD", settings.auth_admin_password)
+    yield from _password_problems("AUTH_USER_PASSWORD", settings.auth_user_password)
     if not re.fullmatch(r"[\x21-\x7e]*", settings.litellm_api_key.get_secret_value()):
         yield (
             "LITELLM_API_KEY",
@@ -206,19 +144,23 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
             ),
         )
     yield from _origin_problems(settings.cors_origins)
-    for name in (
-        "litellm_url",
-        "qdrant_url",
-        "mlflow_tracking_uri",
-        "otel_exporter_otlp_endpoint",
-        "otel_exporter_otlp_traces_endpoint",
-        "otel_exporter_otlp_metrics_endpoint",
-        "otel_exporter_otlp_logs_endpoint",
+    for name, value in (
+        ("LITELLM_URL", settings.litellm_url),
+        ("QDRANT_URL", settings.qdrant_url),
+        ("MLFLOW_TRACKING_URI", settings.mlflow_tracking_uri),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", settings.otel_exporter_otlp_endpoint),
+        ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", settings.otel_exporter_otlp_traces_endpoint),
+        ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", settings.otel_exporter_otlp_metrics_endpoint),
+        ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", settings.otel_exporter_otlp_logs_endpoint),
     ):
-        yield from _url_problems(name.upper(), getattr(settings, name))
-    for name in ("login_failures_per_name", "login_failures_per_address", "rate_limit"):
-        yield from _rate_problems(name.upper(), getattr(settings, name))
-    # The default gives way to a shorter call by itself; two values that somebody chose must agree.
+        yield from _url_problems(name, value)
+    for name, value in (
+        ("LOGIN_FAILURES_PER_NAME", settings.login_failures_per_name),
+        ("LOGIN_FAILURES_PER_ADDRESS", settings.login_failures_per_address),
+        ("RATE_LIMIT", settings.rate_limit),
+    ):
+        yield from _rate_problems(name, value)
+    # A default is lowered to fit a shorter deadline; a value that was set must be valid as it is.
     chosen = "llm_connect_timeout_s" in settings.model_fields_set
     if chosen and settings.llm_connect_timeout_s >= settings.llm_timeout_s:
         yield (
@@ -234,8 +176,8 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
             "HEALTH_TTL_S",
             (
                 f"HEALTH_TTL_S ({settings.health_ttl_s:g}) must be at least HEALTH_INTERVAL_S plus "
-                f"HEALTH_TIMEOUT_S ({settings.health_interval_s + settings.health_timeout_s:g}): a result is "
-                "believed until there is a newer one."
+                f"HEALTH_TIMEOUT_S ({settings.health_interval_s + settings.health_timeout_s:g}): a result "
+                "must stay valid until the next one."
             ),
         )
     if settings.shutdown_grace_s > settings.shutdown_timeout_s:
@@ -249,8 +191,76 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
     yield from _store_problems(settings)
 
 
+def _is_utf8(text: str) -> bool:
+    """Whether the text can be encoded; Python decodes other bytes of the environment as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _signing_key_problems(secret: SecretStr) -> Iterator[tuple[str, str]]:
+    """Yield each problem of the signing key, as the variable's name and a sentence."""
+    value = secret.get_secret_value()
+    how = "Make one with: openssl rand -hex 32"
+    reason = ""
+    if not _is_utf8(value):
+        return
+    if (
+        not value.strip()
+        or value.strip().lower() in PUBLISHED_SECRETS
+        or PLACEHOLDER.search(_normalized(value))
+    ):
+        yield "JWT_SECRET_KEY", JWT_PROBLEM
+        return
+    if (size := len(value.encode())) < MIN_SECRET_BYTES:
+        reason = f"it is {size} bytes long and needs at least {MIN_SECRET_BYTES}"
+    elif _repeats(value) or len(set(value)) < MIN_SECRET_DISTINCT:
+        reason = "it repeats one pattern"
+    if reason:
+        yield "JWT_SECRET_KEY", f"{JWT_PROBLEM}: {reason}. {how}"
+
+
+def _normalized(value: str) -> str:
+    return re.sub(r"[-_ .]", "", value.lower())
+
+
+def _repeats(value: str) -> bool:
+    """Whether the value repeats a shorter string; the last repetition may be incomplete."""
+    return any(
+        value == (value[:size] * (len(value) // size + 1))[: len(value)]
+        for size in range(1, len(value) // 2 + 1)
+    )
+
+
+def _is_hash(value: str) -> bool:
+    """Whether the value is a complete argon2 hash; a digest of an unusual length was truncated."""
+    try:
+        parameters = argon2.extract_parameters(value)
+    except argon2.exceptions.InvalidHashError:
+        return False
+    return bool(ARGON2_HASH.fullmatch(value)) and parameters.hash_len in ARGON2_HASH_SIZES
+
+
+def _password_problems(name: str, secret: SecretStr) -> Iterator[tuple[str, str]]:
+    """Yield each problem of a password, as the variable's name and a sentence."""
+    value = secret.get_secret_value()
+    if STRIPPED_HASH.match(value):
+        yield name, f"{name} is an argon2 hash without its $ parts. Put it in single quotes in a shell."
+    elif not value.strip():
+        yield name, f"{name} must be set: a password of your own, or its argon2 hash."
+    elif value.startswith("$argon2"):
+        if not _is_hash(value):
+            yield name, f"{name} is not a complete argon2 hash. Put it in single quotes in a shell."
+    elif value.strip().lower() in PUBLISHED_PASSWORDS or PLACEHOLDER.search(_normalized(value)):
+        yield name, f"{name} must be different from published defaults: choose a password of your own."
+    elif len(value) < MIN_PASSWORD_CHARS:
+        yield name, f"{name} is too short: it needs at least {MIN_PASSWORD_CHARS} characters."
+
+
 def _store_problems(settings: Settings) -> Iterator[tuple[str, str]]:
-    """What the cache and its store need."""
+    """Check what the cache and its store require."""
     if settings.cache_semantic and not settings.embedding_model:
         yield (
             "EMBEDDING_MODEL",
@@ -267,21 +277,33 @@ def _store_problems(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _stream_problems(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Of two limits that contradict each other, the one that somebody chose."""
-    for name, other, what in (
-        ("stream_timeout_s", "llm_timeout_s", "at least {}: a stream is not over before its first piece"),
-        ("stream_chunk_timeout_s", "stream_timeout_s", "at most {}: it is a part of it"),
-        ("stream_keep_alive_s", "stream_chunk_timeout_s", "less than {}: it is sent within that silence"),
+    """Check the limits of a streamed answer against each other.
+
+    Only values that were set are checked: a default is adapted to the others.
+    """
+    llm_s, whole_s = settings.llm_timeout_s, settings.stream_timeout_s
+    chunk_s, keep_alive_s = settings.stream_chunk_timeout_s, settings.stream_keep_alive_s
+    for name, value, fits, rule in (
+        (
+            "stream_timeout_s",
+            whole_s,
+            whole_s >= llm_s,
+            f"at least LLM_TIMEOUT_S ({llm_s:g}): the first chunk may take that long",
+        ),
+        (
+            "stream_chunk_timeout_s",
+            chunk_s,
+            chunk_s <= whole_s,
+            f"at most STREAM_TIMEOUT_S ({whole_s:g}): it is a part of it",
+        ),
+        (
+            "stream_keep_alive_s",
+            keep_alive_s,
+            keep_alive_s < chunk_s,
+            f"less than STREAM_CHUNK_TIMEOUT_S ({chunk_s:g}): comments are sent within that time",
+        ),
     ):
-        value, bound = getattr(settings, name), getattr(settings, other)
-        fits = {
-            "stream_timeout_s": value >= bound,
-            "stream_chunk_timeout_s": value <= bound,
-            "stream_keep_alive_s": value < bound,
-        }[name]
-        # A default gives way by itself; two values that somebody chose must agree.
         if not fits and name in settings.model_fields_set:
-            rule = what.format(f"{other.upper()} ({bound:g})")
             yield name.upper(), f"{name.upper()} ({value:g}) must be {rule}."
 
 
@@ -293,7 +315,7 @@ def _origin_problems(origins: tuple[str, ...]) -> Iterator[tuple[str, str]]:
             yield (
                 "CORS_ORIGINS",
                 (
-                    f"CORS_ORIGINS has an entry that is no origin: {origin[:80]!r}. Write "
+                    f"CORS_ORIGINS has an entry that is not an origin: {origin[:80]!r}. Write "
                     "scheme://host[:port], with no path and no slash at the end."
                 ),
             )
@@ -333,13 +355,13 @@ def _rate_problems(name: str, value: str) -> Iterator[tuple[str, str]]:
 
 
 def _near_misses(names: set[str]) -> Iterator[str]:
-    """A sentence for each variable whose name is one or two letters away from one of ours."""
+    """Yield a sentence for each variable that looks like a misspelt setting."""
     known = {name.upper() for name in Settings.model_fields} | set(PASSED_THROUGH)
     for name in sorted(names):
         if name.upper() in known:
             continue
-        # Two letters are a lot in a short word: PATH is no misspelt PORT.
-        most = 2 if len(name) >= LONG_NAME_CHARS else 1
+        # In a short name two letters make a different word: PATH is not a misspelt PORT.
+        max_distance = 2 if len(name) >= LONG_NAME_CHARS else 1
         likely = min(known, key=lambda candidate: (OSA.distance(name.upper(), candidate), candidate))
-        if OSA.distance(name.upper(), likely) <= most:
+        if OSA.distance(name.upper(), likely) <= max_distance:
             yield f"{name} is not a setting. Did you mean {likely}?"

@@ -1,8 +1,11 @@
-"""Opens everything that the process needs, hands it to the requests, and closes it in order."""
+"""Opens everything that the process needs, hands it to the requests, and closes it in order.
+
+The order of the stop is written here.
+"""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TypeVar
 
@@ -10,19 +13,17 @@ import anyio.to_thread
 from fastapi import FastAPI
 from opentelemetry.metrics import Histogram
 
-from service.cache.coalescing import Flights
-from service.cache.response_cache import CacheFacts, open_cache
-from service.cache.store import open_vectors
+from service.cache.coalescing import Coalescing, NoCoalescing
+from service.cache.response_cache import BREAKER_FAILURES, BREAKER_S, open_cache, open_store
 from service.config.logging import detach_bridge, drain_lines
 from service.config.settings import Settings
-from service.dependencies import State
+from service.dependencies import AppServices
 from service.identity.tokens import Authenticator
-from service.recording.mlflow import Tracker
-from service.recording.record import CallRecord
-from service.recording.recorder import Recorder
+from service.recording.recorder import open_recorder
+from service.services.circuit_breaker import CircuitBreaker
 from service.services.drain import Drain, drain_on_signal
 from service.services.generation import Generation
-from service.services.health_checker import HealthChecker, Ping
+from service.services.health_checker import HealthChecker
 from service.services.rate_limit import RateLimiter
 from service.telemetry.events import emit
 from service.telemetry.names import EVENT_SHUTDOWN_COMPLETED, EVENT_SHUTDOWN_STEP
@@ -31,18 +32,20 @@ from service.upstream.client import LlmClient, open_llm
 
 LAG_INTERVAL_S = 0.5
 STEPS_TIMEOUT_S = 1.5
-"""Time limit of all steps of the stop between the drain and the flush of the telemetry, where the drain took
-all its time: the flush may take two and a half seconds, uvicorn and the interpreter half a one, and the whole
-stop five seconds beyond the drain. What the drain left of its time is theirs, too."""
+"""Time limit of all steps of the stop together, between the drain and the flush of the telemetry, in seconds.
+
+It is the limit where the drain took all its time; the steps may use what the drain left, too. The flush takes
+up to 2.5 s, uvicorn and the interpreter 0.5 s, and the whole stop must end within 5 s of the drain."""
 
 STEP_TIMEOUT_S = 1.0
-"""Time limit of one of them, but for the recorder's, which has work to do."""
+"""Time limit of one step, the recorder's excepted."""
 
 FINALIZING_TIMEOUT_S = 8.0
-"""The recorder's: a server under load takes seconds for the last records, the totals and the run's end."""
+"""Time limit of the recorder's step: an MLflow server under load takes seconds for the last records, the
+totals and the end of the run."""
 
-LAST_STEP_S = 0.1
-"""What a step gets at least, whatever those before it took."""
+MIN_STEP_S = 0.1
+"""Time that a step gets at least, whatever the steps before it took."""
 
 MODELS_RETRY_S = 10.0
 
@@ -53,80 +56,96 @@ logger = logging.getLogger(__name__)
 
 def lifespan_of(
     settings: Settings, telemetry: Telemetry
-) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
-    """The app's lifespan: what it yields is the state of every request."""
+) -> Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, AppServices]]]:
+    """The app's lifespan; what it yields is the ASGI state of every request.
+
+    The stop runs the contexts below from the last one entered to the first: background work ends, the cache
+    is flushed, the vector store closed, the MLflow run finalized, the upstream client closed, telemetry
+    flushed.
+    """
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
+    async def lifespan(_app: FastAPI) -> AsyncIterator[Mapping[str, AppServices]]:
         drain = Drain(settings.shutdown_grace_s, settings.shutdown_timeout_s)
-        # What is entered first is left last: the order of the stop is this one, read from below.
         async with AsyncExitStack() as stack:
-            # A worker of uvicorn ends by its signal, which runs nothing at exit: its lines are written here.
+            # A worker of uvicorn ends by its signal, which runs no exit handlers: its lines are written here.
             stack.push_async_callback(anyio.to_thread.run_sync, drain_lines)
             stack.push_async_callback(_flush, telemetry, settings.telemetry_flush_timeout_s)
             stack.callback(_say_completed, drain)
-            # Before anything is opened: whoever is stopped while starting says so too.
+            # Before anything is opened: a process that is stopped while it starts says so too.
             stack.enter_context(drain_on_signal(drain, await stack.enter_async_context(asyncio.TaskGroup())))
             closing = _Closing(stack, lambda: settings.shutdown_timeout_s - drain.since_signal_s)
-            llm = await closing.enter(open_llm(settings, telemetry))
-            recorder = await closing.enter(
-                _recording(settings, telemetry), "Finalizing MLflow run...", FINALIZING_TIMEOUT_S
-            )
-            vectors = await closing.enter(open_vectors(settings), "Closing Qdrant connections...")
-            caching = await closing.enter(
-                open_cache(settings, telemetry, vectors, llm, lambda: health.look_again("qdrant")),
-                "Flushing cache...",
-            )
-            auth = await anyio.to_thread.run_sync(Authenticator, settings, telemetry.instruments)
-            pings: dict[str, Ping] = {"qdrant": vectors.ping, "litellm": llm.ping}
-            if recorder is not None:
-                pings["mlflow"] = recorder.tracker.ping
-            health = HealthChecker(
-                pings,
-                interval_s=settings.health_interval_s,
-                timeout_s=settings.health_timeout_s,
-                ttl_s=settings.health_ttl_s,
-                instruments=telemetry.instruments,
-                tracer=telemetry.tracer_provider.get_tracer(SCOPE),
-            )
-            tasks = await stack.enter_async_context(asyncio.TaskGroup())
-            generation = Generation(
-                llm,
-                telemetry,
-                settings,
-                on_unreachable=lambda: health.look_again("litellm"),
-                on_ended=recorder.record if recorder else _record_nothing,
-                cache=caching.cache if caching else None,
-                flights=Flights(tasks.create_task) if caching else None,
-            )
-            for work in (
-                measure_lag(telemetry.instruments.event_loop_lag),
-                _keep_models_known(llm, settings.models_ttl_s),
-                health.run(),
-                *(work() for work in (caching.background if caching else ())),
-            ):
-                stack.callback(tasks.create_task(work).cancel)
-            yield {
-                "auth": auth,
-                "generation": generation,
-                "cache": caching.admin if caching else None,
-                "cache_facts": CacheFacts.of(settings),
-                "rate_limiter": RateLimiter(settings.rate_limit, telemetry.instruments),
-                "drain": drain,
-                "health": health,
-                "health_required": frozenset(settings.health_required),
-                "stream_keep_alive_s": keep_alive_s(settings),
-            }
+            services = await _open_services(settings, telemetry, drain, stack, closing)
+            yield {"services": services}
 
     return lifespan
 
 
+async def _open_services(
+    settings: Settings, telemetry: Telemetry, drain: Drain, stack: AsyncExitStack, closing: "_Closing"
+) -> AppServices:
+    """Open the clients and start the background work; ``closing`` ends them in the reverse order."""
+    instruments = telemetry.instruments
+    llm = await closing.enter(open_llm(settings, telemetry))
+    recorder = await closing.enter(
+        open_recorder(settings, telemetry), "Finalizing MLflow run...", FINALIZING_TIMEOUT_S
+    )
+    store = await closing.enter(open_store(settings), "Closing Qdrant connections...")
+    cache = await closing.enter(
+        open_cache(
+            settings,
+            telemetry,
+            store,
+            llm,
+            lambda: health.look_again("qdrant"),
+            lambda name: CircuitBreaker(name, BREAKER_FAILURES, BREAKER_S, instruments),
+        ),
+        "Flushing cache...",
+    )
+    auth = await anyio.to_thread.run_sync(Authenticator, settings, instruments)
+    health = HealthChecker(
+        {"qdrant": store.ping, "litellm": llm.ping, **recorder.pings},
+        interval_s=settings.health_interval_s,
+        timeout_s=settings.health_timeout_s,
+        ttl_s=settings.health_ttl_s,
+        instruments=instruments,
+        tracer=telemetry.tracer_provider.get_tracer(SCOPE),
+    )
+    tasks = await stack.enter_async_context(asyncio.TaskGroup())
+    generation = Generation(
+        llm,
+        telemetry,
+        settings,
+        cache=cache.answers,
+        coalescing=Coalescing(tasks.create_task) if settings.cache_enabled else NoCoalescing(),
+        recorder=recorder,
+        on_unreachable=lambda: health.look_again("litellm"),
+    )
+    for work in (
+        measure_lag(instruments.event_loop_lag),
+        _keep_models_known(llm, settings.models_ttl_s),
+        health.run(),
+        *(start() for start in cache.background),
+    ):
+        stack.callback(tasks.create_task(work).cancel)
+    return AppServices(
+        auth=auth,
+        generation=generation,
+        cache=cache.admin,
+        rate_limiter=RateLimiter(settings.rate_limit, instruments),
+        drain=drain,
+        health=health,
+        health_required=frozenset(settings.health_required),
+        stream_keep_alive_s=keep_alive_s(settings),
+    )
+
+
 class _Closing:
-    """Leaves contexts in order, whatever leaving one raises: each within a limit, all within another.
+    """Closes contexts in order, whatever closing one raises: each within a limit, all within another.
 
     Args:
-        stack: Where they are entered.
-        spare_s: What is left of the drain's time when the first one is left.
+        stack: Closes them in the reverse order of entering.
+        spare_s: Seconds that the drain left of its time, asked when the first context is closed.
     """
 
     def __init__(self, stack: AsyncExitStack, spare_s: Callable[[], float]) -> None:
@@ -137,7 +156,7 @@ class _Closing:
     async def enter(
         self, context: AbstractAsyncContextManager[T], line: str = "", limit_s: float = STEP_TIMEOUT_S
     ) -> T:
-        """Enter a context, to be left with this line."""
+        """Enter a context; ``line`` is logged when it is closed, within ``limit_s`` seconds."""
         entered = await context.__aenter__()
 
         async def leave() -> None:
@@ -159,31 +178,11 @@ class _Closing:
         now = asyncio.get_running_loop().time()
         if self._until_s is None:
             self._until_s = now + STEPS_TIMEOUT_S + max(0.0, self._spare_s())
-        return max(LAST_STEP_S, self._until_s - now)
-
-
-@asynccontextmanager
-async def _recording(settings: Settings, telemetry: Telemetry) -> AsyncIterator[Recorder | None]:
-    if not settings.mlflow_tracking_uri:
-        logger.info("MLFLOW_TRACKING_URI is not set: calls are not recorded in MLflow")
-        yield None
-        return
-    tracer = telemetry.tracer_provider.get_tracer(SCOPE)
-    tracker = Tracker(settings, telemetry.identity)
-    recorder = await anyio.to_thread.run_sync(Recorder, tracker, settings, telemetry.instruments, tracer)
-    recorder.start()
-    try:
-        yield recorder
-    finally:
-        await recorder.finish()
-
-
-def _record_nothing(_record: CallRecord) -> None:
-    """Where there is no MLflow."""
+        return max(MIN_STEP_S, self._until_s - now)
 
 
 def keep_alive_s(settings: Settings) -> float:
-    """Seconds of a stream's silence until a comment; the default gives way to a shorter limit of silence."""
+    """Seconds of silence until a stream gets a comment: as set, or half of a shorter silence limit."""
     asked_s, limit_s = settings.stream_keep_alive_s, settings.stream_chunk_timeout_s
     return asked_s if asked_s < limit_s else limit_s / 2
 
@@ -205,7 +204,7 @@ async def _flush(telemetry: Telemetry, deadline_s: float) -> None:
 
 
 async def measure_lag(histogram: Histogram, interval_s: float = LAG_INTERVAL_S) -> None:
-    """Record for ever how much later than asked for the event loop wakes this task."""
+    """Record, until cancelled, how much later than requested the event loop wakes this task."""
     loop = asyncio.get_running_loop()
     # The first sample comes at once, so that the series is there from the start.
     wait_s = 0.0

@@ -1,7 +1,7 @@
-"""Every setting of the service, and the only place where the environment is read.
+"""Every setting of the service. No other module reads the environment.
 
-Units stand in the names; ``.env.example`` says what each one means, and a test keeps names and defaults there
-and here equal. Whether the values are safe and fit together is ``env_validator``'s business.
+A setting's name carries its unit. ``.env.example`` documents each setting, and a test keeps the names and
+defaults in both files equal. ``env_validator`` checks that the values are safe and consistent.
 """
 
 import os
@@ -33,11 +33,11 @@ PASSED_THROUGH = (
     "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_TRACKING_INSECURE_TLS",
 )
-"""Standard variables that the SDKs of OpenTelemetry and MLflow read; ``.env`` reaches them, too."""
+"""Standard variables that the SDKs of OpenTelemetry and MLflow read themselves, also accepted in ``.env``."""
 
 
 class Settings(BaseSettings):
-    """The configuration of one process: frozen, from the environment first, then from ``.env``."""
+    """The configuration of one process. The environment takes precedence over ``.env``."""
 
     model_config = SettingsConfigDict(
         env_file=ENV_FILE,
@@ -84,7 +84,7 @@ class Settings(BaseSettings):
     login_failures_per_name: str = "10/minute"
     login_failures_per_address: str = "50/minute"
 
-    # The model's side
+    # Upstream
     litellm_url: str = "http://127.0.0.1:4000"
     litellm_api_key: SecretStr = SecretStr("")
     default_model: str = Field("demo", min_length=1, max_length=200)
@@ -106,13 +106,13 @@ class Settings(BaseSettings):
     breaker_failure_threshold: int = Field(5, ge=1, le=1_000)
     breaker_timeout_s: float = Field(30.0, gt=0, le=3_600)
 
-    # The vector store
+    # Vector store
     qdrant_url: str = ""
     qdrant_path: str = Field("data/qdrant", min_length=1)
     qdrant_api_key: SecretStr = SecretStr("")
     qdrant_timeout_s: int = Field(3, ge=1, le=300)
 
-    # The cache
+    # Cache
     cache_enabled: bool = True
     cache_ttl_s: int = Field(3_600, ge=1, le=31_536_000)
     cache_scope: Literal["user", "shared"] = "user"
@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     cache_embedding_timeout_s: float = Field(0.5, gt=0, le=30)
     embedding_model: str = Field("", max_length=200)
 
-    # The tracker
+    # Call records in MLflow
     mlflow_tracking_uri: str = ""
     mlflow_experiment_name: str = Field("llmops-api", min_length=1, max_length=256)
     mlflow_timeout_s: int = Field(5, ge=1, le=300)
@@ -166,7 +166,7 @@ class Settings(BaseSettings):
 
     @property
     def captures_content(self) -> bool:
-        """Whether prompts and answers go into MLflow's records."""
+        """Whether prompts and answers are recorded in MLflow."""
         return self.otel_instrumentation_genai_capture_message_content == "SPAN_ONLY"
 
     @field_validator("cors_origins", "health_required", mode="before")
@@ -183,25 +183,30 @@ class Settings(BaseSettings):
 
 
 def env_file_values() -> Mapping[str, str]:
-    """The variables of ``.env`` in the working directory that have a value; none when there is no file."""
+    """Return the variables of ``.env`` in the working directory, without those that are empty."""
     return {name: value for name, value in dotenv_values(ENV_FILE).items() if value}
 
 
 def variable_names() -> set[str]:
-    """The names of all variables that are set, in the environment or in ``.env``."""
+    """Return the names of all variables that are set in the environment or in ``.env``."""
     return set(os.environ) | set(env_file_values())
 
 
 def prepare_environment(settings: Settings | None = None) -> None:
-    """Make the process's environment say what libraries should read there, and nothing else.
+    """Set the environment variables that libraries read, before the first of those libraries is imported.
 
-    Called once, before the first of them is used. The OpenAI SDK's own variables are taken out: they would
-    change where calls go and what they carry, past our settings. For OpenTelemetry there stand then: HTTP
-    semantic conventions in their stable form, the SDK's own metrics, no raw lines from gRPC's C core on
-    stderr, and the ``OTEL_*`` variables of ``.env``. ``OTEL_SDK_DISABLED`` is taken out: with it the SDK
-    makes no ids, and the request id is the trace id. The providers obey the setting by recording nothing.
-    MLflow's SDK asks once, and briefly (its defaults are 7 retries of 120 s), logs as everybody does, and
-    sends nobody any statistics.
+    OpenAI: every ``OPENAI_*`` variable is removed, because the SDK would let them override our settings.
+
+    OpenTelemetry: HTTP semantic conventions in their stable form, the SDK's own metrics, no unformatted lines
+    from gRPC on stderr, and the ``OTEL_*`` variables of ``.env``. ``OTEL_SDK_DISABLED`` is removed because it
+    would stop the SDK from creating ids, and the request id is the trace id; the providers honour the setting
+    by recording nothing.
+
+    MLflow: no retries and a short time limit (the defaults are 7 retries of 120 s each), logging through the
+    root logger, and no usage statistics.
+
+    Args:
+        settings: Source of MLflow's time limit; without settings the SDK's default remains.
     """
     for name in [name for name in os.environ if name.startswith("OPENAI_")]:
         del os.environ[name]

@@ -10,7 +10,7 @@ from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.context import RequestContext, current_request
+from service.context import CallFacts, RequestContext, current_request
 from service.errors import CallerLeftError
 from service.telemetry.names import ATTR_CLIENT_REQUEST_ID, ATTR_INCIDENT_ID
 from service.telemetry.providers import PROBES
@@ -18,7 +18,7 @@ from service.telemetry.providers import PROBES
 TRACE_HEADERS = frozenset({b"traceparent", b"tracestate", b"baggage"})
 
 
-def make_harmless(scope: Scope, *, trust_traceparent: bool) -> None:
+def sanitize_scope(scope: Scope, *, trust_traceparent: bool) -> None:
     """Change the scope of an HTTP request in place.
 
     The contrib ASGI middleware decodes header fields and the query string as UTF-8 and lets the error escape,
@@ -47,6 +47,8 @@ def _as_utf8(value: bytes) -> bytes:
 
 HARMLESS_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 """What of a caller's own ``X-Request-ID`` is kept: it ends up in logs that people paste into shells."""
+
+RATE_POLICY = "per-user"
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +121,11 @@ class _Responder:
             await self._send(message)
             return
         self._status = message["status"]
-        headers = MutableHeaders(scope=message)
-        for name, value in (self._headers | self._context.headers).items():
-            headers[name] = value
-        if self._server_timing and self._context.timings_s:
-            headers["Server-Timing"] = self._timing()
+        fields = self._headers | answer_fields(self._context)
+        if self._server_timing and self._context.call is not None:
+            total_s = self._clock() - self._context.entered_s
+            fields["Server-Timing"] = server_timing(self._context.call, self._context.auth_s, total_s)
+        MutableHeaders(scope=message).update(fields)
         await self._send(message)
         # After the instrumentation has put the bare status there.
         self._mark_error()
@@ -135,11 +137,6 @@ class _Responder:
         if self._context.error == CallerLeftError.__name__:
             # Whatever the status was: nobody has got the answer.
             self._span.set_status(trace.StatusCode.ERROR)
-
-    def _timing(self) -> str:
-        """Where the time went so far, in milliseconds: the W3C's Server-Timing."""
-        spent = {**self._context.timings_s, "total": self._clock() - self._context.entered_s}
-        return ", ".join(f"{name};dur={seconds * 1_000:.1f}" for name, seconds in spent.items())
 
     def _write_line(self, duration_s: float) -> None:
         route = self._scope.get("route")
@@ -156,3 +153,38 @@ class _Responder:
             "http_request_completed",
             extra={name: value for name, value in fields.items() if value is not None},
         )
+
+
+def answer_fields(context: RequestContext) -> dict[str, str]:
+    """The header fields about the caller's rate limit and the model call, on success and on error alike.
+
+    Rate limits are written as draft-ietf-httpapi-ratelimit-headers-10 has them.
+    """
+    fields = {}
+    rate, call = context.rate, context.call
+    if rate is not None:
+        fields["RateLimit-Policy"] = f'"{RATE_POLICY}";q={rate.quota};w={rate.window_s}'
+        fields["RateLimit"] = f'"{RATE_POLICY}";r={rate.remaining};t={rate.reset_s}'
+    if call is not None:
+        fields["X-LLM-Attempts"] = str(call.attempts)
+        fields["X-Cache"] = call.cache.upper()
+        if call.cache == "hit":
+            fields["Age"] = str(int(call.age_s))
+        if call.similarity is not None:
+            fields["X-Cache-Similarity"] = f"{call.similarity:.4f}"
+    return fields
+
+
+def server_timing(call: CallFacts, auth_s: float, total_s: float) -> str:
+    """The value of ``Server-Timing`` (W3C): milliseconds by what they were spent on."""
+    spent = {
+        "auth": auth_s,
+        "cache": call.lookup_s,
+        "llm": call.llm_s,
+        "retry": call.retry_s,
+        "total": total_s,
+    }
+    always = {"auth", "llm", "total"}
+    return ", ".join(
+        f"{name};dur={seconds * 1_000:.1f}" for name, seconds in spent.items() if seconds or name in always
+    )

@@ -1,17 +1,14 @@
 """Counts requests in flight to the last byte, and turns new ones away while the process drains."""
 
 import asyncio
-from typing import TYPE_CHECKING, cast
 
 from opentelemetry.metrics import Counter
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.dependencies import services_of
 from service.errors import ShuttingDownError
 from service.services.drain import Drain
 from service.telemetry.providers import PROBES
-
-if TYPE_CHECKING:
-    from service.dependencies import State
 
 
 class ShutdownMiddleware:
@@ -34,7 +31,7 @@ class ShutdownMiddleware:
         if scope["type"] != "http" or scope["path"] in PROBES:
             await self._app(scope, receive, send)
             return
-        drain = cast("State", scope["state"])["drain"]
+        drain = services_of(scope).drain
         if drain.refusing:
             self._rejected.add(1, {"reason": "draining"})
             raise ShuttingDownError

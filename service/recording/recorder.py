@@ -5,11 +5,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import Final, Protocol
 
+import anyio.to_thread
 from opentelemetry.trace import Tracer
 
 from service.config.settings import Settings
@@ -19,6 +22,7 @@ from service.recording.record import CallRecord
 from service.recording.run import Losses, ProcessRun, Totals, params_of
 from service.recording.spool import Spool, run_file
 from service.telemetry.instruments import Instruments
+from service.telemetry.providers import SCOPE, Telemetry
 
 INTERVAL_S = 1.0
 TOTALS_INTERVAL_S = 10.0
@@ -27,7 +31,47 @@ MEMORY_RECORDS = 10_000
 MEMORY_BYTES = 16_777_216
 """What is kept where the disk takes nothing; beyond that a record is lost, and counted."""
 
+Ping = Callable[[], Awaitable[None]]
+
 logger = logging.getLogger(__name__)
+
+
+class CallRecorder(Protocol):
+    """Keeps a record of each call."""
+
+    @property
+    def pings(self) -> Mapping[str, Ping]:
+        """The health checks of what the recorder depends on, by the dependency's name."""
+
+    def record(self, record: CallRecord) -> None:
+        """Take the record of a call that is about to be answered; does not block and does not raise."""
+
+
+class NoRecorder:
+    """The recorder where no MLflow server is configured: it keeps nothing and depends on nothing."""
+
+    pings: Final[Mapping[str, Ping]] = {}
+
+    def record(self, record: CallRecord) -> None:
+        """Drop the record."""
+
+
+@asynccontextmanager
+async def open_recorder(settings: Settings, telemetry: Telemetry) -> AsyncIterator[CallRecorder]:
+    """A recorder that delivers in the background; on exit it delivers the rest and ends its MLflow run."""
+    if not settings.mlflow_tracking_uri:
+        logger.info("MLFLOW_TRACKING_URI is not set: calls are not recorded in MLflow")
+        yield NoRecorder()
+        return
+    tracer = telemetry.tracer_provider.get_tracer(SCOPE)
+    tracker = Tracker(settings, telemetry.identity)
+    # In a thread: it makes a folder, a lock and a file.
+    recorder = await anyio.to_thread.run_sync(Recorder, tracker, settings, telemetry.instruments, tracer)
+    recorder.start()
+    try:
+        yield recorder
+    finally:
+        await recorder.finish()
 
 
 class Recorder:
@@ -55,7 +99,7 @@ class Recorder:
         interval_s: float = INTERVAL_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.tracker = tracker
+        self._tracker = tracker
         self._settings = settings
         self._spooled = instruments.recorder_spooled
         self._clock = clock
@@ -106,6 +150,11 @@ class Recorder:
     def waiting(self) -> int:
         """Records of this process that MLflow does not have yet."""
         return self._recorded - self._settled
+
+    @property
+    def pings(self) -> Mapping[str, Ping]:
+        """MLflow's health check."""
+        return {"mlflow": self._tracker.ping}
 
     def start(self) -> None:
         """Begin to deliver."""
@@ -206,7 +255,7 @@ class Recorder:
         self._deliver()
         if self._delivery.failing:
             # Nothing was there to send: whether MLflow is back must be asked.
-            self.tracker.look()
+            self._tracker.look()
             self._delivery.passed()
         if self._spool is not None and self._is_due("_next_estates", ESTATES_INTERVAL_S):
             self._delivery.send_estates(self._spool.folder, self._settings.spool_max_age_s)
@@ -215,7 +264,7 @@ class Recorder:
 
     def _deliver(self) -> None:
         new = self._run.run_id is None
-        run = self._run.on_server(self.tracker)
+        run = self._run.on_server(self._tracker)
         if new:
             self._save_run()
         if self._spool is not None:
@@ -237,7 +286,7 @@ class Recorder:
         if totals != self._shown:
             self._run.totals = totals
             self._save_run()
-            self.tracker.log_totals(self._run.on_server(self.tracker), totals, time.time_ns() // 1_000_000)
+            self._tracker.log_totals(self._run.on_server(self._tracker), totals, time.time_ns() // 1_000_000)
             self._shown = totals
 
     def _tend(self) -> None:
@@ -259,7 +308,7 @@ class Recorder:
     def _last_round(self) -> None:
         try:
             self._deliver()
-            self._run.end(self.tracker, self._run.ended_ms or self._run.started_ms)
+            self._run.end(self._tracker, self._run.ended_ms or self._run.started_ms)
             if self._spool is not None:
                 run_file(self._spool.folder, self._spool.name).unlink(missing_ok=True)
         finally:

@@ -1,8 +1,8 @@
-"""Signing in, and who one is."""
+"""Sign-in with name and password, and the identity behind a token."""
 
 from fastapi import APIRouter, Request
 
-from service.dependencies import AuthDep, CurrentUser
+from service.dependencies import CurrentUser, ServicesDep
 from service.errors import (
     AuthenticationError,
     OverloadedError,
@@ -27,10 +27,10 @@ router = APIRouter(prefix="/auth", tags=["auth"])
         OverloadedError,
     ),
 )
-async def login(body: LoginRequest, request: Request, auth: AuthDep) -> LoginResponse:
+async def login(body: LoginRequest, request: Request, services: ServicesDep) -> LoginResponse:
     """Sign in with name and password; the token goes into `Authorization: Bearer …`."""
     address = request.client.host if request.client else ""
-    session = await auth.login(body.username, body.password.get_secret_value(), address)
+    session = await services.auth.login(body.username, body.password.get_secret_value(), address)
     return LoginResponse(
         access_token=session.token,
         expires_in=session.expires_in_s,
@@ -40,5 +40,5 @@ async def login(body: LoginRequest, request: Request, auth: AuthDep) -> LoginRes
 
 @router.get("/me", responses=errors(AuthenticationError, OverloadedError))
 async def me(user: CurrentUser) -> UserBody:
-    """The user whom the token belongs to."""
+    """The user that the token belongs to."""
     return UserBody(username=user.username, role=user.role)

@@ -1,11 +1,11 @@
-"""Asking a model, in this service's own shape."""
+"""Model calls in this service's own format."""
 
 import json
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.dependencies import GenerationDep, ModelCallDep, ModelCaller
+from service.dependencies import ModelCallDep, ModelCaller, ServicesDep
 from service.errors import (
     AuthenticationError,
     BadRequestError,
@@ -30,10 +30,10 @@ from service.routers.schemas import (
     errors,
 )
 from service.routers.streaming import EventStream
-from service.services.call_report import Call
+from service.services.call_report import CallOutcome
 from service.upstream.messages import Completion
 from service.upstream.stream import StreamEvent, event
-from service.utils.disconnect import unless_caller_left
+from service.utils.disconnect import cancel_on_disconnect
 
 router = APIRouter(prefix="/llm", tags=["llm"])
 
@@ -42,25 +42,23 @@ BODY_ERRORS = (RequestTimeoutError, PayloadTooLargeError, ValidationError)
 UNAVAILABLE = (OverloadedError, ShuttingDownError)
 
 
-class TokenWire:
-    """A stream in this service's own words: ``token`` for each piece of text, then ``done`` or ``error``.
+class GenerateFormat:
+    """The events of a stream in this service's own format: ``token``, then ``done`` or ``error``.
 
     Args:
-        call: The call.
-        request_id: Stands in the last event.
+        request_id: Stands in the ``done`` event.
     """
 
-    def __init__(self, call: Call, request_id: str) -> None:
-        self._call = call
+    def __init__(self, request_id: str) -> None:
         self._request_id = request_id
 
     def piece(self, event_: StreamEvent) -> bytes:
-        """A piece of text; the upstream's events without one are its own business."""
+        """A piece of text; nothing for an upstream event that holds none."""
         return event(json.dumps({"text": event_.text}).encode(), "token") if event_.text else b""
 
-    def done(self, completion: Completion) -> bytes:
-        """What the answer came to."""
-        done = DoneEvent.of(completion, self._call.cache, self._request_id)
+    def done(self, completion: Completion, outcome: CallOutcome) -> bytes:
+        """Model, counts, cost and cache of the whole answer."""
+        done = DoneEvent.from_call(completion, outcome, self._request_id)
         return event(done.model_dump_json().encode(), "done")
 
     def error(self, error: ServiceError) -> bytes:
@@ -77,27 +75,26 @@ class TokenWire:
     },
 )
 async def generate(
-    body: GenerateRequest, request: Request, user: ModelCaller, asked: ModelCallDep
+    body: GenerateRequest, request: Request, call: ModelCallDep
 ) -> GenerateResponse | Response:
     """Send a prompt to a model; a caller who closes the connection stops the model's work.
 
     With `stream` the answer comes as server-sent events: `token` for each piece of text, then `done` with
-    what the answer came to, or `error` with an error's body.
+    the counts and the cost, or `error` with an error's body.
     """
-    generation = asked.generation
-    model = body.model or generation.default_model
-    call = Call(body.as_chat(), model, user.username, asked.deadline, streamed=body.stream, wish=asked.wish)
-    if call.streamed:
-        wire = TokenWire(call, asked.request_id)
-        return EventStream(lambda relay: generation.stream(call, relay), wire, asked.keep_alive_s)
-    reply = generation.recall(call)
-    if reply is None:
-        reply = await unless_caller_left(request.receive, generation.forward(call))
-    return GenerateResponse.of(reply.completion, call.cache, asked.request_id)
+    generation = call.services.generation
+    spec = call.spec(body.as_request(generation.default_model), streamed=body.stream)
+    if body.stream:
+        return EventStream(
+            generation.stream(spec), GenerateFormat(call.request_id), call.services.stream_keep_alive_s
+        )
+    answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
+    completion = answer.reply.completion
+    return GenerateResponse.from_call(completion, answer.outcome, call.request_id, response=completion.text)
 
 
 @router.get("/models", responses=errors(AuthenticationError, *UPSTREAM_ERRORS, *UNAVAILABLE))
-async def models(_user: ModelCaller, generation: GenerationDep) -> ModelsResponse:
+async def models(_user: ModelCaller, services: ServicesDep) -> ModelsResponse:
     """The models that LiteLLM offers."""
-    listed = await generation.models()
-    return ModelsResponse(models=list(listed.names), default_model=generation.default_model)
+    listed = await services.generation.models()
+    return ModelsResponse(models=list(listed.names), default_model=services.generation.default_model)

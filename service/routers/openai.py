@@ -1,4 +1,4 @@
-"""OpenAI's protocol: its clients work here by their base URL and their key, which is the token."""
+"""OpenAI's protocol under ``/v1``: its clients need this base URL, and the token as their API key."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.dependencies import GenerationDep, ModelCallDep, ModelCaller
+from service.dependencies import ModelCallDep, ModelCaller, ServicesDep
 from service.errors import (
     AuthenticationError,
     BadRequestError,
@@ -38,38 +38,39 @@ from service.routers.schemas import (
     openai_errors,
 )
 from service.routers.streaming import EventStream
-from service.services.call_report import Call
-from service.upstream.messages import Completion
+from service.services.call_report import CallOutcome
+from service.upstream.messages import Completion, LlmRequest, Operation, with_fields
 from service.upstream.stream import StreamEvent, event
-from service.utils.disconnect import unless_caller_left
+from service.utils.disconnect import cancel_on_disconnect
 
 MAX_DEPTH = 100
-"""Deepest nesting of a request; the schema of a tool needs a few dozen."""
+"""Deepest permitted nesting of a request; the JSON schema of a tool needs a few dozen."""
 
 _MODEL_NAME = re.compile(MODEL_NAME)
 
 
 @dataclass(frozen=True)
 class JsonBody:
-    """A request's body: as it was written, and parsed."""
+    """A request's body, as bytes and parsed."""
 
     content: bytes
     fields: Mapping[str, Any]
 
-    @property
-    def model(self) -> str | None:
-        """The model that is asked for; None when none is named."""
-        model = self.fields.get("model")
-        return None if model is None else str(model)
+    def as_request(self, operation: Operation, default_model: str, headers: Mapping[str, str]) -> LlmRequest:
+        """The request for the upstream, in the caller's bytes, with the default model where none is named."""
+        named = self.fields.get("model")
+        model = default_model if named is None else str(named)
+        content = with_fields(self.fields, self.content, {"model": model} if named is None else {})
+        return LlmRequest(operation, model, {**self.fields, "model": model}, content, headers, verbatim=True)
 
     @property
     def stream(self) -> bool:
-        """Whether the answer is wanted in pieces."""
+        """Whether the caller asks for a stream."""
         return self.fields.get("stream") is True
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream is to end with the count of its tokens."""
+        """Whether the caller asks for token counts at the end of the stream."""
         options = self.fields.get("stream_options")
         return isinstance(options, dict) and options.get("include_usage") is True
 
@@ -95,7 +96,7 @@ def read_chat(content: bytes) -> JsonBody:
 def read_embeddings(content: bytes) -> JsonBody:
     """An embeddings request; ``ValidationError`` where it cannot be one."""
     body = _read(content)
-    if body.model is None:
+    if body.fields.get("model") is None:
         _refuse("model", "must name a model")
     given = body.fields.get("input")
     if not isinstance(given, (str, list)) or not given:
@@ -119,12 +120,12 @@ def _read(content: bytes) -> JsonBody:
 
 
 def _no_number(text: str) -> NoReturn:
-    """Refuse what Python's parser takes and no JSON can say."""
+    """Refuse NaN and Infinity, which Python's parser accepts and JSON does not have."""
     raise ValueError(text)
 
 
 def _finite(text: str) -> float:
-    """A number that can be written again."""
+    """Parse a number; refuse one that overflows to infinity."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(text)
@@ -151,7 +152,7 @@ def _refuse(field: str, problem: str, kind: str = "value_error") -> NoReturn:
 router = APIRouter(prefix=OPENAI_PREFIX, tags=["openai"])
 
 PASSED_HEADERS = ("openai-beta",)
-"""What of the caller's header fields reaches the upstream; the rest is for this service."""
+"""The caller's header fields that are sent to the upstream; no others are."""
 
 JSON = "application/json"
 DONE = event(b"[DONE]")
@@ -164,26 +165,26 @@ CALL_ERRORS = (
 )
 
 
-class OpenAiWire:
-    """A stream in OpenAI's words: the upstream's events as they are.
+class OpenAiFormat:
+    """The events of a stream in OpenAI's format, which are the upstream's as they are.
 
     Args:
-        show_usage: Whether the caller asked for the count of tokens, which the upstream sends in any case.
+        show_usage: Whether the caller asked for the token counts, which the upstream sends in any case.
     """
 
     def __init__(self, *, show_usage: bool) -> None:
         self._show_usage = show_usage
 
     def piece(self, event: StreamEvent) -> bytes:
-        """The event."""
+        """The event; nothing for token counts that the caller did not ask for."""
         return b"" if event.usage_only and not self._show_usage else event.raw
 
-    def done(self, _completion: Completion) -> bytes:
-        """What OpenAI's clients stop at."""
+    def done(self, _completion: Completion, _outcome: CallOutcome) -> bytes:
+        """The event at which OpenAI's clients stop."""
         return DONE
 
     def error(self, error: ServiceError) -> bytes:
-        """The error's body as an event; nothing says that the answer is done."""
+        """The error's body as an event; no ``[DONE]`` follows."""
         return event(json.dumps(openai_error_body(error)).encode())
 
 
@@ -193,32 +194,26 @@ class OpenAiWire:
     responses={200: CHAT_ANSWER, **openai_errors(*CALL_ERRORS)},
     openapi_extra={"requestBody": CHAT_REQUEST},
 )
-async def chat_completions(request: Request, user: ModelCaller, asked: ModelCallDep) -> Response:
+async def chat_completions(request: Request, call: ModelCallDep) -> Response:
     """OpenAI's chat completion; the default model answers where none is named.
 
-    What is not known here reaches the model, and what it answers comes back as it is. With `stream` the
-    answer comes as server-sent events; a failure after the first of them is an event with an `error`, and
-    then there is no `[DONE]`.
+    Fields that are not known here reach the model, and its answer comes back unchanged. With `stream` the
+    answer comes as server-sent events; a failure after the first of them is an event with an `error`, and no
+    `[DONE]` follows it.
     """
-    generation = asked.generation
+    generation = call.services.generation
     body = read_chat(await request.body())
-    call = Call(
-        body.fields,
-        body.model or generation.default_model,
-        user.username,
-        asked.deadline,
-        content=body.content,
-        headers=_passed(request),
-        streamed=body.stream,
-        wish=asked.wish,
+    spec = call.spec(
+        body.as_request("chat", generation.default_model, _passed_headers(request)), streamed=body.stream
     )
-    if call.streamed:
-        wire = OpenAiWire(show_usage=body.wants_usage)
-        return EventStream(lambda relay: generation.stream(call, relay), wire, asked.keep_alive_s)
-    reply = generation.recall(call)
-    if reply is None:
-        reply = await unless_caller_left(request.receive, generation.forward(call))
-    return Response(reply.content, media_type=JSON)
+    if body.stream:
+        return EventStream(
+            generation.stream(spec),
+            OpenAiFormat(show_usage=body.wants_usage),
+            call.services.stream_keep_alive_s,
+        )
+    answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
+    return Response(answer.reply.content, media_type=JSON)
 
 
 @router.post(
@@ -227,28 +222,21 @@ async def chat_completions(request: Request, user: ModelCaller, asked: ModelCall
     responses={200: EMBEDDINGS_ANSWER, **openai_errors(*CALL_ERRORS)},
     openapi_extra={"requestBody": EMBEDDINGS_REQUEST},
 )
-async def embeddings(request: Request, user: ModelCaller, asked: ModelCallDep) -> Response:
+async def embeddings(request: Request, call: ModelCallDep) -> Response:
     """OpenAI's embeddings; the model must be named, since the default one chats."""
+    generation = call.services.generation
     body = read_embeddings(await request.body())
-    call = Call(
-        body.fields,
-        str(body.model),
-        user.username,
-        asked.deadline,
-        operation="embeddings",
-        content=body.content,
-        headers=_passed(request),
-    )
-    reply = await unless_caller_left(request.receive, asked.generation.forward(call))
-    return Response(reply.content, media_type=JSON)
+    spec = call.spec(body.as_request("embeddings", generation.default_model, _passed_headers(request)))
+    answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
+    return Response(answer.reply.content, media_type=JSON)
 
 
 @router.get(
     "/models", response_class=Response, responses={200: MODELS, **openai_errors(*ALWAYS, *UNAVAILABLE)}
 )
-async def models(_user: ModelCaller, generation: GenerationDep) -> Response:
+async def models(_user: ModelCaller, services: ServicesDep) -> Response:
     """The models on offer, as the upstream lists them."""
-    return Response((await generation.models()).content, media_type=JSON)
+    return Response((await services.generation.models()).content, media_type=JSON)
 
 
 @router.get(
@@ -256,9 +244,9 @@ async def models(_user: ModelCaller, generation: GenerationDep) -> Response:
     response_class=Response,
     responses={200: MODEL, **openai_errors(*ALWAYS, NotFoundError, ValidationError, *UNAVAILABLE)},
 )
-async def model(model: str, _user: ModelCaller, generation: GenerationDep) -> Response:
+async def model(model: str, _user: ModelCaller, services: ServicesDep) -> Response:
     """One of the models on offer."""
-    entry = (await generation.models()).entries.get(model)
+    entry = (await services.generation.models()).entries.get(model)
     if entry is None:
         raise NotFoundError(
             "There is no such model. GET /v1/models lists them.", param="model", code="model_not_found"
@@ -266,7 +254,7 @@ async def model(model: str, _user: ModelCaller, generation: GenerationDep) -> Re
     return Response(json.dumps(entry), media_type=JSON)
 
 
-def _passed(request: Request) -> dict[str, str]:
-    # Other than ASCII is nothing that the upstream knows, and cannot be sent.
+def _passed_headers(request: Request) -> dict[str, str]:
+    # The upstream knows no value that is not ASCII, and none can be sent.
     given = ((name, request.headers.get(name, "")) for name in PASSED_HEADERS)
     return {name: value for name, value in given if value and value.isascii()}

@@ -1,6 +1,7 @@
-"""How the routes under ``/v1`` are documented: what this service itself needs, and OpenAI's shape around it.
+"""The bodies of requests and answers, and how OpenAPI documents them.
 
-The bodies are not modelled field by field: they pass through, and OpenAI's own reference describes them.
+Bodies under ``/v1`` pass through and are not modelled field by field; OpenAI's own reference describes them.
+Only the fields that this service reads are documented here.
 """
 
 import json
@@ -16,9 +17,9 @@ from pydantic import (
     StringConstraints,
 )
 
-from service.cache.control import CacheUse
 from service.errors import InternalError, MethodNotAllowedError, ServiceError
-from service.upstream.messages import Completion
+from service.services.call_report import CallOutcome
+from service.upstream.messages import Completion, LlmRequest, to_json
 
 MODEL_NAME = r"^[!-~]([ -~]{0,198}[!-~])?$"
 """A model's name: it stands in span names, log lines and messages, so nothing odd is in it."""
@@ -92,15 +93,15 @@ class GenerateRequest(Inbound):
     )
     stream: bool = Field(default=False, description="Whether the answer comes as server-sent events.")
 
-    def as_chat(self) -> dict[str, Any]:
-        """The same in OpenAI's shape, without what was not given."""
+    def as_request(self, default_model: str) -> LlmRequest:
+        """The same as a chat completion in OpenAI's format, without the fields that were not given."""
+        model = self.model or default_model
         messages = [{"role": "user", "content": self.prompt}]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        given = self.model_dump(
-            include={"model", "temperature", "max_tokens", "response_format"}, exclude_none=True
-        )
-        return {"messages": messages, **given}
+        given = self.model_dump(include={"temperature", "max_tokens", "response_format"}, exclude_none=True)
+        body = {"messages": messages, "model": model, **given}
+        return LlmRequest("chat", model, body, to_json(body))
 
 
 class DoneEvent(BaseModel):
@@ -121,33 +122,25 @@ class DoneEvent(BaseModel):
     )
 
     @classmethod
-    def of(cls, completion: Completion, cache: CacheUse, request_id: str) -> Self:
-        """What a completion says; an estimate is no count."""
-        return cls(**cls._fields(completion, cache, request_id))
-
-    @staticmethod
-    def _fields(completion: Completion, cache: CacheUse, request_id: str) -> dict[str, Any]:
-        return {
-            "model": completion.model,
-            "prompt_tokens": completion.prompt_tokens,
-            "completion_tokens": None if completion.estimated else completion.completion_tokens,
-            "total_tokens": completion.total_tokens,
-            "cost": completion.cost,
-            "cache": cache.seen,
-            "cache_kind": cache.kind if cache.seen == "hit" else None,
-            "request_id": request_id,
-        }
+    def from_call(cls, completion: Completion, outcome: CallOutcome, request_id: str, **more: str) -> Self:
+        """The counts of a call that has ended; an estimated count is left out."""
+        return cls(
+            model=completion.model,
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=None if completion.estimated else completion.completion_tokens,
+            total_tokens=completion.total_tokens,
+            cost=completion.cost,
+            cache=outcome.cache,
+            cache_kind=outcome.lookup.kind if outcome.cache == "hit" else None,
+            request_id=request_id,
+            **more,
+        )
 
 
 class GenerateResponse(DoneEvent):
-    """The model's answer, and what it came to."""
+    """The model's answer with its counts and cost."""
 
     response: str = Field(examples=["The path of one request."])
-
-    @classmethod
-    def of(cls, completion: Completion, cache: CacheUse, request_id: str) -> Self:
-        """What a completion says."""
-        return cls(response=completion.text, **cls._fields(completion, cache, request_id))
 
 
 class ModelsResponse(BaseModel):

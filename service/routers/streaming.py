@@ -1,102 +1,109 @@
-"""A streamed answer on its way to the caller, in the words of a protocol."""
+"""A streamed answer on its way to the caller, as server-sent events in the format of a protocol."""
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from typing import Protocol
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import Final, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.errors import CallerLeftError, ServiceError, ShuttingDownError
 from service.middleware.errors import broken_off
+from service.services.call_report import CallOutcome
+from service.services.generation import AnswerStream
 from service.upstream.messages import Completion
-from service.upstream.stream import Relay, StreamEvent, comment
-from service.utils.disconnect import unless_caller_left
+from service.upstream.stream import StreamEvent, comment
+from service.utils.disconnect import cancel_on_disconnect
 
-KEEP_ALIVE = comment("keep-alive")
-LAST_WORDS_S = 0.4
-"""So long a caller who does not read may hold up the error that ends their stream; less than the drain's own
-grace after its limit."""
+KEEP_ALIVE: Final = comment("keep-alive")
+FINAL_EVENT_TIMEOUT_S: Final = 0.4
+"""Seconds that a client which does not read may delay the error event that ends its stream; less than the
+drain's own grace after its limit."""
 
-HEADERS = {
+HEADERS: Final = {
     "Cache-Control": "no-store",
-    # Proxies like nginx collect an answer before they pass it on, unless they are told not to.
+    # Proxies such as nginx buffer an answer unless they are told not to.
     "X-Accel-Buffering": "no",
 }
 
 
-class Wire(Protocol):
-    """A protocol's words for what can happen to a stream."""
+class StreamFormat(Protocol):
+    """How a protocol writes what can happen to a stream."""
 
     def piece(self, event: StreamEvent) -> bytes:
-        """What the caller gets for a piece of the answer; nothing where the protocol has no word for it."""
+        """The bytes for an event of the upstream; empty where the protocol has none for it."""
 
-    def done(self, completion: Completion) -> bytes:
-        """What ends an answer that is whole."""
+    def done(self, completion: Completion, outcome: CallOutcome) -> bytes:
+        """The bytes that end a complete answer."""
 
     def error(self, error: ServiceError) -> bytes:
-        """What ends an answer that is not."""
+        """The bytes that end an answer which failed."""
 
 
 class EventStream(Response):
     """Runs a streamed call and sends its pieces as they come.
 
-    The head goes out with the first piece: what fails before is an error like any other. What fails
-    afterwards is said in the protocol's words, and the stream ends in order.
+    The head is sent with the first piece: what fails before is an error like any other. What fails afterwards
+    is an error event of the protocol, and the HTTP body ends in order.
 
     Args:
-        run: Runs the call with what hands a piece on.
-        wire: The protocol.
+        stream: The call, not begun yet.
+        stream_format: The protocol.
         keep_alive_s: Seconds of silence after which a comment is sent.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, run: Callable[[Relay], Awaitable[Completion]], wire: Wire, keep_alive_s: float
+        self,
+        stream: AbstractAsyncContextManager[AnswerStream],
+        stream_format: StreamFormat,
+        keep_alive_s: float,
     ) -> None:
         super().__init__(headers=HEADERS)
-        # Its length is not known, and its only encoding is UTF-8.
+        # The length is not known, and the encoding is always UTF-8.
         del self.headers["Content-Length"]
         self.headers["Content-Type"] = self.media_type
-        self._run = run
-        self._wire = wire
+        self._stream = stream
+        self._format = stream_format
         self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the whole answer."""
         del scope
         sender = _Sender(send, self, self._keep_alive_s)
-
-        async def relay(event: StreamEvent) -> None:
-            await sender.send(self._wire.piece(event))
-
         try:
-            completion = await unless_caller_left(receive, self._run(relay))
+            done = await cancel_on_disconnect(receive, self._send_pieces(sender))
         except CallerLeftError as error:
             if not sender.started:
                 raise
             broken_off(error)
         except asyncio.CancelledError:
-            # Nobody but the end of this process cancels a request; it goes on its way when that is said.
+            # Only the end of the process cancels a request. The caller is told, and the cancellation goes on.
             if sender.started:
                 stopping = ShuttingDownError("This process is stopping, and your request took too long.")
-                await sender.say_last(self._wire.error(broken_off(stopping)))
+                await sender.end_soon(self._format.error(broken_off(stopping)))
             raise
         except Exception as error:
             if not sender.started:
                 raise
-            await sender.say_last(self._wire.error(broken_off(error)))
+            await sender.end_soon(self._format.error(broken_off(error)))
         else:
-            await sender.end(self._wire.done(completion))
+            await sender.end(done)
         finally:
             sender.close()
 
+    async def _send_pieces(self, sender: "_Sender") -> bytes:
+        """Send every piece; returns what ends the answer, when the call is over and recorded."""
+        async with self._stream as stream:
+            async for event in stream:
+                await sender.send(self._format.piece(event))
+        return self._format.done(stream.completion, stream.outcome)
+
 
 class _Sender:
-    """Sends the head with the first piece, and comments while there are none."""
+    """Sends the head with the first piece, and a comment after each interval of silence."""
 
     def __init__(self, send: Send, response: Response, keep_alive_s: float) -> None:
         self._send = send
@@ -112,7 +119,7 @@ class _Sender:
         self.started = False
 
     async def send(self, data: bytes) -> None:
-        """Send a piece; returns when there is room for the next one."""
+        """Send a piece; returns when the transport accepts more (backpressure)."""
         if not self.started:
             self.started = True
             await self._send(self._head)
@@ -130,14 +137,14 @@ class _Sender:
         self.close()
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
-    async def say_last(self, data: bytes) -> None:
-        """Send the last piece, unless the caller does not read."""
+    async def end_soon(self, data: bytes) -> None:
+        """Send the last piece; give up on a client that does not read."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(LAST_WORDS_S):
+            async with asyncio.timeout(FINAL_EVENT_TIMEOUT_S):
                 await self.end(data)
 
     def close(self) -> None:
-        """Send no comment any more."""
+        """Stop sending comments."""
         if self._keeping_alive is not None:
             self._keeping_alive.cancel()
             self._keeping_alive = None
@@ -145,7 +152,7 @@ class _Sender:
     async def _keep_alive(self) -> None:
         while True:
             idle_s = time.monotonic() - self._last_s
-            # A caller who does not read needs no more to read.
+            # A client that does not read gets no comments either.
             if idle_s >= self._keep_alive_s and not self._sending:
                 await self._send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
                 self._last_s = time.monotonic()

@@ -6,7 +6,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
-from service.dependencies import DrainDep, HealthDep, RequiredDep
+from service.dependencies import ServicesDep
 from service.routers.schemas import DependencyHealth, DetailedHealth, HealthResponse, errors
 
 ASSETS = "/docs-assets"
@@ -16,14 +16,14 @@ router = APIRouter(tags=["system"])
 
 @router.get("/", status_code=307, response_class=RedirectResponse, responses=errors())
 async def root() -> str:
-    """Leads to the documentation."""
+    """Redirect to the documentation."""
     return "/docs"
 
 
 @router.head("/health", include_in_schema=False)
 @router.get("/health", responses=errors())
 async def health() -> HealthResponse:
-    """Alive while the process serves; looks at no dependency."""
+    """Liveness: 200 while the process serves, whatever its dependencies do."""
     return HealthResponse()
 
 
@@ -32,11 +32,11 @@ async def health() -> HealthResponse:
     "/health/detailed",
     responses={**errors(), 503: {"model": DetailedHealth, "description": "Degraded, or draining."}},
 )
-async def health_detailed(checker: HealthDep, drain: DrainDep, required: RequiredDep) -> JSONResponse:
-    """Ready to serve: what the checks in the background found last; waits for no dependency."""
-    found = checker.health()
+async def health_detailed(services: ServicesDep) -> JSONResponse:
+    """Readiness: the last results of the background checks; waits for no dependency."""
+    found, required = services.health.health(), services.health_required
     ready = all(found[name].up for name in required if name in found)
-    status = "draining" if drain.draining else "healthy" if ready else "degraded"
+    status = "draining" if services.drain.draining else "healthy" if ready else "degraded"
     body = DetailedHealth(
         status=status,
         checks={name: health.up for name, health in found.items()},

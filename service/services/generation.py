@@ -1,269 +1,375 @@
-"""The use case: a request goes to a model, and everything about that is counted, logged and traced."""
+"""The use case: a request goes to a model, within one deadline, and every call is reported once.
 
+A whole answer and a stream take the same path: cache look-up, then the attempts (each behind the circuit
+breaker) within the deadline, then the report. They differ in how the answer is taken.
+"""
+
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Final, ParamSpec, Self, TypeVar
 
-from opentelemetry import trace
 from opentelemetry.trace import Span
 
-from service.cache.coalescing import Flights
-from service.cache.control import ANY
-from service.cache.entries import Entry, tokens_of
-from service.cache.response_cache import ResponseCache, Ticket
+from service.cache.coalescing import Coalescing, NoCoalescing
+from service.cache.control import NO_DIRECTIVES
+from service.cache.entries import Assembler, Entry, tokens_of
+from service.cache.response_cache import AnswerCache, Lookup
 from service.config.settings import Settings
-from service.errors import UpstreamTimeoutError
-from service.recording.record import CallRecord
-from service.services.call_report import Call, CallReport
+from service.errors import UNREACHABLE, ServiceError, UpstreamTimeoutError
+from service.recording.recorder import CallRecorder
+from service.services.call_report import CallOutcome, CallReport, CallSpec, Outcome
 from service.services.circuit_breaker import CircuitBreaker
 from service.telemetry import names
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
-from service.upstream.errors import CONNECTION
-from service.upstream.messages import PATHS, Completion, LlmRequest, ModelList, Operation, Reply
-from service.upstream.stream import LlmStream, Relay, StreamEvent, StreamLimits
+from service.upstream.messages import PATHS, Completion, ModelList, Operation, Reply
+from service.upstream.stream import LlmStream, StreamEvent
 from service.utils.deadline import Deadline
 from service.utils.retry import Attempt, Progress, RetryBudget, RetryPolicy, retrying
 
-BREAKER = "litellm"
+BREAKER: Final = "litellm"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The whole answer to a call, and how the call ended."""
+
+    reply: Reply
+    outcome: CallOutcome
+
+
+class AnswerStream:
+    """The events of one answer, to be iterated once; made by ``Generation.stream``.
+
+    ``completion`` and ``outcome`` are set when the call has ended, which is after the block of
+    ``Generation.stream``.
+
+    Args:
+        events: The events, from the upstream or from the cache.
+        assembler: Puts the pieces together for the cache.
+        limit: The limit around the whole block.
+        silence_s: Seconds that the upstream may be silent between two events.
+        end_s: When the whole stream must be over, on the event loop's clock.
+    """
+
+    completion: Completion
+    outcome: CallOutcome
+
+    def __init__(
+        self,
+        events: AsyncIterator[StreamEvent],
+        assembler: Assembler,
+        limit: asyncio.Timeout,
+        silence_s: float,
+        end_s: float,
+    ) -> None:
+        self._events = events
+        self._assembler = assembler
+        self._limit = limit
+        self._silence_s = silence_s
+        self._end_s = end_s
+        self._now = asyncio.get_running_loop().time
+        self._handed_on: StreamEvent | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        # The caller has the last event by now: this is not on its time.
+        if self._handed_on is not None:
+            self._assembler.take(self._handed_on.payload, len(self._handed_on.raw))
+        # The time that the caller takes to read an event does not count as the upstream's silence.
+        self._limit.reschedule(min(self._end_s, self._now() + self._silence_s))
+        event = self._handed_on = await anext(self._events, None)
+        self._limit.reschedule(self._end_s)
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+
+@dataclass(slots=True)
+class _Call:
+    """The state of one call while it runs; nothing outside this module sees it."""
+
+    spec: CallSpec
+    clock: Callable[[], float]
+    started_ns: int
+    started_s: float
+    lookup: Lookup = field(default_factory=Lookup)
+    progress: Progress = field(default_factory=Progress)
+    cached_from: Completion | None = None
+    completion: Completion | None = None
+    llm_s: float = 0.0
+    first_chunk_s: float | None = None
+
+    def outcome(self, error: BaseException | None = None) -> CallOutcome:
+        """Freeze the call as it is now."""
+        cached = self.cached_from
+        outcome: Outcome = "success" if cached is None else "cached"
+        name = reason = None
+        if isinstance(error, asyncio.CancelledError):
+            outcome = "cancelled"
+        elif error is not None:
+            outcome, name, reason = "error", "InternalError", "Bug"
+            if isinstance(error, ServiceError):
+                name, reason = error.name, error.label
+        seen = self.lookup.seen
+        if cached is not None:
+            seen = "hit"
+        elif seen == "hit":
+            # An equal call was under way, and its answer is not there, or was left for this call to pay.
+            seen = "miss"
+        return CallOutcome(
+            outcome=outcome,
+            error=name,
+            reason=reason,
+            completion=self.completion,
+            lookup=self.lookup,
+            cache=seen,
+            saved_tokens=0 if cached is None else tokens_of(cached),
+            saved_cost=None if cached is None else cached.cost,
+            attempts=self.progress.attempts,
+            retry_ended=self.progress.ended,
+            retry_s=self.progress.waited_s,
+            llm_s=self.llm_s,
+            first_chunk_s=self.first_chunk_s,
+            started_ns=self.started_ns,
+            duration_s=round(self.clock() - self.started_s, 6),
+        )
 
 
 class Generation:
-    """Answers requests: breaker around each attempt, attempts within one deadline.
-
-    One call is one of two: ``forward`` gives the whole answer, ``stream`` hands it on in pieces.
+    """Answers model calls.
 
     Args:
-        llm: The models' side.
+        llm: The client of the models' side.
+        cache: Finds stored answers and takes new ones.
+        coalescing: Lets equal calls at the same time share one upstream call.
+        recorder: Takes the record of each call that has ended, before the last byte of its answer is sent.
         telemetry: Where spans and counts go.
         settings: The default model, and the numbers of retry, breaker and streams.
-        on_unreachable: Called when no connection to the models' side could be made.
-        on_ended: Called with each call that has ended, before its answer's last byte goes out.
-        cache: Answers what was answered before; None where that is off.
-        flights: Lets equal calls at the same time share one; None where they do not.
-        clock: For durations, in seconds.
+        on_unreachable: Called when no connection to the upstream could be made.
+        clock: Monotonic, in seconds.
     """
 
-    def __init__(  # noqa: PLR0913 - seams and a clock
+    def __init__(  # noqa: PLR0913 - the collaborators of the use case
         self,
         llm: LlmClient,
         telemetry: Telemetry,
         settings: Settings,
         *,
+        cache: AnswerCache,
+        coalescing: Coalescing | NoCoalescing,
+        recorder: CallRecorder,
         on_unreachable: Callable[[], None] = lambda: None,
-        on_ended: Callable[[CallRecord], None] = lambda _record: None,
-        cache: ResponseCache | None = None,
-        flights: Flights | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._llm = llm
-        self._clock = clock
-        self._on_unreachable = on_unreachable
-        self._cache = cache
-        self._flights = flights
-        self._report = CallReport(
-            telemetry.instruments, llm.known, on_ended, capture=settings.captures_content
-        )
+        instruments = telemetry.instruments
         self.default_model = settings.default_model
         self.timeout_s = settings.llm_timeout_s
-        self._limits = StreamLimits.from_settings(settings)
+        self._llm = llm
+        self._cache = cache
+        self._coalescing = coalescing
+        self._on_unreachable = on_unreachable
+        self._clock = clock
+        self._report = CallReport(instruments, llm.known, recorder.record, capture=settings.captures_content)
+        self._silence_s = settings.stream_chunk_timeout_s
+        # Never shorter than the wait for the first piece.
+        self._stream_s = max(settings.stream_timeout_s, settings.llm_timeout_s)
         self._tracer = telemetry.tracer_provider.get_tracer(SCOPE)
         self._breaker = CircuitBreaker(
-            BREAKER, settings.breaker_failure_threshold, settings.breaker_timeout_s, telemetry.instruments
+            BREAKER, settings.breaker_failure_threshold, settings.breaker_timeout_s, instruments
         )
         policy = RetryPolicy(settings.retry_max, settings.retry_base_delay_s, settings.retry_jitter)
-        # One budget for all that ask the same upstream.
+        # One budget for all operations: they ask the same upstream.
         budget = RetryBudget(
             settings.retry_budget_ratio, settings.retry_budget_floor, settings.retry_budget_window_s
         )
 
-        def hopeless() -> bool:
-            return self._breaker.state == "open"
+        def retried(operation: Operation, attempt: Attempt[P, T]) -> Attempt[P, T]:
+            return retrying(operation, policy, budget, instruments, hopeless=self._breaker_open)(attempt)
 
-        self._ask: dict[Operation, Attempt[[LlmRequest, Call], Reply]] = {
-            operation: retrying(operation, policy, budget, telemetry.instruments, hopeless=hopeless)(
-                self._attempt
-            )
-            for operation in PATHS
-        }
-        self._open = retrying("chat", policy, budget, telemetry.instruments, hopeless=hopeless)(self._begin)
+        self._whole = {operation: retried(operation, self._attempt) for operation in PATHS}
+        self._open = retried("chat", self._attempt_stream)
+
+    def _breaker_open(self) -> bool:
+        return self._breaker.state == "open"
 
     async def models(self) -> ModelList:
-        """The models on offer; raises as the client does."""
+        """List the models on offer; raises as ``LlmClient.models`` does."""
         return await self._llm.models()
 
-    def recall(self, call: Call) -> Reply | None:
-        """The answer, where it is in this process's memory; None where the call has to be made.
-
-        A hit takes less time than watching for the caller to leave. What comes of it is reported here.
-        """
-        if self._cache is None:
-            return None
-        call.ticket = self._cache.ticket(call)
-        entry = self._cache.recall(call, call.ticket) if call.ticket else None
-        if entry is None:
-            return None
-        with self._reported(call):
-            reply = self._from_cache(call, entry.reply(), entry)
-            call.completion = reply.completion
-        return reply
-
-    async def forward(self, call: Call) -> Reply:
-        """Ask the model, again where that helps; the call's ``progress`` tells how it went, in any case.
-
-        ``recall`` comes first: without it the call passes the cache by.
+    async def answer(self, spec: CallSpec) -> Answer:
+        """Answer a call whole: from the cache, from an equal call under way, or from the model.
 
         Raises:
             CircuitOpenError: The upstream keeps failing, and was not asked.
             ServiceError: As ``LlmClient.ask`` says; the last attempt's.
         """
-        ticket, entry = await self._look_up(call)
-        with self._reported(call) as span:
+        async with self._call(spec) as (call, span):
+            entry, slot = call.lookup.entry, call.lookup.slot
             if entry is not None:
-                reply = self._from_cache(call, entry.reply(), entry)
-            elif ticket is not None and self._flights is not None and ticket.wish == ANY:
-                reply = await self._share(call, ticket, self._flights)
+                reply, call.cached_from = entry.reply(), entry.completion
+            elif slot is not None and spec.cache_control == NO_DIRECTIVES:
+                reply, pays = await self._coalescing.share(
+                    slot.key.digest, spec.deadline, call.progress, partial(self._ask, call, span)
+                )
+                if not pays:
+                    call.cached_from = reply.completion
+                    reply = Reply(reply.content, replace(reply.completion, cost=0.0))
             else:
-                reply = await self._fetch(call, ticket, span)
+                reply = await self._ask(call, span)
             call.completion = reply.completion
-        return reply
+        return Answer(reply, call.outcome())
 
-    async def stream(self, call: Call, relay: Relay) -> Completion:
-        """Ask the model, and hand its answer on, piece by piece; what it came to when it is over.
+    @asynccontextmanager
+    async def stream(self, spec: CallSpec) -> AsyncIterator[AnswerStream]:
+        """Answer a call in pieces; the block begins when the first piece is there.
 
-        Another attempt is made until the first piece is there, and none after it has been handed on. A stored
-        answer is handed on in the same way. Streams are not shared between callers: each reads at their own
-        pace, and one who does not read would hold up the others.
+        Attempts are made until then, and none afterwards. The block ends the call: leaving it early stops the
+        upstream's work. A stored answer comes in the same way. A stream is not shared between callers: each
+        reads at its own pace, and one that does not read would hold up the others.
 
         Raises:
             CircuitOpenError: The upstream keeps failing, and was not asked.
-            UpstreamTimeoutError: There came nothing for too long, or too much for too long.
+            UpstreamTimeoutError: The upstream was silent, or the stream went on, for too long.
             ServiceError: As ``LlmClient.stream`` says; the last attempt's.
         """
-        ticket = call.ticket = self._cache.ticket(call) if self._cache else None
-        entry = self._cache.recall(call, ticket) if self._cache and ticket else None
-        if entry is None:
-            ticket, entry = await self._look_up(call, sharing=False)
-        with self._reported(call) as span:
+        async with self._call(spec, shares=False) as (call, span), AsyncExitStack() as held:
+            entry, assembler = call.lookup.entry, self._cache.assembler(call.lookup)
+            events: LlmStream | _StoredStream
             if entry is not None:
-                call.completion = self._from_cache(call, entry.reply(), entry).completion
-                self._report.answering(call)
-                await self._limits.hand_on(_in_turn(entry), relay, spent_s=call.clock() - call.started_s)
-                return call.completion
-            assembler = None if self._cache is None or ticket is None else self._cache.assembler()
-            events, held = await self._open(call.progress, call.deadline, call.as_request(), call)
-            async with held, self._keeping_count(events, call):
-                self._report.answering(call)
-                tapped = relay if assembler is None else assembler.tap(relay)
-                await self._limits.hand_on(events, tapped, spent_s=call.clock() - call.started_s)
-            completion = events.completion()
-            reply = assembler.reply(completion) if assembler is not None else None
-            if reply is not None and self._cache is not None and ticket is not None:
-                self._cache.keep(call, ticket, reply, span.get_span_context())
-        return completion
+                call.cached_from = entry.completion
+                events = _StoredStream(entry)
+            else:
+                events = await self._open(call.progress, spec.deadline, call, held)
+            call.first_chunk_s = round(self._clock() - call.started_s, 6)
+            self._report.answering(spec, call.outcome())
+            end_s = asyncio.get_running_loop().time() + self._stream_s - (self._clock() - call.started_s)
+            try:
+                async with asyncio.timeout_at(end_s) as limit:
+                    stream = AnswerStream(events, assembler, limit, self._silence_s, end_s)
+                    yield stream
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                # Timers fire a little early, so the clock does not tell which limit it was.
+                raise self._stream_too_long() if limit.when() == end_s else self._silence() from None
+            finally:
+                completion = call.completion = events.completion()
+            reply = assembler.reply(completion) if entry is None else None
+            if reply is not None:
+                self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())
+        stream.completion, stream.outcome = completion, call.outcome()
 
-    async def _look_up(self, call: Call, *, sharing: bool = True) -> tuple[Ticket | None, Entry | None]:
-        """The call's ticket for the cache, and the stored answer; None for each where there is none."""
-        ticket = call.ticket
-        if self._cache is None or ticket is None or not ticket.wish.read:
-            return ticket, None
-        flights = self._flights if sharing else None
-        try:
-            in_flight = _nothing if flights is None or ticket.wish != ANY else flights.__contains__
-            return ticket, await self._cache.look_up(call, ticket, in_flight)
-        except BaseException:
-            # A call that ends here has begun, and ended, like every other.
-            with self._reported(call):
-                raise
-
-    def _from_cache(self, call: Call, reply: Reply, entry: Entry) -> Reply:
-        call.cached = True
-        call.cache.saved_tokens = entry.saved_tokens
-        call.cache.saved_cost = entry.completion.cost
-        return reply
-
-    async def _share(self, call: Call, ticket: Ticket, flights: Flights) -> Reply:
-        """The answer of an equal call that is under way; made here where there is none."""
-        here = trace.get_current_span()
-        if call.cache.shared:
-            # It is a hit when the answer is there.
-            call.cache.result = "miss"
-        reply, pays = await flights.share(
-            ticket.key.digest, call.deadline, call.progress, lambda: self._fetch(call, ticket, here)
+    def _stream_too_long(self) -> UpstreamTimeoutError:
+        # The upstream was still sending, so this does not count against it.
+        return UpstreamTimeoutError(
+            f"The answer was not complete within {self._stream_s:g} s.",
+            retryable=False,
+            label="Stream too long",
         )
-        if pays:
-            return reply
-        call.cached = True
-        call.cache.result = "hit"
-        call.cache.saved_tokens = tokens_of(reply.completion)
-        call.cache.saved_cost = reply.completion.cost
-        return Reply(reply.content, replace(reply.completion, cost=0.0))
 
-    async def _fetch(self, call: Call, ticket: Ticket | None, span: Span) -> Reply:
-        reply = await self._ask[call.operation](call.progress, call.deadline, call.as_request(), call)
-        if ticket is not None and self._cache is not None:
-            self._cache.keep(call, ticket, reply, span.get_span_context())
-        return reply
+    def _silence(self) -> UpstreamTimeoutError:
+        return UpstreamTimeoutError(
+            f"The model said nothing for {self._silence_s:g} s. Try again.", label="Silence"
+        )
 
-    @contextmanager
-    def _reported(self, call: Call) -> Iterator[Span]:
-        """The ``llm call`` span; says that the call began, and once how it ended."""
+    @asynccontextmanager
+    async def _call(self, spec: CallSpec, *, shares: bool = True) -> AsyncIterator[tuple[_Call, Span]]:
+        """Look the answer up, then run the block in the ``llm call`` span; report the call once."""
+        call = _Call(spec, self._clock, time.time_ns(), self._clock())
+        shares = shares and spec.cache_control == NO_DIRECTIVES
+        stopped: BaseException | None = None
+        try:
+            call.lookup = await self._cache.lookup(
+                spec.request,
+                spec.user,
+                spec.cache_control,
+                spec.deadline,
+                self._coalescing.in_flight if shares else _never,
+            )
+        except BaseException as error:  # noqa: BLE001 - a caller who leaves now has made a call all the same
+            stopped = error
         with self._tracer.start_as_current_span(
             names.SPAN_LLM_CALL,
-            attributes={names.ATTR_LLM_DEADLINE: round(call.deadline.left_s, 3)},
+            attributes={names.ATTR_LLM_DEADLINE: round(spec.deadline.left_s, 3)},
             record_exception=False,
             set_status_on_exception=False,
         ) as span:
-            self._report.started(call)
+            self._report.started(spec)
             try:
-                yield span
+                if stopped is not None:
+                    raise stopped  # noqa: TRY301 - so that it is reported like what the block raises
+                yield call, span
             except BaseException as error:
-                self._report.ended(span, call, completion=call.completion, error=error)
+                self._report.ended(span, spec, call.outcome(error))
                 raise
-            self._report.ended(span, call, completion=call.completion)
+            self._report.ended(span, spec, call.outcome())
 
-    @asynccontextmanager
-    async def _keeping_count(self, events: LlmStream, call: Call) -> AsyncIterator[None]:
-        try:
-            yield
-        finally:
-            call.completion = events.completion()
+    async def _ask(self, call: _Call, span: Span) -> Reply:
+        """Ask the model for a whole answer, with retries, and store it."""
+        spec = call.spec
+        reply = await self._whole[spec.request.operation](call.progress, spec.deadline, call)
+        self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())
+        return reply
 
-    async def _attempt(
-        self, progress: Progress, deadline: Deadline, request: LlmRequest, call: Call
-    ) -> Reply:
+    async def _attempt(self, progress: Progress, deadline: Deadline, call: _Call) -> Reply:
+        """Make one attempt at a whole answer."""
         with self._breaker.attempt(), self._timed(progress, call):
-            return await self._llm.ask(request, deadline)
+            return await self._llm.ask(call.spec.request, deadline)
 
-    async def _begin(
-        self, progress: Progress, deadline: Deadline, request: LlmRequest, call: Call
-    ) -> tuple[LlmStream, AsyncExitStack]:
-        """One attempt up to the first piece; the stack holds the rest of it, and decides how it ended."""
-        async with AsyncExitStack() as stack:
-            stack.enter_context(self._breaker.attempt())
+    async def _attempt_stream(
+        self, progress: Progress, deadline: Deadline, call: _Call, held: AsyncExitStack
+    ) -> LlmStream:
+        """Make one attempt, up to the first piece; ``held`` keeps it open, and decides how it ended."""
+        async with AsyncExitStack() as attempt:
+            attempt.enter_context(self._breaker.attempt())
             with self._timed(progress, call):
-                events = await stack.enter_async_context(self._llm.stream(request, deadline))
-            return events, stack.pop_all()
+                events = await attempt.enter_async_context(self._llm.stream(call.spec.request, deadline))
+            await held.enter_async_context(attempt.pop_all())
+        return events
 
     @contextmanager
-    def _timed(self, progress: Progress, call: Call) -> Iterator[None]:
+    def _timed(self, progress: Progress, call: _Call) -> Iterator[None]:
         progress.attempts += 1
-        started = self._clock()
+        started_s = self._clock()
         try:
             yield
-        except UpstreamTimeoutError as error:
-            if error.label == CONNECTION:
+        except ServiceError as error:
+            if error.cause in UNREACHABLE:
                 self._on_unreachable()
             raise
         finally:
-            call.llm_s += self._clock() - started
+            call.llm_s += self._clock() - started_s
 
 
-async def _in_turn(entry: Entry) -> AsyncIterator[StreamEvent]:
-    for event in entry.events():
-        yield event
+class _StoredStream:
+    """A stored answer as a stream."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        self._events = iter(entry.events())
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        for event in self._events:
+            return event
+        raise StopAsyncIteration
+
+    def completion(self) -> Completion:
+        """The whole answer, which costs nothing this time."""
+        return self._entry.reply().completion
 
 
-def _nothing(_digest: object) -> bool:
+def _never(_digest: str) -> bool:
     return False

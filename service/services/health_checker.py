@@ -152,7 +152,8 @@ class HealthChecker:
         except TimeoutError:
             return f"no answer within {self._timeout_s:g} s"
         except ServiceError as error:
-            return error.label[:MAX_REASON_CHARS]
+            reason = error.label if error.cause is None else f"{error.label} ({error.cause})"
+            return reason[:MAX_REASON_CHARS]
         except Exception as error:  # noqa: BLE001 - a ping may fail in any way, and none may end the checks
             return type(error).__name__
         return None

@@ -7,11 +7,10 @@ from limits import parse as parse_limit
 from limits.aio.storage import MemoryStorage, Storage
 from limits.aio.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
 
-from service.context import current_request
+from service.context import RateFacts, current_request
 from service.errors import RateLimitError
 from service.telemetry.instruments import Instruments
 
-POLICY = "per-user"
 EXACT_UP_TO = 1_000
 
 
@@ -41,10 +40,7 @@ class RateLimiter:
         self._now = now
 
     async def count(self, user: str) -> None:
-        """Count one call; the answer gets ``RateLimit-Policy`` and ``RateLimit``.
-
-        The header fields are those of draft-ietf-httpapi-ratelimit-headers-10: quota and window of the
-        policy; calls remaining, and seconds until there are more.
+        """Count one call, and leave the state of the limit for the answer's header fields.
 
         Raises:
             RateLimitError: The user has made as many calls as they may.
@@ -54,9 +50,9 @@ class RateLimiter:
         reset_s = max(1, round(stats.reset_time - self._now()))
         request = current_request.get()
         if request is not None:
-            window_s = self._limit.get_expiry()
-            request.headers["RateLimit-Policy"] = f'"{POLICY}";q={self._limit.amount};w={window_s}'
-            request.headers["RateLimit"] = f'"{POLICY}";r={max(0, stats.remaining)};t={reset_s}'
+            request.rate = RateFacts(
+                self._limit.amount, self._limit.get_expiry(), max(0, stats.remaining), reset_s
+            )
         if not allowed:
             self._rejected.add(1, {"reason": "rate_limited"})
             raise RateLimitError(

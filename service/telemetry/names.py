@@ -29,6 +29,9 @@ class Metric:
 OTHER_MODEL: Final = "other"
 """The value of ``model`` for a name that the upstream does not list: no caller can make a new series."""
 
+LLM_PROVIDER: Final = "litellm"
+"""The value of ``gen_ai.provider.name`` for every model call."""
+
 UPSTREAM_LISTED: Final = "whatever the upstream lists, else other"
 ERROR_NAMES: Final = tuple(error.__name__ for error in PUBLIC_ERRORS)
 BREAKERS: Final = ("litellm", "qdrant", "qdrant_search", "embeddings")
@@ -270,6 +273,8 @@ ATTR_CACHE_ENTRIES: Final = "llmops.cache.entries"
 ATTR_CACHE_SAVED_TOKENS: Final = "llmops.cache.saved_tokens"
 ATTR_CACHE_RESULT: Final = "llmops.cache.result"
 ATTR_CACHE_SAVED_COST: Final = "llmops.cache.saved_cost"
+ATTR_UPSTREAM_CAUSE: Final = "llmops.upstream.cause"
+"""Why an attempt failed below HTTP: one of the words of ``service.errors.Cause``."""
 ATTR_RECORDS: Final = "llmops.recorder.records"
 
 EVENT_CACHE_ERROR: Final = "llmops.cache.error"

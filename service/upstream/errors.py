@@ -1,4 +1,4 @@
-"""From what the OpenAI SDK raises to this service's errors: the one border where that happens."""
+"""Translates what the OpenAI SDK raises into this service's errors; nothing else does."""
 
 import json
 import re
@@ -12,12 +12,13 @@ import openai
 
 from service.errors import (
     BadRequestError,
+    Cause,
     RateLimitError,
     ServiceError,
     UpstreamError,
     UpstreamTimeoutError,
 )
-from service.upstream.transport import AnswerTooLargeError
+from service.upstream.transport import AnswerTooLargeError, TransportCauseError
 
 CONFLICT = 409
 SERVER_ERRORS = 500
@@ -26,7 +27,7 @@ CONNECTION = "Connection error"
 MAX_REASON_CHARS = 300
 MAX_RETRY_AFTER_S = 3_600.0
 ECHO_CHARS = 8
-"""A piece of the caller's text of this length in an upstream's message counts as an echo of the prompt."""
+"""A message of the upstream that holds a piece of the caller's text of this length echoes the prompt."""
 
 UNKNOWN_MODEL = re.compile(
     r"invalid model name|model( [`'\"]?[^\s`'\"]+[`'\"]?)? (was )?(not found|does not exist)", re.IGNORECASE
@@ -41,13 +42,15 @@ INTERNALS = re.compile(
 PREFIXES = re.compile(r"^(/[\w/]+: |litellm\.\w+: |\w+(Error|Exception)( -|:) )+")
 
 
-def timed_out(timeout_s: float) -> UpstreamTimeoutError:
+def timed_out(timeout_s: float, cause: Cause | None = None) -> UpstreamTimeoutError:
     """The error for a call that reached its time limit."""
-    return UpstreamTimeoutError(f"The model did not answer within {timeout_s:g} s. Try again.", label=TIMEOUT)
+    return UpstreamTimeoutError(
+        f"The model did not answer within {timeout_s:g} s. Try again.", label=TIMEOUT, cause=cause
+    )
 
 
-def nonsense() -> UpstreamError:
-    """The error for an answer that is none."""
+def invalid_answer() -> UpstreamError:
+    """The error for an answer that is not of the protocol's shape."""
     return UpstreamError(
         "The model's side answered with something that is not an answer. Try again.",
         transient=False,
@@ -60,8 +63,9 @@ def translate(error: openai.APIError, request: Mapping[str, Any], *, known_model
 
     Args:
         error: What the SDK raised.
-        request: The body that was sent; its texts may not come back in a message.
-        known_model: Whether the upstream has listed the model, so that "no deployment" means a failure there.
+        request: The body that was sent; none of its texts may appear in the error's message.
+        known_model: Whether the upstream has listed the model: then "no deployment" is the upstream's
+            failure, not an unknown model.
     """
     match error:
         case openai.APIStatusError():
@@ -70,18 +74,26 @@ def translate(error: openai.APIError, request: Mapping[str, Any], *, known_model
                 error.status_code, body, error.response.headers, request, known_model=known_model
             )
         case openai.APITimeoutError():
-            return UpstreamTimeoutError(label=TIMEOUT)
+            return UpstreamTimeoutError(label=TIMEOUT, cause=cause_of(error.__cause__))
         case openai.APIConnectionError():
             return from_transport(error.__cause__)
         case _:
-            return nonsense()
+            return invalid_answer()
+
+
+def cause_of(error: BaseException | None) -> Cause | None:
+    """The cause that the transport chained to an error; None where there is none."""
+    chained = None if error is None else error.__cause__
+    return chained.cause if isinstance(chained, TransportCauseError) else None
 
 
 def from_transport(error: BaseException | None) -> ServiceError:
-    """The service's error for what went wrong on the wire."""
+    """The service's error for a failure of the transport, other than a time limit."""
     match error:
         case httpx2.ConnectError():
-            return UpstreamTimeoutError("The model's side cannot be reached. Try again.", label=CONNECTION)
+            return UpstreamTimeoutError(
+                "The model's side cannot be reached. Try again.", label=CONNECTION, cause=cause_of(error)
+            )
         case AnswerTooLargeError():
             return UpstreamError(
                 "The model's answer is larger than this service accepts.",
@@ -90,15 +102,17 @@ def from_transport(error: BaseException | None) -> ServiceError:
             )
         case _:
             return UpstreamError(
-                "The model's side broke the connection before a whole answer. Try again.", label=CONNECTION
+                "The model's side broke the connection before a whole answer. Try again.",
+                label=CONNECTION,
+                cause=cause_of(error),
             )
 
 
 def from_event(said: object, request: Mapping[str, Any], *, known_model: bool) -> ServiceError:
-    """The service's error for one that the upstream sends as an event of a stream that it had begun."""
+    """The service's error for an error that the upstream sends as an event, within a stream."""
     body = said if isinstance(said, dict) else {}
     code = str(body.get("code", ""))
-    # LiteLLM puts the status there, as text.
+    # LiteLLM sends the status as the code, as text.
     status = int(code) if re.fullmatch(r"[45]\d\d", code) else SERVER_ERRORS
     return _from_status(status, body, {}, request, known_model=known_model)
 
@@ -155,13 +169,13 @@ def _refused(body: Mapping[str, Any], request: Mapping[str, Any], *, known_model
 
 
 def _plain(value: object, request: Mapping[str, Any]) -> str | None:
-    """A field's name or a code as the upstream gives it, where it is one: clients look for some of them."""
+    """A field's name or a code of the upstream's, as clients look for some; None for anything else."""
     plain = isinstance(value, str) and PLAIN_NAME.fullmatch(value) and not _echoes(value, request)
     return str(value) if plain else None
 
 
 def _reason(text: str, request: Mapping[str, Any]) -> str:
-    """The upstream's reason in one line; a general sentence where it shows internals or echoes the prompt."""
+    """The upstream's reason in one line; a general sentence if it shows internals or echoes the prompt."""
     line = "".join(char if char.isprintable() else " " for char in text.strip().split("\n", 1)[0])
     reason = PREFIXES.sub("", line).strip()[:MAX_REASON_CHARS]
     if not reason or INTERNALS.search(reason) or _echoes(reason, request):
@@ -171,9 +185,9 @@ def _reason(text: str, request: Mapping[str, Any]) -> str:
 
 def _echoes(reason: str, request: Mapping[str, Any]) -> bool:
     texts = [text for name, value in request.items() if name != "model" for text in _strings(value)]
-    # Upstreams quote with JSON's or Python's escapes too.
+    # Upstreams also quote with escapes, JSON's or Python's.
     texts += [json.dumps(text)[1:-1] for text in texts if not text.isascii()]
-    # Pieces side by side: an echo of twice their length contains one whole, wherever it starts.
+    # Adjacent pieces are enough: an echo of twice their length contains one of them, wherever it starts.
     pieces = [
         reason[at : at + ECHO_CHARS] for at in range(0, max(1, len(reason) - ECHO_CHARS + 1), ECHO_CHARS)
     ]
@@ -185,7 +199,7 @@ def _echoes(reason: str, request: Mapping[str, Any]) -> bool:
 
 
 def _strings(value: object) -> Iterator[str]:
-    """All texts in a value, but roles and types."""
+    """All texts in a value, except for roles and types."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -198,9 +212,9 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def retry_after(value: str | None, now: datetime | None = None) -> float | None:
-    """Seconds that a ``Retry-After`` field asks for, bounded; None where it asks for nothing readable.
+    """The seconds that a ``Retry-After`` field asks for, bounded; None where it cannot be read.
 
-    Both forms of RFC 9110, section 10.2.3: a number of seconds, and an HTTP date.
+    It may have either form of RFC 9110, section 10.2.3: a number of seconds, or an HTTP date.
     """
     if value is None:
         return None

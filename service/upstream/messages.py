@@ -1,4 +1,4 @@
-"""What a model answered: the text, the counts and the price, read from the upstream's JSON."""
+"""Requests to a model, and what is read from its answer: the text, the token counts and the cost."""
 
 import json
 import math
@@ -7,24 +7,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self
 
-from service.upstream.errors import nonsense
+from service.upstream.errors import invalid_answer
 
 Operation = Literal["chat", "embeddings"]
 
 PATHS: Final[Mapping[Operation, str]] = {"chat": "/chat/completions", "embeddings": "/embeddings"}
+"""Where each operation's requests go, below ``/v1``."""
 
 
 @dataclass(frozen=True)
 class LlmRequest:
-    """One request in OpenAI's shape.
+    """One request in OpenAI's format.
 
     Args:
         operation: The GenAI operation.
         model: The model that is asked.
-        body: The request, parsed; for telemetry, and to know the caller's words again in an error.
+        body: The request, parsed; for telemetry, and to recognise the caller's text in an upstream's error.
         content: The bytes that are sent.
-        headers: More header fields for the upstream.
-        verbatim: Whether the caller gets the upstream's bytes, which may hold what is not known here.
+        headers: Additional header fields for the upstream.
+        verbatim: Whether the caller gets the upstream's bytes unchanged; then a content of an unknown type is
+            not an invalid answer.
     """
 
     operation: Operation
@@ -34,13 +36,8 @@ class LlmRequest:
     headers: Mapping[str, str] = field(default_factory=dict)
     verbatim: bool = False
 
-    @property
-    def path(self) -> str:
-        """Where it goes, below ``/v1``."""
-        return PATHS[self.operation]
-
     def streamed(self) -> Self:
-        """The same, asking for a stream that ends with the count of its tokens."""
+        """The same request for a stream whose last event holds the token counts."""
         options = self.body.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage") is True:
             asked: dict[str, Any] = {}
@@ -52,12 +49,12 @@ class LlmRequest:
 
 
 def with_fields(body: Mapping[str, Any], content: bytes, fields: Mapping[str, Any]) -> bytes:
-    """The same object with these fields too; all that was there stays as it was written.
+    """A JSON object with these fields added; the rest keeps its bytes.
 
     Args:
         body: The object, parsed.
-        content: The object as JSON; not an empty one.
-        fields: What is put in. Only where one of them is there already is the whole object written anew.
+        content: The object as JSON; it has at least one field.
+        fields: What is added. If the object has one of these fields already, it is serialised anew.
     """
     if not fields:
         return content
@@ -67,7 +64,7 @@ def with_fields(body: Mapping[str, Any], content: bytes, fields: Mapping[str, An
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
-    """JSON without spaces, in ASCII: half a surrogate pair, too, comes out as it came in."""
+    """JSON without spaces, in ASCII; an unpaired surrogate is kept as its escape."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -76,18 +73,20 @@ MAX_COUNT = 2**53
 MAX_COST = 1e9
 MAX_CHOICES = 128
 MAX_CONTENT_CHARS = 65_536
-"""So much of a prompt, and of an answer, is kept where content is captured at all."""
+"""How much of a prompt, and of an answer, is kept where a setting lets content be captured."""
 
-COST_HEADERS = ("x-litellm-response-cost", "x-litellm-response-cost-original")
+COST_HEADER = "x-litellm-response-cost"
+ORIGINAL_COST_HEADER = "x-litellm-response-cost-original"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A model's answer; the counts, and the cost in US dollars, are None where the upstream named none.
+    """What is known of a model's answer.
 
-    ``estimated`` says that the count of the answer's tokens is that of its pieces; ``id`` and
-    ``finish_reasons`` are the upstream's.
+    The token counts, and the cost in US dollars, are None where the upstream sent none. ``estimated`` is true
+    where the number of a stream's events stands in for its completion tokens. ``id`` and ``finish_reasons``
+    are the upstream's.
     """
 
     text: str
@@ -103,7 +102,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as it came, and what is read of it."""
+    """An answer's bytes, and what was read from them."""
 
     content: bytes
     completion: Completion
@@ -111,7 +110,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class ModelList:
-    """The list of models as it came, and its entries by their names."""
+    """The list of models: its bytes, and its entries by name."""
 
     content: bytes
     entries: Mapping[str, Mapping[str, Any]]
@@ -123,24 +122,24 @@ class ModelList:
 
 
 def read_models(content: bytes) -> ModelList:
-    """The list in a response's body; ``UpstreamError`` where there is none."""
+    """Read the list of models in a response's body; ``UpstreamError`` if it is not one."""
     listed = read_object(content).get("data")
     if not isinstance(listed, list):
-        raise nonsense()
+        raise invalid_answer()
     entries = [entry for entry in listed if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
     return ModelList(content, {entry["id"][:MAX_NAME_CHARS]: entry for entry in entries})
 
 
 def read_object(content: bytes) -> dict[str, Any]:
-    """A JSON object; ``UpstreamError`` when the bytes are none."""
+    """Read a JSON object; ``UpstreamError`` if the bytes are not one."""
     try:
         payload = json.loads(content)
     except (ValueError, RecursionError):
-        raise nonsense() from None
+        raise invalid_answer() from None
     if not isinstance(payload, dict):
-        raise nonsense()
+        raise invalid_answer()
     if SURROGATE.search(content):
-        # Half an emoji, cut off by the model: valid JSON that no answer and no exporter could encode.
+        # A model may cut an emoji in half. Such a surrogate is valid JSON, and cannot be encoded in UTF-8.
         cleaned: dict[str, Any] = json.loads(
             json.dumps(payload, ensure_ascii=False).encode("utf-8", "replace")
         )
@@ -149,16 +148,27 @@ def read_object(content: bytes) -> dict[str, Any]:
 
 
 def read_answer(content: bytes, headers: Mapping[str, str], request: LlmRequest) -> Reply:
-    """The answer in a response's body; ``UpstreamError`` where there is none."""
+    """Read the answer in a response's body; ``UpstreamError`` if it is not one."""
     payload = read_object(content)
     if request.operation == "embeddings":
         if not isinstance(payload.get("data"), list):
-            raise nonsense()
+            raise invalid_answer()
         text = ""
         reasons: tuple[str, ...] = ()
     else:
-        choices = _choices(payload)
-        text = _text(choices, verbatim=request.verbatim)
+        choices = payload.get("choices")
+        if not isinstance(choices, list) or not choices:
+            raise invalid_answer()
+        message = choices[0].get("message") if isinstance(choices[0], dict) else None
+        if not isinstance(message, dict):
+            raise invalid_answer()
+        # A refusal, or a call of tools, has no content.
+        said = message.get("content")
+        text = message.get("refusal") or "" if said is None else said
+        if not isinstance(text, str):
+            if not request.verbatim:
+                raise invalid_answer()
+            text = ""
         reasons = tuple(
             choice["finish_reason"][:MAX_NAME_CHARS]
             for choice in choices[:MAX_CHOICES]
@@ -178,30 +188,8 @@ def read_answer(content: bytes, headers: Mapping[str, str], request: LlmRequest)
     return Reply(content, completion)
 
 
-def _choices(payload: Mapping[str, Any]) -> list[Any]:
-    choices = payload.get("choices")
-    if not isinstance(choices, list) or not choices:
-        raise nonsense()
-    return choices
-
-
-def _text(choices: list[Any], *, verbatim: bool) -> str:
-    message = choices[0].get("message") if isinstance(choices[0], dict) else None
-    if not isinstance(message, dict):
-        raise nonsense()
-    text = message.get("content")
-    if text is None:
-        # A refusal, or a call of tools, which has no text.
-        text = message.get("refusal") or ""
-    if isinstance(text, str):
-        return text
-    if verbatim:
-        return ""
-    raise nonsense()
-
-
 def name_of(payload: Mapping[str, Any], field: str) -> str | None:
-    """A name in the answer, bounded; None where there is none."""
+    """A name in the answer, of bounded length; None where there is none."""
     value = payload.get(field)
     return value[:MAX_NAME_CHARS] if isinstance(value, str) and value else None
 
@@ -213,18 +201,18 @@ def counts_of(payload: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def count(value: object) -> int | None:
-    """A number of tokens; None for anything else."""
-    # One number beyond what OTLP can encode would end the export of all metrics for good.
+    """A token count; None for anything else."""
+    # A number that OTLP cannot encode would make every later export of metrics fail.
     return value if type(value) is int and 0 <= value <= MAX_COUNT else None
 
 
 def cost_of(headers: Mapping[str, str], usage: Mapping[str, Any]) -> float | None:
-    """The call's price as LiteLLM reports it.
+    """The call's cost as LiteLLM reports it.
 
-    A free model's comes in the second field only; a stream's in its count of tokens, since nobody knew it
-    when the head went out (LiteLLM's setting ``include_cost_in_streaming_usage``).
+    A free model's cost is in the second field only. A stream's is in its ``usage``, because it is not known
+    when the head is sent (LiteLLM's setting ``include_cost_in_streaming_usage``).
     """
-    for offered in (usage.get("cost"), *(headers.get(name) for name in COST_HEADERS)):
+    for offered in (usage.get("cost"), headers.get(COST_HEADER), headers.get(ORIGINAL_COST_HEADER)):
         if not isinstance(offered, (str, int, float)) or isinstance(offered, bool):
             continue
         try:

@@ -1,4 +1,4 @@
-"""One GenAI span for each attempt, with its metrics: how it begins, and how it ends."""
+"""The GenAI span and metrics of each attempt."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -12,36 +12,34 @@ from opentelemetry.util.genai.types import Error as SpanError
 
 from service.config.settings import Settings
 from service.errors import ServiceError
-from service.telemetry.names import ATTR_LLM_COST, ATTR_LLM_ESTIMATED
+from service.telemetry.names import ATTR_LLM_COST, ATTR_LLM_ESTIMATED, ATTR_UPSTREAM_CAUSE, LLM_PROVIDER
 from service.telemetry.providers import Telemetry
 from service.upstream.messages import Completion, LlmRequest
 
-PROVIDER = "litellm"
-
 
 class AttemptSpan:
-    """The span of one attempt, and what is learnt on the way."""
+    """The span of one attempt; ``completion`` is what is known of the answer when the attempt ends."""
 
     def __init__(self, invocation: InferenceInvocation | EmbeddingInvocation) -> None:
         self._invocation = invocation
         self.completion: Completion | None = None
 
-    def chunk(self) -> None:
-        """Note that a piece of a streamed answer has come: time to the first, and time for each further."""
+    def record_chunk(self) -> None:
+        """Measure the time to an event of a streamed answer, from the start or from the event before."""
         self._invocation.record_stream_chunk()
 
-    def step_aside(self) -> None:
-        """Let what happens from here on belong to the call again; the span goes on."""
+    def suspend(self) -> None:
+        """Make the span that was current before this one current again; this one goes on."""
         self._invocation.suspend()
 
 
 class AttemptSpans:
-    """Makes the spans.
+    """Starts and ends the spans of attempts.
 
     Args:
-        telemetry: Where they go.
-        settings: Who is asked.
-        known: A model's name as it may stand on a metric.
+        telemetry: The providers of spans and metrics.
+        settings: Says which server is asked.
+        known: Maps a model's name to the value that may stand on a metric.
     """
 
     def __init__(self, telemetry: Telemetry, settings: Settings, known: Callable[[str], str]) -> None:
@@ -55,48 +53,63 @@ class AttemptSpans:
 
     @contextmanager
     def attempt(self, request: LlmRequest, *, stream: bool = False) -> Iterator[AttemptSpan]:
-        """The span of what the block does; it ends with the block, well or with the block's error."""
+        """The span of the block; it fails with what the block raises."""
         invocation = self._start(request, stream=stream)
         span = AttemptSpan(invocation)
+        failure: SpanError | None = SpanError(None, "InternalError")
         try:
             yield span
+            failure = None
         except ServiceError as error:
-            self._describe(invocation, span.completion)
-            invocation.fail(SpanError(error.message, error.name))
+            failure = SpanError(error.message, error.name)
+            if error.cause is not None:
+                invocation.attributes[ATTR_UPSTREAM_CAUSE] = error.cause.value
             raise
-        except BaseException as error:
-            cancelled = isinstance(error, asyncio.CancelledError)
-            self._describe(invocation, span.completion)
-            invocation.fail(SpanError(None, "cancelled" if cancelled else "InternalError"))
+        except asyncio.CancelledError:
+            failure = SpanError(None, "cancelled")
             raise
-        self._describe(invocation, span.completion)
-        invocation.stop()
+        finally:
+            if span.completion is not None:
+                self._describe(invocation, span.completion)
+            if failure is None:
+                invocation.stop()
+            else:
+                invocation.fail(failure)
 
     def _start(self, request: LlmRequest, *, stream: bool) -> InferenceInvocation | EmbeddingInvocation:
         invocation: InferenceInvocation | EmbeddingInvocation
         if request.operation == "embeddings":
             invocation = self._handler.embedding(
-                PROVIDER, request_model=request.model, server_address=self._address, server_port=self._port
+                LLM_PROVIDER,
+                request_model=request.model,
+                server_address=self._address,
+                server_port=self._port,
             )
         else:
             invocation = self._handler.inference(
-                PROVIDER, request_model=request.model, server_address=self._address, server_port=self._port
+                LLM_PROVIDER,
+                request_model=request.model,
+                server_address=self._address,
+                server_port=self._port,
             )
-            invocation.temperature = _number(request.body.get("temperature"))
-            invocation.max_tokens = _whole(request.body.get("max_tokens"))
+            temperature = request.body.get("temperature")
+            if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
+                invocation.temperature = temperature
+            max_tokens = request.body.get("max_tokens")
+            # OTLP's integers have 64 bits.
+            if type(max_tokens) is int and abs(max_tokens) < 2**63:
+                invocation.max_tokens = max_tokens
             if stream:
                 invocation.request_stream = True
         invocation.metric_attributes[gen_ai.GEN_AI_REQUEST_MODEL] = self._known(request.model)
         return invocation
 
     def _describe(
-        self, invocation: InferenceInvocation | EmbeddingInvocation, completion: Completion | None
+        self, invocation: InferenceInvocation | EmbeddingInvocation, completion: Completion
     ) -> None:
-        """Put on the span what is known of the answer, which may be a part of one."""
-        if completion is None:
-            return
+        """Put on the span what is known of the answer, which may be incomplete."""
         invocation.response_model_name = completion.model
-        # Once more: an answer may have made the name known.
+        # Set again: the answer may have made the name known.
         invocation.metric_attributes[gen_ai.GEN_AI_REQUEST_MODEL] = self._known(str(invocation.request_model))
         invocation.metric_attributes[gen_ai.GEN_AI_RESPONSE_MODEL] = self._known(completion.model)
         invocation.input_tokens = completion.prompt_tokens
@@ -108,16 +121,8 @@ class AttemptSpans:
         if completion.finish_reasons:
             invocation.finish_reasons = completion.finish_reasons
         if completion.estimated and completion.completion_tokens is not None:
-            # On the span, for whoever reads it; an estimate is no count, so it is in no metric.
+            # An estimate stands on the span only: ``output_tokens`` would put it into the metrics too.
             invocation.attributes[gen_ai.GEN_AI_USAGE_OUTPUT_TOKENS] = completion.completion_tokens
             invocation.attributes[ATTR_LLM_ESTIMATED] = True
         else:
             invocation.output_tokens = completion.completion_tokens
-
-
-def _number(value: object) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _whole(value: object) -> int | None:
-    return value if type(value) is int and abs(value) < 2**63 else None

@@ -1,18 +1,17 @@
-"""How long a stream may be silent, and how long it may go on."""
+"""The events of a streamed answer, and the time limits under which they are passed on."""
 
 import asyncio
 import re
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import httpx2
 
 from service.config.settings import Settings
-from service.errors import ServiceError, UpstreamError, UpstreamTimeoutError
-from service.upstream.errors import from_event, from_transport, nonsense
+from service.errors import Cause, ServiceError, UpstreamError, UpstreamTimeoutError
+from service.upstream.errors import from_event, from_transport, invalid_answer
 from service.upstream.messages import (
     MAX_CHOICES,
     MAX_NAME_CHARS,
@@ -27,31 +26,31 @@ from service.upstream.messages import (
 from service.upstream.spans import AttemptSpan
 
 MAX_EVENT_BYTES = 4_194_304
-"""Largest single event; a stream without an end of line would be kept whole otherwise."""
+"""The largest single event: without a limit, a stream without line ends would be buffered whole."""
 
 END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n|\r\n\n")
 LINE_END = re.compile(rb"\r\n|\n|\r")
-LONGEST_END = 4
+MAX_END_BYTES = 4
 
 
 class EventTooLargeError(ValueError):
-    """An event is larger than anybody's."""
+    """An event is larger than the limit."""
 
 
 class EventDecoder:
-    """Cuts a stream of bytes into whole events; what is cut off in the middle never comes out."""
+    """Splits a stream of bytes into events; an event without its end is not returned."""
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._max_event_bytes = max_event_bytes
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Take what has arrived; each event that is whole now, with the empty line that ends it.
+        """Add bytes; return each event that is complete now, with the empty line that ends it.
 
         Raises:
-            EventTooLargeError: An event does not end.
+            EventTooLargeError: An event is not complete within the limit.
         """
-        seen = max(0, len(self._rest) - LONGEST_END + 1)
+        seen = max(0, len(self._rest) - MAX_END_BYTES + 1)
         buffer = self._rest + data if self._rest else data
         start = 0
         while found := END_OF_EVENT.search(buffer, max(seen, start)):
@@ -65,26 +64,28 @@ class EventDecoder:
 def data_of(event: bytes) -> bytes:
     """The event's data: its ``data`` lines, joined; empty for a comment."""
     if event.startswith(b"data:") and event.find(b"\n") == len(event) - 2:
-        # One line and the empty one: nearly every event there is.
+        # A single line: nearly every event.
         return event[5:].strip()
     lines = [line[5:].removeprefix(b" ") for line in LINE_END.split(event) if line.startswith(b"data:")]
     return b"\n".join(lines).strip()
 
 
 def comment(text: str) -> bytes:
-    """A line that keeps a connection busy and that no reader takes for an event."""
+    """A comment line: it keeps a connection from being idle, and clients ignore it."""
     return b": " + text.encode() + b"\n\n"
 
 
 def event(data: bytes, name: str | None = None) -> bytes:
-    """One event; the data is one line."""
+    """One event; the data must be a single line."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + data + b"\n\n"
 
 
-DONE = b"[DONE]"
-LAST_BYTES_S = 0.1
-"""So long the end of a body is waited for after the last event, so that the connection is used again."""
+DONE: Final = b"[DONE]"
+"""The data of the event that ends a stream in OpenAI's format."""
+
+MAX_DRAIN_S = 0.1
+"""How long the end of the body is waited for after the last event, so that the connection can be reused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +93,9 @@ class StreamEvent:
     """One event.
 
     Args:
-        raw: As the upstream wrote it, with the empty line that ends it.
-        text: The piece of the answer's text in it.
-        usage_only: Whether it is the count of tokens that the upstream was asked for, and nothing else.
+        raw: The event's bytes, with the empty line that ends it.
+        text: The part of the answer's text in it.
+        usage_only: Whether it holds the token counts, which this service asks for, and nothing else.
         payload: The event, parsed.
     """
 
@@ -105,14 +106,16 @@ class StreamEvent:
 
 
 class LlmStream:
-    """The events of one answer, to be iterated once; it ends in order, or with an error, never in between.
+    """The events of one answer, to be iterated once.
+
+    Iteration ends after the upstream's last event, and raises an error in every other case.
 
     Args:
         response: The upstream's, with its body unread.
         request: What was asked.
-        span: The attempt's; each piece is noted there.
+        span: The attempt's; it measures the time to each event.
         known_model: Whether the upstream has listed the model.
-        keep_chars: So much of the text is kept, for a record that holds it.
+        keep_chars: How much of the text is kept for the record of the call.
     """
 
     def __init__(
@@ -126,14 +129,13 @@ class LlmStream:
     ) -> None:
         self._response = response
         self._bytes = response.aiter_raw()
+        self._events = self._read()
+        self._first: StreamEvent | None = None
+        self._ended = False
         self._request = request
         self._span = span
         self._known_model = known_model
-        self._decoder = EventDecoder()
-        self._ready: deque[StreamEvent] = deque()
-        self._ended = False
-        self._failure: ServiceError | None = None
-        self._pieces = 0
+        self._deltas = 0
         self._keep_chars = keep_chars
         self._kept: list[str] = []
         self._id: str | None = None
@@ -142,31 +144,28 @@ class LlmStream:
         self._reasons: dict[int, str] = {}
 
     async def first(self) -> None:
-        """Wait until there is something to pass on; raises as iterating does."""
-        while not self._ready and not self._ended:
-            if self._failure is not None:
-                raise self._failure
-            await self._read()
+        """Wait for the first event, which stays to be iterated; raises as iterating does."""
+        self._first = await anext(self._events, None)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> StreamEvent:
-        await self.first()
-        if not self._ready:
-            raise StopAsyncIteration
-        return self._ready.popleft()
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        return await anext(self._events)
 
     def completion(self) -> Completion:
-        """What is known of the answer so far; where nobody counted, its pieces are the tokens."""
+        """What is known of the answer so far; without the upstream's count, the deltas are the tokens."""
         usage = self._usage
         counted = count(usage.get("completion_tokens"))
-        estimated = counted is None and self._pieces > 0
+        estimated = counted is None and self._deltas > 0
         return Completion(
             text="".join(self._kept),
             model=self._model or self._request.model,
             prompt_tokens=count(usage.get("prompt_tokens")),
-            completion_tokens=self._pieces if estimated else counted,
+            completion_tokens=self._deltas if estimated else counted,
             total_tokens=count(usage.get("total_tokens")),
             cost=cost_of(self._response.headers, usage),
             estimated=estimated,
@@ -175,10 +174,11 @@ class LlmStream:
         )
 
     async def aclose(self) -> None:
-        """Let the connection go: back to the pool when the answer was read to its end, closed otherwise."""
+        """Release the connection: to the pool when the answer was read to its end, closed otherwise."""
+        await self._events.aclose()
         if self._ended:
             with suppress(TimeoutError, httpx2.HTTPError):
-                async with asyncio.timeout(LAST_BYTES_S):
+                async with asyncio.timeout(MAX_DRAIN_S):
                     async for _ in self._bytes:
                         pass
         try:
@@ -186,53 +186,62 @@ class LlmStream:
         finally:
             await self._response.aclose()
 
-    async def _read(self) -> None:
+    async def _read(self) -> AsyncGenerator[StreamEvent, None]:
+        decoder = EventDecoder()
         try:
-            data = await anext(self._bytes, None)
-        except httpx2.HTTPError as error:
-            raise from_transport(error) from None
-        if data is None:
-            raise UpstreamError("The model's side ended its answer too early. Try again.", label="Cut off")
-        try:
-            for raw in self._decoder.feed(data):
-                self._take(raw)
+            async for data in self._bytes:
+                events, failure = self._decode(decoder, data)
+                for event in events:
+                    yield event
+                if failure is not None:
+                    raise failure
                 if self._ended:
                     return
-        except EventTooLargeError:
-            self._failure = nonsense()
-        except ServiceError as error:
-            # What came before it goes out first, though both were in one packet.
-            self._failure = error
+        except httpx2.HTTPError as error:
+            raise from_transport(error) from None
+        raise UpstreamError("The model's side ended its answer too early. Try again.", label="Cut off")
 
-    def _take(self, raw: bytes) -> None:
-        data = data_of(raw)
-        if not data:
-            # A comment says that the upstream lives, and is nothing of the answer.
-            return
-        if data == DONE:
-            if self._pieces == 0 and not self._reasons:
-                raise nonsense()
-            self._ended = True
-            return
+    def _decode(self, decoder: EventDecoder, data: bytes) -> tuple[list[StreamEvent], ServiceError | None]:
+        """The events that are complete with these bytes, and the failure that comes after them, if any."""
+        events: list[StreamEvent] = []
+        try:
+            for raw in decoder.feed(data):
+                content = data_of(raw)
+                if content == DONE:
+                    if self._deltas == 0 and not self._reasons:
+                        raise invalid_answer()
+                    self._ended = True
+                    break
+                # A comment has no data: it shows that the upstream is alive.
+                if content:
+                    events.append(self._event(raw, content))
+        except EventTooLargeError:
+            return events, invalid_answer()
+        except ServiceError as error:
+            return events, error
+        return events, None
+
+    def _event(self, raw: bytes, data: bytes) -> StreamEvent:
         payload = read_object(data)
         if payload.get("error"):
             raise from_event(payload["error"], self._request.body, known_model=self._known_model)
-        self._span.chunk()
+        self._span.record_chunk()
         self._id = self._id or name_of(payload, "id")
         self._model = self._model or name_of(payload, "model")
-        self._usage = counts_of(payload) or self._usage
+        usage = counts_of(payload)
+        self._usage = usage or self._usage
         choices = payload.get("choices")
         if not isinstance(choices, list):
             choices = []
-        text = self._learn(choices)
+        text = self._collect(choices)
         if text and self._keep_chars > 0:
             self._kept.append(text[: self._keep_chars])
             self._keep_chars -= len(text)
-        counted_only = bool(counts_of(payload)) and not any(map(_says_something, choices))
-        self._ready.append(StreamEvent(raw, text, counted_only, payload))
+        usage_only = bool(usage) and not any(map(_has_content, choices))
+        return StreamEvent(raw, text, usage_only, payload)
 
-    def _learn(self, choices: list[Any]) -> str:
-        """Take the reasons and count the pieces; the first choice's text."""
+    def _collect(self, choices: list[Any]) -> str:
+        """Collect the finish reasons and count the deltas; the first choice's text."""
         text = ""
         for place, choice in enumerate(choices[:MAX_CHOICES]):
             if not isinstance(choice, dict):
@@ -245,33 +254,33 @@ class LlmStream:
             if not isinstance(delta, dict):
                 continue
             if any(value for name, value in delta.items() if name != "role"):
-                self._pieces += 1
+                self._deltas += 1
             content = delta.get("content")
             if index in {0, None} and isinstance(content, str):
                 text += content
         return text
 
 
-def _says_something(choice: object) -> bool:
-    """Whether a choice is more than a place; LiteLLM sends its count with an empty one, OpenAI with none."""
+def _has_content(choice: object) -> bool:
+    """Whether a choice holds more than its index; LiteLLM sends an empty one with the usage."""
     if not isinstance(choice, dict):
         return True
     delta = choice.get("delta")
-    said = any(delta.values()) if isinstance(delta, dict) else bool(delta)
-    return said or any(value for name, value in choice.items() if name not in {"index", "delta"})
+    content = any(delta.values()) if isinstance(delta, dict) else bool(delta)
+    return content or any(value for name, value in choice.items() if name not in {"index", "delta"})
 
 
 Relay = Callable[[StreamEvent], Awaitable[None]]
-"""Hands one event on to the caller; the next one is not read before it returns."""
+"""Passes one event on to the caller; the next one is not read before it returns."""
 
 
 @dataclass(frozen=True)
 class StreamLimits:
-    """The limits of one stream.
+    """The time limits of one stream.
 
     Args:
-        silence_s: Seconds between two pieces; the time that the caller takes to read one is not counted.
-        whole_s: Seconds from the call's start to the stream's end, everything together.
+        silence_s: Seconds between two events, without the time that the caller takes to read one.
+        whole_s: Seconds from the call's start to the stream's end.
     """
 
     silence_s: float
@@ -279,15 +288,17 @@ class StreamLimits:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        """The limits as they are set; the whole is never shorter than the wait for the first piece."""
+        """The limits of the settings; the whole is never shorter than the wait for the first event."""
         return cls(settings.stream_chunk_timeout_s, max(settings.stream_timeout_s, settings.llm_timeout_s))
 
     async def hand_on(self, events: AsyncIterator[StreamEvent], relay: Relay, spent_s: float) -> None:
-        """Hand each event on as it comes.
+        """Pass each event on as it arrives.
+
+        Backpressure: the next event is read when the relay has returned, so a slow client slows the upstream.
 
         Args:
-            events: The events; the next is not read before the last is handed on.
-            relay: Hands one on.
+            events: The events.
+            relay: Passes one on.
             spent_s: Seconds since the call's start.
 
         Raises:
@@ -305,14 +316,16 @@ class StreamLimits:
         except TimeoutError:
             if not limit.expired():
                 raise
-            # Timers fire a little early, so the clock does not tell which limit it was.
+            # A timer may fire a little early, so the clock cannot tell which limit it was.
             if limit.when() == end:
-                # Nobody's fault: the upstream was still at it, so this does not count against it.
+                # The upstream was still answering: no cause, and no advice to try again.
                 raise UpstreamTimeoutError(
                     f"The answer was not complete within {self.whole_s:g} s.",
                     retryable=False,
                     label="Stream too long",
                 ) from None
             raise UpstreamTimeoutError(
-                f"The model said nothing for {self.silence_s:g} s. Try again.", label="Silence"
+                f"The model said nothing for {self.silence_s:g} s. Try again.",
+                label="Silence",
+                cause=Cause.READ_TIMEOUT,
             ) from None

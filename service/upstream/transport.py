@@ -1,12 +1,14 @@
-"""HTTP to the upstream, under the SDK: aiohttp's transport, the fastest that the SDK supports, with bounds.
+"""HTTP to the upstream, below the SDK: an httpx2 transport over aiohttp's pooled connections.
 
-The SDK offers its own adapter for aiohttp (``openai[aiohttp]``); it takes a broken connection for a slow one,
-and errors of the parser pass it by, so this one stands in its place behind the same interface.
+The SDK has an adapter for aiohttp of its own (``openai[aiohttp]``). It reports a broken connection as a
+timeout and does not translate the errors of aiohttp's parser, so this transport takes its place.
 """
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
 import aiohttp
@@ -14,236 +16,327 @@ import httpx2
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-if TYPE_CHECKING:
-    import asyncio
+from service.errors import Cause
 
+if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
+    from aiohttp.connector import Connection, SocketFactoryType
+    from aiohttp.tracing import Trace
 
 MAX_HEAD_LINE: Final = 65_536
-"""Longest line of an answer's head, in bytes."""
+"""The longest line of a response's head, in bytes."""
 
-NOTHING_ADDED: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
-"""What aiohttp would add to a request that does not have it."""
+NO_AUTO_HEADERS: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+"""The header fields that aiohttp would add to a request that lacks them."""
 
-PLAIN: Final = "ascii"
-"""What header fields are encoded in; httpx2 finds it out anew, from all of them, at each look-up of one."""
+SDK_HEADERS: Final = "x-stainless-"
+"""Prefix of the header fields in which the SDK describes this machine and itself; they are not sent."""
 
-KNOWN_URLS: Final = 64
+MAX_CACHED_URLS: Final = 64
 KEEP_ALIVE_S: Final = 4.0
-"""So long an idle connection is kept: uvicorn, which LiteLLM runs on, closes it after 5 s, and a request that
-meets that on its way is lost."""
+"""Idle connections are closed after this time. LiteLLM's server, uvicorn, closes them after 5 s, and a
+request that is sent at that moment fails."""
 
+CHUNK_BYTES: Final = 65_536
+MAX_UNCHUNKED_BYTES: Final = 2**20
+"""Larger bodies are written in chunks: aiohttp warns that one large write holds up the event loop."""
 
-PIECE_BYTES: Final = 65_536
-LARGE_BYTES: Final = 2**20
-"""A body over this is sent in pieces: aiohttp warns of larger ones, which would hold the event loop up."""
+AIOHTTP_ERRORS: Final = (aiohttp.ClientError, HttpProcessingError, OSError, RuntimeError, ValueError)
+"""What aiohttp raises. ``RuntimeError`` is raised by a read from a connection that is closed already."""
 
-FAILURES: Final = (aiohttp.ClientError, HttpProcessingError, OSError, RuntimeError, ValueError)
-"""What aiohttp raises; a ``RuntimeError`` is what reading from a connection comes to that has gone."""
+logger = logging.getLogger(__name__)
 
 
 class AnswerTooLargeError(httpx2.TransportError):
     """The upstream's answer is over the limit; the rest of it is not read."""
 
 
-class UpstreamTransport(httpx2.AsyncBaseTransport):
-    """Sends requests over pooled connections, and counts the bytes of each answer's body.
+class TransportCauseError(Exception):
+    """Carries the ``Cause`` of a transport error; chained to httpx2's exception as its ``__cause__``."""
 
-    A transport's errors quote the header field or the bytes that they choked on, and the instrumentation
-    around this one puts an error's text on the span: what comes out here is httpx2's class, and no text. No
-    redirect is followed, no cookie kept, and nothing of the environment (proxies, ``.netrc``) is looked at.
-    A GET that a connection was closed upon is sent once more, by aiohttp; a POST never is.
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(cause.value)
+        self.cause = cause
+
+
+class UpstreamTransport(httpx2.AsyncBaseTransport):
+    """Sends requests over pooled connections, and limits the size of each answer's body.
+
+    The errors that come out are httpx2's, without a text of their own: aiohttp's texts quote the header field
+    or the bytes that could not be parsed, and the instrumentation around this transport puts the text of an
+    error on the span. Each has a ``TransportCauseError`` chained to it.
+
+    Redirects are not followed, cookies are not kept, and the environment (proxies, ``.netrc``) is not read.
+    aiohttp repeats a GET once if an idle connection turns out to be closed; it never repeats a POST.
 
     Args:
-        max_connections: Connections at the same time; whoever needs one more waits.
-        max_bytes: The largest body that passes.
+        max_connections: Connections at the same time; a request that needs one more waits.
+        max_bytes: The largest body that is accepted.
+        socket_factory: Makes the sockets; aiohttp's own where it is None.
     """
 
-    def __init__(self, max_connections: int, max_bytes: int) -> None:
+    def __init__(
+        self, max_connections: int, max_bytes: int, socket_factory: "SocketFactoryType | None" = None
+    ) -> None:
         self._max_connections = max_connections
         self._max_bytes = max_bytes
+        self._socket_factory = socket_factory
         self._tls = httpx2.create_ssl_context(trust_env=False)
         self._session: aiohttp.ClientSession | None = None
-        self._watches: WeakKeyDictionary[ResponseHandler, _Watch] = WeakKeyDictionary()
+        self._monitors: WeakKeyDictionary[ResponseHandler, _ConnectionMonitor] = WeakKeyDictionary()
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send one request; reading the answer's body raises ``AnswerTooLargeError`` beyond the limit."""
         limits = request.extensions.get("timeout", {})
         session = self._session or self._open()
+        content = request.content
         try:
             answer = await session.request(
                 request.method,
-                _parsed(str(request.url)),
+                _yarl_url(str(request.url)),
                 headers=request.headers.multi_items(),
-                data=_sent(request.content),
+                data=_chunks(content) if len(content) > MAX_UNCHUNKED_BYTES else content or None,
                 allow_redirects=False,
-                # The whole of connecting, the look-up of the name too.
+                # The limit on connecting includes the resolution of the name.
                 timeout=aiohttp.ClientTimeout(
                     None, connect=limits.get("connect"), sock_read=limits.get("read")
                 ),
             )
-        except FAILURES as error:
-            raise _translated(error) from None
-        # Nothing but plain bytes was asked for. Some that say otherwise are not unpacked: they are nonsense.
+        except AIOHTTP_ERRORS as error:
+            _raise_translated(error)
+        # Only unencoded bytes were asked for. A body that claims another encoding is not decoded, and so
+        # fails as an invalid answer.
         fields = [(name, value) for name, value in answer.raw_headers if name.lower() != b"content-encoding"]
-        body = _Body(answer, self._max_bytes, self._watch(answer))
-        response = httpx2.Response(answer.status, headers=fields, stream=body)
-        if all(value.isascii() for _, value in fields):
-            response.headers.encoding = PLAIN
-        return response
+        # aiohttp lets the connection go when the whole answer has arrived.
+        protocol = None if answer.connection is None else answer.connection.protocol
+        monitor = None if protocol is None else self._monitors.get(protocol)
+        return httpx2.Response(answer.status, headers=fields, stream=_Body(answer, self._max_bytes, monitor))
 
     def _open(self) -> aiohttp.ClientSession:
-        # In here, not before: it belongs to the event loop that runs now.
+        # Not in the constructor: the session belongs to the event loop that is running.
         self._session = aiohttp.ClientSession(
-            connector=_Connector(limit=self._max_connections, keepalive_timeout=KEEP_ALIVE_S, ssl=self._tls),
+            connector=_Connector(
+                self._monitors,
+                limit=self._max_connections,
+                keepalive_timeout=KEEP_ALIVE_S,
+                ssl=self._tls,
+                socket_factory=self._socket_factory,
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=NOTHING_ADDED,
+            skip_auto_headers=NO_AUTO_HEADERS,
             auto_decompress=False,
             max_line_size=MAX_HEAD_LINE,
             max_field_size=MAX_HEAD_LINE,
         )
         return self._session
 
-    def _watch(self, answer: aiohttp.ClientResponse) -> "_Watch | None":
-        """What is told when the answer's connection goes; None where all of the answer is here already."""
-        if answer.connection is None or answer.connection.protocol is None:
-            return None
-        protocol = answer.connection.protocol
-        watch = self._watches.get(protocol)
-        if watch is None:
-            watch = self._watches[protocol] = _Watch(protocol.closed)
-        return watch
-
     async def aclose(self) -> None:
-        """Close every connection."""
+        """Close every connection; an answer that is being read fails."""
+        for monitor in list(self._monitors.values()):
+            monitor.fail_read(aiohttp.ClientPayloadError())
         if self._session is not None:
             await self._session.close()
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Does not use a connection again on which something has come that nobody asked for.
+    """Monitors each connection, and does not reuse one on which unrequested bytes have arrived.
 
-    It would be taken for the answer to the next request: somebody else's.
+    Those bytes would be taken for the answer to the next request, which is another caller's.
+
+    Args:
+        monitors: Filled in with the monitor of each connection.
+        options: As the base class has them.
     """
 
-    async def _get(self, key: Any, traces: Any) -> Any:  # noqa: ANN401 - aiohttp's own
+    def __init__(
+        self,
+        monitors: "WeakKeyDictionary[ResponseHandler, _ConnectionMonitor]",
+        **options: Any,  # noqa: ANN401 - as the base class has them
+    ) -> None:
+        super().__init__(**options)
+        self._monitors = monitors
+
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: "list[Trace]",
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - as the base class has it
+    ) -> "Connection":
+        """A connection from the pool, or a new one."""
         while True:
-            connection = await super()._get(key, traces)
-            if connection is None or connection.protocol is None or not connection.protocol.should_close:
+            try:
+                connection = await super().connect(req, traces, timeout)
+            except asyncio.CancelledError as error:
+                # The caller of this transport has a time limit too; it sees here what that ended.
+                raise error from TransportCauseError(Cause.CONNECT_TIMEOUT)
+            protocol = connection.protocol
+            if protocol is None or protocol not in self._monitors:
+                if protocol is not None:
+                    self._monitors[protocol] = _ConnectionMonitor(protocol.closed)
+                return connection
+            if not protocol.should_close:
                 return connection
             connection.close()
 
 
-class _Watch:
-    """Tells whoever reads over a connection that it has gone.
+class _ConnectionMonitor:
+    """Fails the read that is in progress on a connection when the connection is closed.
 
-    aiohttp does so itself, but not when the answer's framing was broken before, nor when the connection is
-    closed from this side: the reader would wait until a time limit.
+    aiohttp does so itself, except when the answer's framing was invalid: then the read would wait for its
+    time limit.
 
     Args:
-        closed: Done when the connection has gone; None when it has.
+        closed: Done when the connection is closed, with an exception if it was not closed in order; None when
+            it is closed already.
     """
 
     def __init__(self, closed: "asyncio.Future[None] | None") -> None:
-        self.content: aiohttp.StreamReader | None = None
+        self._content: aiohttp.StreamReader | None = None
         self._closed = closed
         if closed is not None:
-            closed.add_done_callback(self._gone)
+            closed.add_done_callback(self._on_closed)
 
     @property
-    def failed(self) -> bool:
-        """Whether the connection broke, instead of being closed in order."""
+    def was_reset(self) -> bool:
+        """Whether the connection was broken, instead of closed in order."""
         closed = self._closed
         return closed is not None and closed.done() and closed.exception() is not None
 
-    def begin(self, content: aiohttp.StreamReader) -> None:
-        """Somebody reads this now."""
-        self.content = content
-        if self._closed is None:
-            self._break_off()
+    def watch(self, content: aiohttp.StreamReader | None) -> None:
+        """Take the body that is being read now; None when no body is."""
+        self._content = content
+        if content is not None and (self._closed is None or self._closed.done()):
+            self._on_closed(self._closed)
 
-    def _gone(self, closed: "asyncio.Future[None]") -> None:
-        # Looked at, or asyncio complains that nobody did.
-        closed.exception()
-        self._break_off()
-
-    def _break_off(self) -> None:
-        content = self.content
+    def fail_read(self, error: aiohttp.ClientPayloadError) -> None:
+        """Let the read in progress raise this, unless the body has ended or failed already."""
+        content = self._content
         if content is not None and not content.is_eof() and content.exception() is None:
-            content.set_exception(aiohttp.ClientPayloadError())
+            content.set_exception(error)
+
+    def _on_closed(self, closed: "asyncio.Future[None] | None") -> None:
+        # Retrieved in any case: asyncio logs an exception that nobody has retrieved.
+        reset = closed is not None and closed.exception() is not None
+        # aiohttp closes a connection by itself when it cannot parse what it has received.
+        self.fail_read(aiohttp.ClientPayloadError() if reset else _InvalidFramingError())
 
 
 class UpstreamClient(httpx2.AsyncClient):
-    """httpx2's client for requests that are whole when they come from the SDK.
+    """An httpx2 client for requests that the SDK has completed.
 
-    A client has a base, query, cookies and fields of its own, and merges them into each request; here there
-    are none, and the few addresses are parsed once.
+    httpx2's own client merges a base URL, query, cookies and header fields into each request. Here there are
+    none, so each request is made directly, and the few URLs are parsed once.
 
     Args:
-        transport: What sends the requests.
+        transport: Sends the requests.
     """
 
     def __init__(self, transport: httpx2.AsyncBaseTransport) -> None:
         super().__init__(transport=transport, follow_redirects=False, trust_env=False)
 
     def build_request(self, method: str, url: httpx2.URL | str, **given: Any) -> httpx2.Request:  # noqa: ANN401 - as the base class has it
-        """A request of these parts; ``timeout`` is given by the SDK for each."""
+        """A request of these parts; the SDK gives ``headers`` and ``timeout`` with each."""
         timeout = given.pop("timeout")
-        # Packed answers are not asked for: a few bytes could hold a thousand times the limit.
-        headers = [*given.pop("headers"), ("Accept-Encoding", "identity")]
-        request = httpx2.Request(
+        headers = [field for field in given.pop("headers") if not field[0].startswith(SDK_HEADERS)]
+        # Compressed answers are not asked for: a small one could expand to a multiple of the limit.
+        headers.append(("Accept-Encoding", "identity"))
+        return httpx2.Request(
             method,
-            _known(str(url)),
+            _httpx_url(str(url)),
             headers=headers,
             extensions={"timeout": httpx2.Timeout(timeout).as_dict()},
             **given,
         )
-        request.headers.encoding = PLAIN
-        return request
 
 
-@lru_cache(KNOWN_URLS)
-def _known(url: str) -> httpx2.URL:
+@lru_cache(MAX_CACHED_URLS)
+def _httpx_url(url: str) -> httpx2.URL:
     return httpx2.URL(url)
 
 
-@lru_cache(KNOWN_URLS)
-def _parsed(url: str) -> URL:
+@lru_cache(MAX_CACHED_URLS)
+def _yarl_url(url: str) -> URL:
     return URL(url, encoded=True)
 
 
-def _translated(error: Exception) -> httpx2.TransportError:
-    """The error of httpx2 that says the same: could not be reached, was too slow, or broke."""
-    # Its frames hold what was read, and are held by the reader that raised it: a circle.
+def _raise_translated(error: Exception) -> NoReturn:
+    """Raise httpx2's error for one of aiohttp's, with its cause chained on."""
+    # The frames hold the body, and the body's reader holds the error: a reference cycle.
     error.__traceback__ = None
+    row = next(row for row in TRANSLATIONS if isinstance(error, row.errors))
+    cause = _connect_cause(error.os_error) if row.cause is None else row.cause  # type: ignore[attr-defined]
+    if logger.isEnabledFor(logging.DEBUG):
+        name = type(error).__name__
+        text = name if row.quotes else f"{name}: {error}"
+        logger.debug("Exchange with the upstream failed: %s: %s", cause.value, text)
+    raise row.kind(row.kind.__name__) from TransportCauseError(cause)
+
+
+def _connect_cause(error: OSError) -> Cause:
     match error:
-        case aiohttp.ConnectionTimeoutError():
-            kind: type[httpx2.TransportError] = httpx2.ConnectTimeout
         case TimeoutError():
-            kind = httpx2.ReadTimeout
-        case aiohttp.ClientConnectorError() | aiohttp.InvalidURL() | UnicodeError():
-            # The last is a host name that cannot be one.
-            kind = httpx2.ConnectError
-        case aiohttp.ClientOSError() | aiohttp.ClientPayloadError() | OSError():
-            kind = httpx2.ReadError
-        case ValueError():
-            # What was to be sent is no HTTP.
-            kind = httpx2.LocalProtocolError
+            return Cause.CONNECT_TIMEOUT
+        case ConnectionRefusedError():
+            return Cause.REFUSED
+        case ConnectionError():
+            # TCP was connected, so it was the TLS handshake that was reset.
+            return Cause.TLS
         case _:
-            # Closed before an answer, or what came is no HTTP.
-            kind = httpx2.RemoteProtocolError
-    return kind(kind.__name__)
+            # No route to the host or its network.
+            return Cause.REFUSED
+
+
+class _Translation(NamedTuple):
+    """One row of the table from aiohttp's errors to httpx2's.
+
+    ``quotes`` says that the error's text quotes what was sent or received, which may hold a prompt or a key:
+    then the text is not logged. ``cause`` is None where the operating system's error decides.
+    """
+
+    errors: type[Exception] | tuple[type[Exception], ...]
+    kind: type[httpx2.TransportError]
+    cause: Cause | None
+    quotes: bool
+
+
+class _InvalidFramingError(aiohttp.ClientPayloadError):
+    """The body's framing, for instance a chunk's size, is not valid HTTP."""
+
+
+TRANSLATIONS: Final = (
+    _Translation(aiohttp.ConnectionTimeoutError, httpx2.ConnectTimeout, Cause.CONNECT_TIMEOUT, quotes=False),
+    _Translation(TimeoutError, httpx2.ReadTimeout, Cause.READ_TIMEOUT, quotes=False),
+    _Translation(aiohttp.ClientSSLError, httpx2.ConnectError, Cause.TLS, quotes=False),
+    # The second is a host name that cannot be encoded.
+    _Translation(
+        (aiohttp.ClientConnectorDNSError, UnicodeError), httpx2.ConnectError, Cause.DNS, quotes=False
+    ),
+    _Translation(aiohttp.InvalidURL, httpx2.ConnectError, Cause.DNS, quotes=True),
+    _Translation(aiohttp.ClientConnectorError, httpx2.ConnectError, None, quotes=False),
+    _Translation(_InvalidFramingError, httpx2.ReadError, Cause.PROTOCOL, quotes=True),
+    _Translation(aiohttp.ClientPayloadError, httpx2.ReadError, Cause.RESET, quotes=True),
+    _Translation(OSError, httpx2.ReadError, Cause.RESET, quotes=False),
+    _Translation(ValueError, httpx2.LocalProtocolError, Cause.PROTOCOL, quotes=True),
+    # Closed before the end of the head, which the first one quotes.
+    _Translation(
+        (aiohttp.ServerDisconnectedError, RuntimeError), httpx2.RemoteProtocolError, Cause.RESET, quotes=True
+    ),
+    _Translation(Exception, httpx2.RemoteProtocolError, Cause.PROTOCOL, quotes=True),
+)
+"""The first row that fits decides. Decided by type: texts are for people."""
 
 
 class _Body(httpx2.AsyncByteStream):
     """An answer's body, in the pieces in which it arrives."""
 
-    def __init__(self, answer: aiohttp.ClientResponse, max_bytes: int, watch: _Watch | None) -> None:
+    def __init__(
+        self, answer: aiohttp.ClientResponse, max_bytes: int, monitor: _ConnectionMonitor | None
+    ) -> None:
         self._answer = answer
         self._max_bytes = max_bytes
-        self._watch = watch
-        if watch is not None:
-            watch.begin(answer.content)
+        self._monitor = monitor
+        if monitor is not None:
+            monitor.watch(answer.content)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         seen = 0
@@ -254,29 +347,25 @@ class _Body(httpx2.AsyncByteStream):
                 if seen > self._max_bytes:
                     raise AnswerTooLargeError(f"more than {self._max_bytes} bytes")
                 yield data
-        except FAILURES as error:
-            raise _translated(error) from None
-        if self._watch is not None and self._watch.failed and _ends_with_connection(self._answer):
-            raise httpx2.ReadError("ReadError")
+        except AIOHTTP_ERRORS as error:
+            _raise_translated(error)
+        if self._monitor is not None and self._monitor.was_reset:
+            # Without a length and without chunks the end of the connection is the end of the body, and
+            # aiohttp takes a reset for that too.
+            headers = self._answer.headers
+            if "Content-Length" not in headers and "Transfer-Encoding" not in headers:
+                _raise_translated(ConnectionResetError())
 
     async def aclose(self) -> None:
-        """Let the connection go: back to the pool when all was read, closed otherwise."""
-        if self._watch is not None:
-            self._watch.content = None
+        """Release the connection: to the pool when the body was read to its end, closed otherwise."""
+        if self._monitor is not None:
+            self._monitor.watch(None)
         if self._answer.content.at_eof():
             self._answer.release()
         else:
             self._answer.close()
 
 
-def _ends_with_connection(answer: aiohttp.ClientResponse) -> bool:
-    return "Content-Length" not in answer.headers and "Transfer-Encoding" not in answer.headers
-
-
-def _sent(content: bytes) -> bytes | AsyncIterator[bytes] | None:
-    return _pieces(content) if len(content) > LARGE_BYTES else content or None
-
-
-async def _pieces(content: bytes) -> AsyncIterator[bytes]:
-    for start in range(0, len(content), PIECE_BYTES):
-        yield content[start : start + PIECE_BYTES]
+async def _chunks(content: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(content), CHUNK_BYTES):
+        yield content[start : start + CHUNK_BYTES]

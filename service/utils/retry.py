@@ -271,7 +271,12 @@ class _Judge:
         progress: Progress,
     ) -> None:
         name, label = (error.name, error.label) if isinstance(error, ServiceError) else ("InternalError", "")
-        logger.warning("Attempt %d: %s", number, label, extra={"attempt": number, "error": name})
+        cause = (
+            {names.ATTR_UPSTREAM_CAUSE: str(error.cause)}
+            if isinstance(error, ServiceError) and error.cause
+            else {}
+        )
+        logger.warning("Attempt %d: %s", number, label, extra={"attempt": number, "error": name, **cause})
         left_s = round(deadline.left_s, 3)
         if outcome == "retried":
             emit(

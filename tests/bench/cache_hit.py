@@ -15,11 +15,9 @@ from http.client import HTTPConnection
 
 from fastapi import FastAPI
 
-from service.cache.control import CacheUse
 from service.config.settings import prepare_environment
 from service.dependencies import ModelCallDep, ModelCaller
 from service.routers.schemas import GenerateRequest, GenerateResponse
-from service.upstream.messages import Completion
 from tests.fakes.upstream import FakeUpstream
 from tests.harness import running_app
 
@@ -37,9 +35,17 @@ def add_routes(app: FastAPI) -> None:
     async def noop_signed_in(_user: ModelCaller) -> dict[str, bool]:
         return {"ok": True}
 
-    async def noop_same(_body: GenerateRequest, _user: ModelCaller, asked: ModelCallDep) -> GenerateResponse:
-        completion = Completion("Hello from the fake.", "demo", 10, 20, 30, 0.0)
-        return GenerateResponse.of(completion, CacheUse(), asked.request_id)
+    async def noop_same(_body: GenerateRequest, call: ModelCallDep) -> GenerateResponse:
+        return GenerateResponse(
+            response="Hello from the fake.",
+            model="demo",
+            prompt_tokens=10,
+            completion_tokens=20,
+            total_tokens=30,
+            cost=0.0,
+            cache="bypass",
+            request_id=call.request_id,
+        )
 
     app.add_api_route("/noop-same", noop_same, methods=["POST"])
     app.add_api_route("/noop", noop, methods=["POST"])

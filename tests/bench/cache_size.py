@@ -17,8 +17,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from service.cache.keys import key_of, tenant_of
+from service.cache.response_cache import open_store
 from service.cache.semantic import collection_of
-from service.cache.store import COLLECTION, Point, Vectors, open_vectors
+from service.cache.store import COLLECTION, Point, VectorStore, equal_to, expired_at
 from tests.fakes.qdrant import FakeQdrant
 from tests.harness import make_settings
 
@@ -80,18 +81,18 @@ async def timed(times: int, work: Callable[[], Awaitable[object]]) -> str:
     return f"{statistics.median(taken):.2f} / {statistics.quantiles(taken, n=100)[98]:.2f} ms"
 
 
-async def fill(vectors: Vectors, collection: str, dimension: int | None, made: Iterator[Point]) -> float:
+async def fill(store: VectorStore, collection: str, dimension: int | None, made: Iterator[Point]) -> float:
     """Write points; seconds."""
     started = time.perf_counter()
-    await vectors.ensure(collection, dimension)
+    await store.ensure(collection, dimension)
     batch: list[Point] = []
     for point in made:
         batch.append(point)
         if len(batch) == 256:
-            await vectors.write(collection, batch)
+            await store.write(collection, batch)
             batch = []
     if batch:
-        await vectors.write(collection, batch)
+        await store.write(collection, batch)
     return time.perf_counter() - started
 
 
@@ -100,20 +101,20 @@ async def measure(name: str, entries: int, semantic: int, **more: str) -> None:
     draw = random.Random(2)  # noqa: S311 - no secret
     settings = make_settings(**more)
     ids = [point.id for point in points(entries)]
-    async with open_vectors(settings) as vectors:
+    async with open_store(settings) as store:
         before = rss_mb()
-        filled_s = await fill(vectors, COLLECTION, None, points(entries))
+        filled_s = await fill(store, COLLECTION, None, points(entries))
         memory = rss_mb() - before
-        hit = await timed(LOOKUPS, lambda: vectors.read(COLLECTION, draw.choice(ids)))
-        expired = await timed(3, lambda: vectors.expired(COLLECTION, time.time(), 1_000))
-        await fill(vectors, SEMANTIC, DIMENSION, questions(semantic))
+        hit = await timed(LOOKUPS, lambda: store.read(COLLECTION, draw.choice(ids)))
+        expired = await timed(3, lambda: store.ids(COLLECTION, 1_000, expired_at(time.time())))
+        await fill(store, SEMANTIC, DIMENSION, questions(semantic))
         vector = [draw.gauss(0, 1) for _ in range(DIMENSION)]
-        equal = {"tenant": tenant_of("user-1"), "scope": "1"}
-        near = await timed(SEARCHES, lambda: vectors.search(SEMANTIC, vector, equal, 0.9, 3))
+        equal = equal_to({"tenant": tenant_of("user-1"), "scope": "1"})
+        near = await timed(SEARCHES, lambda: store.search(SEMANTIC, vector, equal, 0.9, 3))
     opened_s = 0.0
     if "qdrant_path" in more:
         started = time.perf_counter()
-        async with open_vectors(settings):
+        async with open_store(settings):
             opened_s = time.perf_counter() - started
     print(  # noqa: T201 - what it is for
         f"| {name} | {entries:,} | {filled_s / entries * 1e6:.0f} us | {hit} | {near} ({semantic:,}) "

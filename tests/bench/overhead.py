@@ -98,12 +98,11 @@ async def one_call(app: FastAPI, state: MutableMapping[str, Any], token: str) ->
 def without_layers(app: FastAPI, generation: Generation) -> None:
     """Put attempt loop, breaker, limits and rate aside."""
 
-    async def straight(progress: Any, deadline: Any, /, request: Any, call: Any) -> Any:
-        del call
+    async def straight(progress: Any, deadline: Any, /, call: Any) -> Any:
         progress.attempts = 1
-        return await generation._llm.ask(request, deadline)  # noqa: SLF001 - the bench takes it apart
+        return await generation._llm.ask(call.spec.request, deadline)  # noqa: SLF001 - the bench takes it apart
 
-    generation._ask["chat"] = straight  # noqa: SLF001 - the bench takes it apart
+    generation._whole["chat"] = straight  # noqa: SLF001 - the bench takes it apart
     limits = RequestLimitsMiddleware.__name__
     app.user_middleware = [
         entry for entry in app.user_middleware if getattr(entry.cls, "__name__", "") != limits
@@ -123,9 +122,9 @@ async def measure(url: str, rounds: int, calls: int) -> list[float]:
             app = create_app(settings, telemetry)
             state = await stack.enter_async_context(lifespan_of(settings, telemetry)(app))
             if not layers:
-                without_layers(app, state["generation"])
+                without_layers(app, state["services"].generation)
             password = settings.auth_user_password.get_secret_value()
-            token = (await state["auth"].login("user", password, "bench")).token
+            token = (await state["services"].auth.login("user", password, "bench")).token
 
             def call(app: FastAPI = app, state: Any = state, token: str = token) -> Awaitable[None]:
                 return one_call(app, state, token)

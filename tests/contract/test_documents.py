@@ -18,6 +18,8 @@ MADE = re.compile(r"\.demo/|\.venv|\.env$|data/")
 NOT_SETTINGS = {
     "LITELLM_BIN": "a program, for the benches",
     "LITELLM_OTEL_V2": "LiteLLM reads it",
+    "MAX_ATTRIBUTE_CHARS": "a constant of the service",
+    "MAX_TEXT": "a constant of the service",
     "MLFLOW_SERVER_ALLOWED_HOSTS": "the MLflow server reads it",
 }
 

@@ -8,25 +8,25 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, ParamSpec
 
+import portalocker
 import pytest
-from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.trace import INVALID_SPAN_CONTEXT, NoOpTracer
 
-from service.cache.control import CacheWish, wish_of
-from service.cache.embedded import BusyStoreError, ClosedStoreError, EmbeddedStore
+from service.cache.control import CacheControl, parse_cache_control
+from service.cache.embedded import EmbeddedStore, Priority
 from service.cache.entries import Entry, EntryMemory
 from service.cache.keys import CacheKey, key_of, tenant_of
-from service.cache.store import CacheStore, Point, StoreError, Vectors, open_vectors
+from service.cache.response_cache import open_store
+from service.cache.store import COLLECTION, GuardedStore, StoreError, VectorStore
 from service.cache.sweeper import CacheSweeper
 from service.cache.writer import CacheWriter, Write
 from service.services.circuit_breaker import CircuitBreaker
-from service.telemetry.instruments import Instruments
+from service.telemetry.providers import Exporters, build_telemetry
 from service.upstream.messages import Completion
 from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
 
-COLLECTION = "llmops_cache"
 P = ParamSpec("P")
 
 
@@ -76,42 +76,43 @@ def test_memory_knows_ages() -> None:
     memory.put(entry(1, created=clock(), ttl_s=100))
     clock.advance(11)
     assert memory.get(key(1).digest) is None, "others may have taken it out of the store"
-    assert memory.get(key(1).digest, believed=True) is not None
+    assert memory.get(key(1).digest, allow_stale=True) is not None
     clock.advance(100)
-    assert memory.get(key(1).digest, believed=True) is None
+    assert memory.get(key(1).digest, allow_stale=True) is None
     assert len(memory) == 0
 
 
 @pytest.mark.parametrize(
-    ("field", "wish"),
+    ("header", "control"),
     [
-        ("", CacheWish()),
-        ("no-cache", CacheWish(read=False)),
-        ("NO-STORE", CacheWish(store=False)),
-        ("max-age=5, no-store", CacheWish(store=False, max_age_s=5)),
-        ("max-age=0", CacheWish(read=False, max_age_s=0)),
-        ('max-age="7"', CacheWish(max_age_s=7)),
-        ("max-age=-1, max-age=x, only-if-cached", CacheWish()),
-        ("max-age=99999999999999999999", CacheWish()),
+        ("", CacheControl()),
+        ("no-cache", CacheControl(read=False)),
+        ("NO-STORE", CacheControl(store=False)),
+        ("max-age=5, no-store", CacheControl(store=False, max_age_s=5)),
+        ("max-age=0", CacheControl(read=False, max_age_s=0)),
+        ('max-age="7"', CacheControl(max_age_s=7)),
+        ("max-age=-1, max-age=x, only-if-cached", CacheControl()),
+        ("max-age=99999999999999999999", CacheControl()),
     ],
 )
-def test_a_wish_is_read(field: str, wish: CacheWish) -> None:
-    assert wish_of(field) == wish
+def test_cache_control_is_parsed(header: str, control: CacheControl) -> None:
+    assert parse_cache_control(header) == control
 
 
 class Rig:
     """A store on an embedded client in memory, with its counts."""
 
-    def __init__(self, vectors: Vectors) -> None:
+    def __init__(self, store: VectorStore) -> None:
         self.reader = InMemoryMetricReader()
-        self.instruments = Instruments(MeterProvider([self.reader]).get_meter("test"))
-        self.vectors = vectors
+        self.telemetry = build_telemetry(make_settings(), Exporters(metrics=self.reader))
         self.tracer = NoOpTracer()
-        breaker = CircuitBreaker("qdrant", 3, 10, self.instruments)
-        self.store = CacheStore(vectors, breaker, self.tracer, 5.0)
+        self.store = GuardedStore(store, self.breaker, self.tracer, 5.0)
+
+    def breaker(self, name: str) -> CircuitBreaker:
+        return CircuitBreaker(name, 3, 10, self.telemetry.instruments)
 
     def writer(self, **more: Any) -> CacheWriter:
-        return CacheWriter(self.store, self.instruments, self.tracer, more.pop("max_bytes", 10_000), **more)
+        return CacheWriter(self.store, self.telemetry, more.pop("max_bytes", 10_000), **more)
 
     def outcomes(self) -> dict[str, int]:
         data = self.reader.get_metrics_data()
@@ -128,15 +129,15 @@ class Rig:
 
 @asynccontextmanager
 async def rig(path: str = ":memory:") -> AsyncIterator[Rig]:
-    async with open_vectors(make_settings(qdrant_path=path)) as vectors:
-        yield Rig(vectors)
+    async with open_store(make_settings(qdrant_path=path)) as store:
+        made = Rig(store)
+        yield made
+        made.telemetry.shutdown(1)
 
 
 def write(number: int, *, expires: float = 1e12, size: int = 100) -> Write:
-    payload = entry(number, created=float(number), ttl_s=expires - number).as_payload()
-    return Write(
-        COLLECTION, lambda: Point(key(number).point_id, payload), size, expires, INVALID_SPAN_CONTEXT
-    )
+    point = entry(number, created=float(number), ttl_s=expires - number).point()
+    return Write(COLLECTION, lambda: point, size, expires, INVALID_SPAN_CONTEXT)
 
 
 @in_loop
@@ -175,7 +176,7 @@ async def test_what_the_store_refuses_is_kept_and_written_later() -> None:
         writer = made.writer(sleep=sleep)
         running = asyncio.create_task(writer.run())
         writer.put(write(1))
-        await writer.idle(5)
+        await writer.wait_until_empty(5)
         running.cancel()
 
         assert len(waits) == 3
@@ -185,7 +186,7 @@ async def test_what_the_store_refuses_is_kept_and_written_later() -> None:
 @in_loop
 async def test_expired_entries_are_not_written() -> None:
     async with rig() as made:
-        writer = made.writer(now=lambda: 50.0)
+        writer = made.writer()
         writer.put(write(1, expires=49.0))
         await writer.flush(5)
 
@@ -207,27 +208,15 @@ async def test_sweeping_takes_out_the_expired_and_then_the_oldest() -> None:
     async with rig() as made:
         points = [write(number, expires=1_000 if number < 5 else 1e12).build() for number in range(20)]
         await made.store.write(COLLECTION, points)
-        sweeper = CacheSweeper(made.store, made.vectors, 10, NoOpTracer(), now=lambda: 2_000.0)
+        sweeper = CacheSweeper(made.store, 10, NoOpTracer(), now=lambda: 2_000.0)
 
         assert await sweeper.sweep() == 10
         assert await made.store.count(COLLECTION) == 10
         left = {number for number in range(20) if await made.store.read(COLLECTION, key(number).point_id)}
         assert left == set(range(10, 20))
-        sweeper.doom(COLLECTION, key(15).point_id)
+        sweeper.mark_for_removal(COLLECTION, key(15).point_id)
         assert await sweeper.sweep() == 1
         assert await made.store.read(COLLECTION, key(15).point_id) is None
-
-
-@in_loop
-async def test_a_deleted_entry_leaves_nothing_in_the_embedded_clients_memory() -> None:
-    async with rig() as made:
-        await made.store.write(COLLECTION, [write(1).build()])
-        await made.store.delete(COLLECTION, [key(1).point_id])
-
-        def kept(client: Any) -> Any:
-            return client._client.collections[COLLECTION].payload  # noqa: SLF001 - what it keeps is the question
-
-        assert await made.vectors._call(kept) == [{}]  # noqa: SLF001 - the same
 
 
 @in_loop
@@ -236,7 +225,7 @@ async def test_a_thread_that_hangs_holds_up_nobody(tmp_path: Path) -> None:
     await store.open()
     held, entered = threading.Event(), threading.Event()
 
-    def hang(_client: Any) -> None:
+    def hang() -> None:
         entered.set()
         held.wait(10)
 
@@ -244,15 +233,15 @@ async def test_a_thread_that_hangs_holds_up_nobody(tmp_path: Path) -> None:
     await asyncio.to_thread(entered.wait, 5)
     done: list[str] = []
 
-    def note(name: str) -> Callable[[Any], None]:
-        return lambda _client: done.append(name)
+    def note(name: str) -> Callable[[], None]:
+        return lambda: done.append(name)
 
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
             await store.run(note("nobody waits for this"))
-    waiting = asyncio.create_task(store.run(note("later"), urgency=1))
+    waiting = asyncio.create_task(store.run(note("later"), Priority.LATER))
     await asyncio.sleep(0)
-    with pytest.raises(BusyStoreError):
+    with pytest.raises(StoreError, match="busy"):
         await store.run(note("too much"))
     held.set()
     await asyncio.gather(hanging, waiting)
@@ -267,16 +256,16 @@ async def test_what_is_urgent_goes_first(tmp_path: Path) -> None:
     await store.open()
     held, entered = threading.Event(), threading.Event()
 
-    def hang(_client: Any) -> None:
+    def hang() -> None:
         entered.set()
         held.wait(10)
 
     hanging = asyncio.create_task(store.run(hang))
     await asyncio.to_thread(entered.wait, 5)
     order: list[str] = []
-    later = asyncio.create_task(store.run(lambda _client: order.append("later"), urgency=1))
+    later = asyncio.create_task(store.run(lambda: order.append("later"), Priority.LATER))
     await asyncio.sleep(0)
-    urgent = asyncio.create_task(store.run(lambda _client: order.append("urgent")))
+    urgent = asyncio.create_task(store.run(lambda: order.append("urgent")))
     await asyncio.sleep(0)
     held.set()
     await asyncio.gather(hanging, later, urgent)
@@ -292,6 +281,19 @@ async def test_a_closed_store_says_so(tmp_path: Path) -> None:
     store = EmbeddedStore(str(blocked))
     with pytest.raises(OSError, match="file"):
         await store.open()
-    with pytest.raises(ClosedStoreError):
-        await store.run(lambda client: client)
+    with pytest.raises(StoreError, match="not_open"):
+        await store.read(COLLECTION, key(1).point_id)
     await store.close()
+
+
+@in_loop
+async def test_a_folder_belongs_to_one_store_at_a_time(tmp_path: Path) -> None:
+    folder = str(tmp_path / "store")
+    first, second = EmbeddedStore(folder), EmbeddedStore(folder)
+    await first.open()
+    with pytest.raises(portalocker.LockException):
+        await second.open()
+    await first.close()
+    await second.open()
+    await second.ping()
+    await second.close()

@@ -122,8 +122,8 @@ PASSWORDS = ["AUTH_ADMIN_PASSWORD", "AUTH_USER_PASSWORD"]
         ("Change_Me_Now", "different from published defaults: choose a password of your own"),
         ("<your password>", "different from published defaults: choose a password of your own"),
         ("aZ5!xx9", "too short: it needs at least 8 characters"),
-        ("$argon2id$v=19$broken", "starts like an argon2 hash and is none. Put it in single quotes"),
-        ("$argon2", "starts like an argon2 hash and is none. Put it in single quotes"),
+        ("$argon2id$v=19$broken", "is not a complete argon2 hash. Put it in single quotes"),
+        ("$argon2", "is not a complete argon2 hash. Put it in single quotes"),
     ],
 )
 def test_a_bad_password_is_refused(read: Read, name: str, value: str | None, sentence: str) -> None:
@@ -259,7 +259,7 @@ def test_several_workers_need_a_qdrant_server(read: Read) -> None:
             {"STREAM_TIMEOUT_S": "20"},
             (
                 "STREAM_TIMEOUT_S (20) must be at least LLM_TIMEOUT_S (30): "
-                "a stream is not over before its first piece."
+                "the first chunk may take that long."
             ),
         ),
         (
@@ -270,7 +270,7 @@ def test_several_workers_need_a_qdrant_server(read: Read) -> None:
             {"STREAM_KEEP_ALIVE_S": "60"},
             (
                 "STREAM_KEEP_ALIVE_S (60) must be less than STREAM_CHUNK_TIMEOUT_S (60): "
-                "it is sent within that silence."
+                "comments are sent within that time."
             ),
         ),
     ],

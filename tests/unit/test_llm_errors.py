@@ -11,7 +11,7 @@ import pytest
 
 from service.errors import BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError
 from service.middleware.errors import answer
-from service.upstream.errors import nonsense, retry_after, timed_out, translate
+from service.upstream.errors import invalid_answer, retry_after, timed_out, translate
 from service.upstream.messages import read_object
 from tests.unit.llm_answers import failing, sdk_error, translated
 
@@ -97,10 +97,10 @@ def test_a_connections_failure_has_its_error(raised: Exception, name: str, says:
     assert "canary" not in error.message
 
 
-def test_any_other_sdk_error_is_nonsense() -> None:
+def test_any_other_sdk_error_is_invalid_answer() -> None:
     request = httpx2.Request("POST", "http://upstream/v1")
     error = translate(openai.APIError("canary", request, body=None), {}, known_model=True)
-    assert (error.name, error.message) == ("UpstreamError", nonsense().message)
+    assert (error.name, error.message) == ("UpstreamError", invalid_answer().message)
 
 
 def test_the_time_limit_is_named() -> None:
@@ -187,7 +187,7 @@ def test_an_object_is_read(content: bytes) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"5", b"null", b"{", b"<html>", b"\xff", b"\xff\xfe{}", b'{"a":' * 100_000]
 )
-def test_what_is_no_object_is_nonsense(content: bytes) -> None:
+def test_what_is_no_object_is_an_invalid_answer(content: bytes) -> None:
     with pytest.raises(UpstreamError, match="something that is not an answer") as caught:
         read_object(content)
     # What json choked on is somebody's answer: it must not reach a stack trace.

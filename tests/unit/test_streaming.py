@@ -1,23 +1,30 @@
 """The use case of a stream without the app around it: what is recorded, once, and what the breaker learns."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from service.cache.coalescing import NoCoalescing
+from service.cache.response_cache import NoCache
 from service.errors import CircuitOpenError, ServiceError, UpstreamError, UpstreamTimeoutError
 from service.recording.record import CallRecord
-from service.services.call_report import Call
+from service.services.call_report import CallSpec
 from service.services.generation import Generation
 from service.telemetry.providers import Exporters, build_telemetry
 from service.upstream.client import open_llm
+from service.upstream.messages import LlmRequest, to_json
 from service.upstream.stream import StreamEvent
 from service.utils.deadline import Deadline
 from tests.fakes.streams import DONE, EndlessStream, RawStream, chunk, text, usage
 from tests.fakes.upstream import Behaviour, FakeUpstream, Silent, Status
 from tests.harness import make_settings
+
+if TYPE_CHECKING:
+    from service.recording.recorder import CallRecorder
 
 WHOLE = (text("a "), text("trace"), chunk(reason="stop"), usage(), DONE)
 
@@ -38,10 +45,27 @@ class Bench:
         self.records_at_hand_on.append(len(self.records))
         self.begun.set()
 
-    async def stream(self, relay: Callable[[StreamEvent], object] | None = None) -> None:
+    async def stream(
+        self, relay: Callable[[StreamEvent], Awaitable[None]] | None = None, content: str = "hello"
+    ) -> None:
         """Make one streamed call."""
-        call = Call({"messages": [{}]}, "demo", "user", Deadline.after(1.0), streamed=True)
-        await self.generation.stream(call, relay or self.relay)  # type: ignore[arg-type]  # a test's own
+        body = {"model": "demo", "messages": [{"content": content}]}
+        request = LlmRequest("chat", "demo", body, to_json(body))
+        spec = CallSpec(request, "user", Deadline.after(1.0), streamed=True)
+        async with self.generation.stream(spec) as events:
+            async for event in events:
+                await (relay or self.relay)(event)
+
+
+@dataclass
+class KeptRecords:
+    """A recorder that keeps what it is given."""
+
+    records: list[CallRecord]
+
+    def record(self, record: CallRecord) -> None:
+        """Keep the record."""
+        self.records.append(record)
 
 
 @asynccontextmanager
@@ -56,7 +80,15 @@ async def opened(upstream: FakeUpstream, **values: object) -> AsyncIterator[Benc
     telemetry = build_telemetry(settings, Exporters())
     records: list[CallRecord] = []
     async with open_llm(settings, telemetry) as llm:
-        yield Bench(Generation(llm, telemetry, settings, on_ended=records.append), records)
+        generation = Generation(
+            llm,
+            telemetry,
+            settings,
+            cache=NoCache(),
+            coalescing=NoCoalescing(),
+            recorder=cast("CallRecorder", KeptRecords(records)),
+        )
+        yield Bench(generation, records)
     for _ in range(10):
         # The libraries' generators that were left in the middle are closed by tasks of a moment.
         await asyncio.sleep(0)
@@ -213,9 +245,7 @@ def test_what_was_said_is_kept_only_where_content_is_captured(upstream: FakeUpst
     async def main(setting: str) -> CallRecord:
         async with opened(upstream, otel_instrumentation_genai_capture_message_content=setting) as bench:
             upstream.script(RawStream(WHOLE))
-            body = {"messages": [{"content": "half \ud83d"}]}
-            call = Call(body, "demo", "user", Deadline.after(1.0), streamed=True)
-            await bench.generation.stream(call, bench.relay)
+            await bench.stream(content="half \ud83d")
             (record,) = bench.records
             return record
 

@@ -1,16 +1,22 @@
 """The transport to the upstream: what it sends, what it says went wrong, and what it lets pass."""
 
 import asyncio
+import errno
 import gc
 import json
 import socket
-import time
+import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx2
 import pytest
 
+from service.errors import Cause
+from service.upstream.errors import cause_of
 from service.upstream.transport import AnswerTooLargeError, UpstreamTransport
+from tests.fakes.tls import self_signed
 from tests.fakes.upstream import (
     Answer,
     Behaviour,
@@ -37,16 +43,19 @@ UNFRAMED = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
 
 @dataclass(frozen=True)
 class Segments:
-    """Bytes that come one after the other, each for itself; at the end the connection stays, or is reset."""
+    """Bytes that are sent one after the other; then the connection stays, is reset, or nothing more comes."""
 
     parts: tuple[bytes, ...]
     reset: bool = False
+    hangs: bool = False
 
     async def play(self, exchange: Exchange) -> None:
         """Write them."""
         for part in self.parts:
             await exchange.send(part)
             await asyncio.sleep(0.05)
+        if self.hangs:
+            await asyncio.Event().wait()
         exchange.complete = True
         if self.reset:
             exchange.reset()
@@ -63,43 +72,148 @@ def ask(url: str, *, times: int = 1, **fields: str) -> list[httpx2.Response]:
     return asyncio.run(main())
 
 
+SECRET = b"HTTP/1.1 200 OK\r\nsecret prompt and key\r\n\r\n"
+
+
 @pytest.mark.parametrize(
-    ("behaviour", "kind"),
+    ("behaviour", "kind", "cause"),
     [
-        (Silent(), httpx2.ReadTimeout),
-        (Garbage(), httpx2.RemoteProtocolError),
-        (Garbage(b"HTTP/1.1 200 OK\r\nsecret value here\r\n\r\n"), httpx2.RemoteProtocolError),
-        (Garbage(b""), httpx2.RemoteProtocolError),
-        (Reset(), httpx2.ReadError),
-        (Reset("headers"), httpx2.ReadError),
-        (Reset("body"), httpx2.ReadError),
-        (WrongLength(), httpx2.ReadError),
-        (NotJson(b"x" * (MAX_BYTES + 1)), AnswerTooLargeError),
-        (Segments((CHUNKED, b"2\r\n{}\r\n", b"ZZZ\r\nnot a chunk")), httpx2.ReadError),
-        (Segments((CHUNKED, b"2\r\n{}\r\n"), reset=True), httpx2.ReadError),
-        (Segments((UNFRAMED, b'{"a":'), reset=True), httpx2.ReadError),
+        (Silent(), httpx2.ReadTimeout, Cause.READ_TIMEOUT),
+        (Segments((CHUNKED, b"2\r\n{}\r\n"), hangs=True), httpx2.ReadTimeout, Cause.READ_TIMEOUT),
+        (Garbage(), httpx2.RemoteProtocolError, Cause.PROTOCOL),
+        (Garbage(SECRET), httpx2.RemoteProtocolError, Cause.PROTOCOL),
+        (Garbage(b""), httpx2.RemoteProtocolError, Cause.RESET),
+        (Garbage(b"HTTP/1.1 200 OK\r\nX-Secret: secret"), httpx2.RemoteProtocolError, Cause.RESET),
+        (Reset(), httpx2.ReadError, Cause.RESET),
+        (Reset("headers"), httpx2.ReadError, Cause.RESET),
+        (Reset("body"), httpx2.ReadError, Cause.RESET),
+        (WrongLength(), httpx2.ReadError, Cause.RESET),
+        (NotJson(b"x" * (MAX_BYTES + 1)), AnswerTooLargeError, None),
+        (
+            Segments((CHUNKED, b"2\r\n{}\r\n", b"secret prompt\r\nno chunk")),
+            httpx2.ReadError,
+            Cause.PROTOCOL,
+        ),
+        (Segments((CHUNKED, b"2\r\n{}\r\n"), reset=True), httpx2.ReadError, Cause.RESET),
+        (Segments((UNFRAMED, b'{"a":'), reset=True), httpx2.ReadError, Cause.RESET),
     ],
     ids=repr,
 )
-def test_what_goes_wrong_has_its_class_and_quotes_nothing(
-    upstream: FakeUpstream, behaviour: Behaviour, kind: type[httpx2.TransportError]
+def test_what_goes_wrong_has_its_class_and_cause_and_quotes_nothing(
+    upstream: FakeUpstream,
+    caplog: pytest.LogCaptureFixture,
+    behaviour: Behaviour,
+    kind: type[httpx2.TransportError],
+    cause: Cause | None,
 ) -> None:
+    caplog.set_level("DEBUG", logger="service")
     upstream.script(behaviour)
     with pytest.raises(httpx2.TransportError) as caught:
         ask(upstream.url)
     assert type(caught.value) is kind
     assert str(caught.value) in {kind.__name__, f"more than {MAX_BYTES} bytes"}
-    assert caught.value.__cause__ is None
+    assert cause_of(caught.value) is cause
+    if cause is not None:
+        (line,) = caplog.messages
+        assert line.startswith(f"Exchange with the upstream failed: {cause}: ")
+    assert "secret" not in caplog.text
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid", "x" * 70])
-def test_nobody_there_is_told_from_a_broken_connection(host: str) -> None:
-    with refusing_port() as port, pytest.raises(httpx2.ConnectError, match=r"^ConnectError$"):
+@pytest.mark.parametrize(
+    ("host", "cause", "text"),
+    [
+        ("127.0.0.1", Cause.REFUSED, "Connect call failed"),
+        ("localhost", Cause.REFUSED, "Connect call failed"),
+        ("no-such-host.invalid", Cause.DNS, "Cannot connect to host no-such-host.invalid"),
+        ("x" * 70, Cause.DNS, "label too long"),
+    ],
+)
+def test_a_host_that_cannot_be_reached_is_told_from_a_broken_connection(
+    caplog: pytest.LogCaptureFixture, host: str, cause: Cause, text: str
+) -> None:
+    caplog.set_level("DEBUG", logger="service")
+    with refusing_port() as port, pytest.raises(httpx2.ConnectError, match=r"^ConnectError$") as caught:
         ask(f"http://{host}:{port}")
+    assert cause_of(caught.value) is cause
+    (record,) = caplog.records
+    assert record.levelname == "DEBUG"
+    assert text in record.getMessage()
 
 
-def test_a_connection_that_is_not_taken_is_too_slow() -> None:
-    # Nobody accepts, and the queue of those who wait is full: the next one hangs.
+def _no_tls(_folder: Path) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("context", "serves"),
+    [(self_signed, False), (_no_tls, True), (_no_tls, False)],
+    ids=["self-signed", "no TLS", "reset in the handshake"],
+)
+def test_a_failed_handshake_is_told_from_a_refused_connection(
+    tmp_path: Path, context: Callable[[Path], ssl.SSLContext | None], *, serves: bool
+) -> None:
+    async def main() -> None:
+        async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if serves:
+                writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context(tmp_path))
+        transport = UpstreamTransport(4, MAX_BYTES)
+        url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+        request = httpx2.Request("POST", url, extensions={"timeout": httpx2.Timeout(5.0).as_dict()})
+        with pytest.raises(httpx2.ConnectError) as caught:
+            await transport.handle_async_request(request)
+        assert cause_of(caught.value) is Cause.TLS
+        await transport.aclose()
+        server.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("number", "cause"),
+    [
+        (errno.ECONNREFUSED, Cause.REFUSED),
+        (errno.EHOSTUNREACH, Cause.REFUSED),
+        (errno.ENETUNREACH, Cause.REFUSED),
+        (errno.ETIMEDOUT, Cause.CONNECT_TIMEOUT),
+    ],
+)
+def test_the_operating_systems_error_decides_why_there_is_no_connection(number: int, cause: Cause) -> None:
+    def fail(_address: object) -> socket.socket:
+        raise OSError(number, "as the kernel says")
+
+    async def main() -> None:
+        transport = UpstreamTransport(4, MAX_BYTES, socket_factory=fail)
+        request = httpx2.Request("GET", "http://127.0.0.1:1")
+        with pytest.raises(httpx2.ConnectError) as caught:
+            await transport.handle_async_request(request)
+        assert cause_of(caught.value) is cause
+        await transport.aclose()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["the connect limit", "the whole call's limit"])
+def test_a_connection_that_is_not_accepted_is_a_connect_timeout(*, whole: bool) -> None:
+    async def main(port: int) -> Cause | None:
+        transport = UpstreamTransport(4, MAX_BYTES)
+        limits = httpx2.Timeout(30.0, connect=30.0 if whole else 0.25)
+        url = f"http://127.0.0.1:{port}"
+        request = httpx2.Request("POST", url, extensions={"timeout": limits.as_dict()})
+        try:
+            async with asyncio.timeout(0.25 if whole else 30.0):
+                await transport.handle_async_request(request)
+        except httpx2.ConnectTimeout as error:
+            return cause_of(error)
+        except TimeoutError as error:
+            return cause_of(error.__cause__)
+        finally:
+            await transport.aclose()
+        return None
+
+    # The listener never accepts, and its backlog is full: the next connection hangs.
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
         port = full.getsockname()[1]
         waiting = [socket.socket() for _ in range(3)]
@@ -107,18 +221,16 @@ def test_a_connection_that_is_not_taken_is_too_slow() -> None:
             one.settimeout(0)
             one.connect_ex(("127.0.0.1", port))
         try:
-            started = time.monotonic()
-            with pytest.raises(httpx2.TimeoutException):
-                ask(f"http://127.0.0.1:{port}")
-            assert time.monotonic() - started < 5
+            assert asyncio.run(main(port)) is Cause.CONNECT_TIMEOUT
         finally:
             for one in waiting:
                 one.close()
 
 
 def test_what_cannot_be_sent_is_our_own_fault(upstream: FakeUpstream) -> None:
-    with pytest.raises(httpx2.LocalProtocolError, match=r"^LocalProtocolError$"):
+    with pytest.raises(httpx2.LocalProtocolError, match=r"^LocalProtocolError$") as caught:
         ask(upstream.url, Beta="a\r\nInjected: b")
+    assert cause_of(caught.value) is Cause.PROTOCOL
     assert not upstream.requests
 
 

@@ -1,4 +1,4 @@
-"""Equal calls share one; deadlines, leaving and errors are each caller's own."""
+"""Equal calls share one call to the upstream; each caller has a deadline of their own and may leave."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from service.cache.coalescing import Flights
+from service.cache.coalescing import Coalescing, NoCoalescing
 from service.errors import UpstreamError, UpstreamTimeoutError
 from service.upstream.errors import timed_out
 from service.upstream.messages import Completion, Reply
@@ -18,11 +18,11 @@ REPLY = Reply(b"{}", Completion("text", "demo", cost=1.0))
 
 
 class Bench:
-    """Flights in a task group, with a clock that the test moves."""
+    """Coalescing in a task group, with a clock that the test moves."""
 
     def __init__(self, tasks: asyncio.TaskGroup) -> None:
         self.clock = FakeClock()
-        self.flights = Flights(tasks.create_task)
+        self.coalescing = Coalescing(tasks.create_task)
         self.gate = asyncio.Event()
         self.started = 0
         self.stopped = 0
@@ -41,10 +41,10 @@ class Bench:
 
     def join(self, limit_s: float = 30.0) -> asyncio.Task[tuple[Reply, bool]]:
         deadline = Deadline.after(limit_s, clock=self.clock)
-        return asyncio.create_task(self.flights.share("x", deadline, Progress(), self.work))
+        return asyncio.create_task(self.coalescing.share("x", deadline, Progress(), self.work))
 
 
-def played(scene: Callable[[Bench], Coroutine[Any, Any, None]]) -> None:
+def run(scene: Callable[[Bench], Coroutine[Any, Any, None]]) -> None:
     async def play() -> None:
         async with asyncio.TaskGroup() as tasks:
             await scene(Bench(tasks))
@@ -57,19 +57,19 @@ async def turns(number: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-def test_one_works_and_pays() -> None:
+def test_one_caller_works_and_is_billed() -> None:
     async def scene(bench: Bench) -> None:
         joined = [bench.join() for _ in range(5)]
         await turns()
         bench.gate.set()
-        assert [pays for _, pays in await asyncio.gather(*joined)] == [True, *[False] * 4]
+        assert [billed for _, billed in await asyncio.gather(*joined)] == [True, *[False] * 4]
         assert bench.started == 1
-        assert "x" not in bench.flights
+        assert not bench.coalescing.in_flight("x")
 
-    played(scene)
+    run(scene)
 
 
-def test_who_is_next_pays_when_the_first_has_left() -> None:
+def test_the_next_caller_is_billed_when_the_leader_has_left() -> None:
     async def scene(bench: Bench) -> None:
         joined = [bench.join() for _ in range(4)]
         await turns()
@@ -77,13 +77,13 @@ def test_who_is_next_pays_when_the_first_has_left() -> None:
         await turns()
         bench.gate.set()
         answers = await asyncio.gather(*joined[1:])
-        assert [pays for _, pays in answers] == [True, False, False]
+        assert [billed for _, billed in answers] == [True, False, False]
         assert (bench.started, bench.stopped) == (1, 0)
 
-    played(scene)
+    run(scene)
 
 
-def test_the_work_stops_when_nobody_waits_and_a_newcomer_begins_anew() -> None:
+def test_the_work_is_cancelled_when_nobody_waits_and_made_again_for_a_new_caller() -> None:
     async def scene(bench: Bench) -> None:
         joined = [bench.join() for _ in range(3)]
         await turns()
@@ -91,17 +91,17 @@ def test_the_work_stops_when_nobody_waits_and_a_newcomer_begins_anew() -> None:
             task.cancel()
         await turns(10)
         assert bench.stopped == 1
-        assert "x" not in bench.flights
+        assert not bench.coalescing.in_flight("x")
         again = bench.join()
         await turns()
         bench.gate.set()
         assert (await again)[1] is True
         assert bench.started == 2
 
-    played(scene)
+    run(scene)
 
 
-def test_an_error_is_everybodys() -> None:
+def test_an_error_reaches_all_callers() -> None:
     async def scene(bench: Bench) -> None:
         bench.errors = [UpstreamError(label="broken")]
         joined = [bench.join() for _ in range(3)]
@@ -111,10 +111,10 @@ def test_an_error_is_everybodys() -> None:
             assert isinstance(result, UpstreamError)
         assert bench.started == 1
 
-    played(scene)
+    run(scene)
 
 
-def test_an_error_that_nobody_waits_for_is_nobodys() -> None:
+def test_an_error_that_nobody_waits_for_is_not_reported() -> None:
     async def scene(bench: Bench) -> None:
         joined = bench.join()
         await turns()
@@ -123,10 +123,10 @@ def test_an_error_that_nobody_waits_for_is_nobodys() -> None:
         joined.cancel()
         await turns()
 
-    played(scene)
+    run(scene)
 
 
-def test_who_has_more_time_than_the_first_goes_on_alone() -> None:
+def test_a_follower_with_more_time_than_the_leader_tries_again() -> None:
     async def scene(bench: Bench) -> None:
         first = bench.join(limit_s=1)
         await turns()
@@ -140,10 +140,10 @@ def test_who_has_more_time_than_the_first_goes_on_alone() -> None:
         assert (await second)[1] is True
         assert bench.started == 2
 
-    played(scene)
+    run(scene)
 
 
-def test_who_has_less_time_than_the_first_leaves_at_their_own_deadline() -> None:
+def test_a_follower_with_less_time_than_the_leader_leaves_at_its_own_deadline() -> None:
     async def scene(bench: Bench) -> None:
         first = bench.join()
         await turns()
@@ -153,4 +153,17 @@ def test_who_has_less_time_than_the_first_leaves_at_their_own_deadline() -> None
         bench.gate.set()
         assert (await first)[0] == REPLY
 
-    played(scene)
+    run(scene)
+
+
+def test_without_coalescing_each_caller_works_and_is_billed() -> None:
+    async def scene(bench: Bench) -> None:
+        coalescing = NoCoalescing()
+        bench.gate.set()
+        deadline = Deadline.after(30, clock=bench.clock)
+        made = [coalescing.share("x", deadline, Progress(), bench.work) for _ in range(2)]
+        assert not coalescing.in_flight("x")
+        assert await asyncio.gather(*made) == [(REPLY, True), (REPLY, True)]
+        assert bench.started == 2
+
+    run(scene)
