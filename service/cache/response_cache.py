@@ -202,13 +202,13 @@ class ResponseCache:
         in_flight: Callable[[str], bool],
     ) -> Lookup:
         """Look in memory, then in the store, then by meaning where that is on; as ``AnswerCache`` says."""
-        started_s = self._clock()
         slot = self._slot(request, user, control)
         if slot is None or not control.read:
             self._instruments.cache_lookups.add(1, {"kind": "exact", "result": "bypass"})
             self.results["bypass"] += 1
             return Lookup(slot=slot)
         key = slot.key
+        started_s = self._clock()
         with self._tracer.start_as_current_span(
             names.SPAN_CACHE_LOOKUP, record_exception=False, set_status_on_exception=False
         ) as span:
