@@ -1,4 +1,4 @@
-"""The few HTTP calls of the demo, to this machine only and past any proxy."""
+"""The HTTP calls of the demo: to the loopback address only, without a proxy."""
 
 import json
 import shlex
@@ -11,18 +11,18 @@ from deploy.child import DemoError
 HOST: Final = "127.0.0.1"
 PROMPT: Final = "Say hello in one sentence."
 
-_TIMEOUT_S: Final = 60  # the service itself gives up on a model after 30
+_TIMEOUT_S: Final = 60  # longer than the service's own deadline of 30 s
 
 
 class Answer(NamedTuple):
-    """A decoded answer and the id that the service gave the request."""
+    """A decoded answer and its request id."""
 
     body: Any
     request_id: str
 
 
 def is_up(port: int, path: str) -> bool:
-    """Tell whether the path is answered with 200."""
+    """Return whether a GET of the path is answered with 200."""
     connection = HTTPConnection(HOST, port, timeout=5)
     try:
         connection.request("GET", path)
@@ -45,7 +45,7 @@ def generate(port: int, token: str) -> Answer:
 
 
 def curl_line(port: int, token: str) -> str:
-    """Return the same call as one line for a shell."""
+    """Return the same call as a shell command."""
     return shlex.join(
         [
             *("curl", "-si", f"http://{HOST}:{port}/llm/generate"),
@@ -57,7 +57,7 @@ def curl_line(port: int, token: str) -> str:
 
 
 def experiment_of(port: int, request_id: str) -> str | None:
-    """Return the MLflow experiment that has the call with this id; None while there is none."""
+    """Return the id of the MLflow experiment with this call, or None while MLflow does not have the call."""
     connection = HTTPConnection(HOST, port, timeout=_TIMEOUT_S)
     try:
         connection.request("GET", f"/api/3.0/mlflow/traces/tr-{request_id}")
@@ -74,7 +74,7 @@ def experiment_of(port: int, request_id: str) -> str | None:
 
 
 def trace_page(port: int, experiment: str, request_id: str) -> str:
-    """Return the address of MLflow's page that shows the call."""
+    """Return the URL of the call's record in MLflow."""
     return f"http://{HOST}:{port}/#/experiments/{experiment}/traces?selectedEvaluationId=tr-{request_id}"
 
 

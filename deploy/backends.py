@@ -1,7 +1,7 @@
-"""The real collector and the real Prometheus on this machine, with the files of `otel/`.
+"""Starts the collector and Prometheus on this machine, with the files of `otel/`.
 
-`make stack-test` and `make demo-stack` start them. What docker-compose.yml mounts is used as it stands,
-except for the addresses and folders of the containers.
+`make stack-test` and `make demo-stack` use it. The files are those that docker-compose.yml mounts; only the
+addresses and folders of the containers are replaced.
 """
 
 import shutil
@@ -25,7 +25,7 @@ _SCRAPED: Final = ("collector:8888", "localhost:9090", "tempo:3200", "loki:3100"
 
 @dataclass(frozen=True)
 class Ports:
-    """Where the two programs listen, on the loopback address."""
+    """The ports of the two programs on the loopback address."""
 
     grpc: int
     http: int
@@ -35,32 +35,32 @@ class Ports:
 
     @property
     def otlp(self) -> str:
-        """Where telemetry is sent to, by HTTP."""
+        """The collector's endpoint for OTLP/HTTP."""
         return f"http://{HOST}:{self.http}"
 
     @property
     def prometheus_url(self) -> str:
-        """The base of Prometheus's API and pages."""
+        """The base URL of Prometheus's API."""
         return f"http://{HOST}:{self.prometheus}"
 
 
 def with_addresses(text: str, addresses: Mapping[str, str]) -> str:
-    """Return a configuration with addresses replaced; nothing else in it changes.
+    """Return a configuration with addresses replaced and nothing else changed.
 
     Raises:
-        LookupError: One of the addresses is not in the text, so somebody renamed it.
+        LookupError: One of the addresses is not in the text: it was renamed.
     """
     for address in addresses:
         if address not in text:
-            raise LookupError(f"{address} does not stand in the configuration")
-    # The longest first, as one may begin another.
+            raise LookupError(f"{address} is not in the configuration")
+    # The longest first, because one address may be a prefix of another.
     for address in sorted(addresses, key=len, reverse=True):
         text = text.replace(address, addresses[address])
     return text
 
 
 def compose_command(service: str) -> list[str]:
-    """Return the arguments that docker-compose.yml starts the service with."""
+    """Return the arguments with which docker-compose.yml starts a service."""
     compose: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
     return [str(argument) for argument in compose["services"][service]["command"]]
 
@@ -71,10 +71,10 @@ def collector(
     """Start the collector.
 
     Args:
-        ports: Where it listens.
-        folder: Where its queues and its log are.
+        ports: The ports that it listens on.
+        folder: The folder of its queues and its log.
         backends: The variables of `otel/collector.yaml` that name Tempo, Loki and Prometheus.
-        overlays: Configurations over it.
+        overlays: Configurations that are merged over it.
     """
     return Child(
         "The collector",
@@ -95,11 +95,11 @@ def collector(
 
 
 def prometheus(ports: Ports, folder: Path) -> Child:
-    """Start Prometheus, with the rules, in the folder."""
+    """Start Prometheus with the rules; its data, configuration and log are in the folder."""
     scraped = {
         "collector:8888": f"{HOST}:{ports.metrics}",
         "localhost:9090": f"{HOST}:{ports.prometheus}",
-        # What is not here is scraped in vain, as it would be while it is down.
+        # Services that do not run here: scraping them fails, as it does while they are down.
         **dict.fromkeys(_SCRAPED[2:], f"{HOST}:9"),
     }
     configuration = with_addresses((OTEL / "prometheus.yaml").read_text(encoding="utf-8"), scraped)

@@ -1,4 +1,4 @@
-"""A process that the demo starts, watches and stops."""
+"""A child process with its log file."""
 
 import os
 import shlex
@@ -12,13 +12,13 @@ LAST_LINES: Final = 20
 
 
 class DemoError(Exception):
-    """What a person must be told when the demo cannot go on."""
+    """The reason why the demo cannot continue, for the person who runs it."""
 
 
 class Child:
-    """A running process with its output in a log file; leaving the context stops it.
+    """A running process whose output goes to a log file; leaving the context stops it.
 
-    It has a session of its own, so that a terminal's Ctrl-C reaches the demo alone, which stops it in turn.
+    It has a session of its own: Ctrl-C in the terminal reaches only the demo, which then stops the process.
     """
 
     def __init__(
@@ -47,26 +47,26 @@ class Child:
         self.stop()
 
     def wait(self, timeout_s: float) -> int:
-        """Return the process's status once it has ended, or raise subprocess.TimeoutExpired."""
+        """Wait for the process to end and return its exit status, or raise subprocess.TimeoutExpired."""
         return self._process.wait(timeout_s)
 
     def send(self, number: signal.Signals) -> None:
-        """Send it, and what it started, a signal."""
+        """Send a signal to the process and its children."""
         os.killpg(self._process.pid, number)
 
     def raise_if_ended(self) -> None:
-        """Raise DemoError, with the last lines of the log, when the process is gone."""
+        """Raise DemoError with the last lines of the log if the process has ended."""
         status = self._process.poll()
         if status is not None:
             raise DemoError(f"{self.name} ended with status {status}. {self.last_lines()}")
 
     def last_lines(self) -> str:
-        """Return the end of the log, under a heading that names the file."""
+        """Return the last lines of the log, below a heading with the file's name."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
         return "\n".join([f"The last lines of {self.log}:", *(f"  {line}" for line in lines)])
 
     def stop(self) -> None:
-        """Ask the process to stop; when the time limit passes, kill it and what it started."""
+        """Stop the process with SIGTERM; after the time limit, kill it and its children."""
         if self._process.poll() is not None:
             return
         self._process.terminate()

@@ -1,4 +1,4 @@
-"""`make demo`: the service, a real LiteLLM proxy, a real MLflow server, and one model call through all."""
+"""`make demo`: starts the service, a LiteLLM proxy and an MLflow server, and makes one model call."""
 
 import argparse
 import json
@@ -24,14 +24,14 @@ _SIGNALS: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _START_LIMIT_S: Final = 120
 _POLL_S: Final = 0.2
 _TRACE_LIMIT_S: Final = 20
-# LiteLLM and MLflow see no more of the caller's shell: a DATABASE_URL or NUM_WORKERS meant for others would
-# change them.
+# LiteLLM and MLflow inherit only these variables from the shell: a DATABASE_URL or NUM_WORKERS for another
+# program would change their behaviour.
 _INHERITED: Final = {"HOME", "LANG", "PATH", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"}
 _LITELLM_INHERITS_ENDING: Final = ("_API_KEY", "_PROXY", "_proxy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; return 0 when it did what it was asked or was told to stop, 1 when something failed."""
+    """Run the demo; return 0 after success or a stop signal, and 1 after a failure."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--once", action="store_true", help="stop after the one call")
     parser.add_argument("--port", type=int, help="the service's port, when free (default: PORT, or 8000)")
@@ -42,20 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DemoError as error:
         print(f"\nThe demo failed: {error}\nThe logs are in .demo/", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # whoever read the output is gone; what Python still holds for them goes nowhere
+    except BrokenPipeError:  # the reader of the output is gone; discard what Python has still buffered
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 
 
 def obey_signals() -> None:
-    """Let a signal end the demo by way of its context managers."""
+    """Install signal handlers that end the demo through its context managers."""
     for number in _SIGNALS:
         signal.signal(number, _leave)
 
 
 def _leave(*_: object) -> NoReturn:
-    """End the demo by way of its context managers, which stop the children; more signals change nothing."""
+    """Ignore further signals, and end the demo through its context managers, which stop the children."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise SystemExit(0)
@@ -64,12 +64,12 @@ def _leave(*_: object) -> NoReturn:
 def run(
     port: int | None, telemetry: Mapping[str, str], show_more: Callable[[str], None], *, once: bool
 ) -> None:
-    """Start it all, make the call, show it, and wait.
+    """Start all programs, make the call, show it, and wait.
 
     Args:
-        port: The service's, when free.
+        port: The preferred port of the service.
         telemetry: More variables for the service and LiteLLM; ``LITELLM_CONFIG`` names another configuration.
-        show_more: Called with the call's id.
+        show_more: Called with the request id of the call.
         once: Whether to stop after the one call.
     """
     if added := env_file.complete(ROOT / ".env"):
@@ -134,7 +134,7 @@ def _mlflow(settings: Mapping[str, str], port: int) -> Child:
         env={
             **{name: value for name, value in settings.items() if name in _INHERITED},
             "MLFLOW_DISABLE_TELEMETRY": "true",
-            # Its scheduler for evaluations: seven more processes that nothing here asks for.
+            # Without the scheduler of evaluations, which is seven more processes.
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         },
         log=LOGS / "mlflow.log",
@@ -155,12 +155,12 @@ def _service(settings: Mapping[str, str], telemetry: Mapping[str, str]) -> Child
             "HOST": HOST,
         },
         log=LOGS / "service.log",
-        stop_timeout_s=40,  # it may wait 30 seconds for the requests in flight
+        stop_timeout_s=40,  # it may wait 30 s for requests in progress
     )
 
 
 def litellm_environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return what LiteLLM may know: the keys, and the way out to the network."""
+    """Return LiteLLM's environment: API keys, proxies, and its own settings."""
     return {
         **{
             name: value
@@ -168,20 +168,20 @@ def litellm_environment(settings: Mapping[str, str]) -> dict[str, str]:
             if name in _INHERITED or name.endswith(_LITELLM_INHERITS_ENDING)
         },
         **_past_proxies(settings),
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # its own price list, not one fetched at each start
-        "LITELLM_MODE": "PRODUCTION",  # in its other mode it reads the .env above its own folder
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # the package's price list, without a download
+        "LITELLM_MODE": "PRODUCTION",  # in the other mode it reads the .env above its folder
     }
 
 
 def _past_proxies(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that keep calls to this machine off a proxy."""
+    """Return the variables that exempt the loopback address from proxies."""
     exceptions = settings.get("NO_PROXY") or settings.get("no_proxy")
     value = f"{exceptions},{HOST}" if exceptions else HOST
     return {"NO_PROXY": value, "no_proxy": value}
 
 
 def free_port(preferred: int) -> int:
-    """Return the preferred port of the loopback address or, when it is taken, a free one."""
+    """Return the preferred port of the loopback address, or an unused one if it is taken."""
     try:
         with socket.create_server((HOST, preferred)):
             return preferred
@@ -207,7 +207,7 @@ def _look_at(children: Sequence[Child]) -> None:
 
 
 def _show_one_call(port: int, password: str, log: Path) -> str:
-    """Make the call and show it; its request id."""
+    """Make the call, show it, and return its request id."""
     token = api.sign_in(port, "user", password)
     _say(f"\nA call that you can make, signed in as `user`:\n\n{api.curl_line(port, token)}")
     answer = api.generate(port, token)
@@ -218,7 +218,7 @@ def _show_one_call(port: int, password: str, log: Path) -> str:
 
 
 def _show_record(port: int, request_id: str) -> None:
-    """Show where MLflow has the call, once it has it: it is told after the answer."""
+    """Wait until MLflow has the record, which is sent after the answer, and show its URL."""
     limit = time.monotonic() + _TRACE_LIMIT_S
     while (experiment := api.experiment_of(port, request_id)) is None:
         if time.monotonic() > limit:
@@ -228,7 +228,7 @@ def _show_record(port: int, request_id: str) -> None:
 
 
 def _settled_log_lines(log: Path, request_id: str) -> list[str]:
-    """Return the request's lines once no more of them come: the last may be written after the answer."""
+    """Return the log lines of a request when no more arrive; the last may be written after the answer."""
     lines: list[str] = []
     for _ in range(10):
         earlier, lines = lines, log_lines(log, request_id)
@@ -239,7 +239,7 @@ def _settled_log_lines(log: Path, request_id: str) -> list[str]:
 
 
 def log_lines(log: Path, request_id: str) -> list[str]:
-    """Return the lines of a JSON log that belong to one request, as they stand in it."""
+    """Return the unchanged lines of a JSON log that belong to one request."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return [line for line in lines if _request_id(line) == request_id]
 

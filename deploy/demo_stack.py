@@ -1,7 +1,7 @@
-"""`make demo-stack`: the demo with the real collector and the real Prometheus of `otel/`, without Docker.
+"""`make demo-stack`: the demo with the collector and Prometheus of `otel/`, without Docker.
 
-Tempo, Loki and Grafana cannot be had as packages; what the collector would send to the first two goes to
-files.
+Tempo, Loki and Grafana do not exist as packages; the collector writes to files what it would send to the
+first two.
 """
 
 import argparse
@@ -31,11 +31,11 @@ service:
       exporters: [file/logs]
 """
 EXPORTS_S: Final = 15
-"""Longer than the batches of the service and of the collector take."""
+"""Longer than the batch intervals of the service and the collector together."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo with its telemetry; the status is as the demo's."""
+    """Run the demo with its telemetry; return the same status as the demo."""
     parser = argparse.ArgumentParser(prog="make demo-stack", description=__doc__)
     parser.add_argument("--once", action="store_true", help="stop after the one call")
     parser.add_argument("--port", type=int, help="the service's port, when free (default: PORT, or 8000)")
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _telemetry(ports: Ports) -> dict[str, str]:
-    """What service and LiteLLM get to know."""
+    """Return the variables for the service and LiteLLM."""
     return {
         "OTEL_EXPORTER_OTLP_ENDPOINT": ports.otlp,
         "OTEL_METRIC_EXPORT_INTERVAL": "5000",
@@ -71,8 +71,8 @@ def _telemetry(ports: Ports) -> dict[str, str]:
 
 
 def _show(ports: Ports, request_id: str) -> None:
-    """Say where to look."""
-    print("\nWaiting for the collector to pass on the log records", flush=True)
+    """Print where the telemetry of the call is."""
+    print("\nWaiting for the collector to export the log records", flush=True)
     end = time.monotonic() + EXPORTS_S
     while time.monotonic() < end and request_id not in _text(FOLDER / "logs.jsonl"):
         time.sleep(0.5)

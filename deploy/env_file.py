@@ -1,6 +1,6 @@
-"""The `.env` of the demo and of compose: made when absent, completed when it lacks a value, never rewritten.
+"""The `.env` of the demo and of compose: missing values are appended, existing ones are never changed.
 
-`python -m deploy.env_file` (`make env`) writes what docker-compose.yml does not start without.
+`python -m deploy.env_file` (`make env`) writes the values that docker-compose.yml requires.
 """
 
 import os
@@ -23,7 +23,7 @@ COMPOSE: Final[Mapping[str, Callable[[], str]]] = {
     "GRAFANA_ADMIN_PASSWORD": lambda: secrets.token_urlsafe(18),
     "COMPOSE_PROFILES": lambda: "full",
 }
-"""What compose needs beside; the profile is no secret, and stands here so that it can be changed."""
+"""The values that compose requires; the profile is not a secret, and is written so that it can be edited."""
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 
@@ -32,7 +32,7 @@ _QUOTED: Final = re.compile(r"""(['"])(.*?)\1""")
 
 
 def read(path: Path) -> dict[str, str]:
-    """Return the values that the file sets; none when it does not exist, and of a name set twice the last."""
+    """Return the values that the file sets, the last one of a repeated name; none if there is no file."""
     if not path.exists():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -42,9 +42,9 @@ def read(path: Path) -> dict[str, str]:
 def complete(
     path: Path, names: Mapping[str, Callable[[], str]] = REQUIRED, added_by: str = "make demo"
 ) -> list[str]:
-    """Append a new secret for each of these names that the file lacks or leaves empty; return those names.
+    """Append a new secret for each name that is missing or empty in the file, and return these names.
 
-    Whatever it writes to, it leaves readable by the owner alone.
+    A file that it writes is then readable by its owner only.
     """
     values = read(path)
     missing = [name for name in names if not values.get(name)]
@@ -69,7 +69,7 @@ def _append(path: Path, lines: list[str]) -> None:
 
 
 def main() -> int:
-    """Complete the file for compose, and say what was written."""
+    """Complete the file for compose, and print the names that were written."""
     added = complete(ROOT / ".env", COMPOSE, "make env")
     print(f"Wrote to .env: {', '.join(added)}" if added else ".env has all that compose needs")
     return 0

@@ -1,4 +1,4 @@
-"""Ports for programs that are started here and take some seconds until they listen."""
+"""Unused ports for programs that need some seconds to start before they listen."""
 
 import random
 import socket
@@ -6,20 +6,20 @@ import socket
 from deploy.api import HOST
 
 FIRST, LAST = 15_000, 32_000
-"""Below the ports that systems hand out to connections (Linux from 32768, others from 49152): one of those
-could be taken by anybody's connection before the program listens."""
+"""Below the ephemeral ports (Linux from 32768, others from 49152): an outgoing connection could take one of
+those before the program listens."""
 
 TRIES = 100
 
 
 def unused_port() -> int:
-    """A port of the loopback address that nobody has at the moment.
+    """Return a port of the loopback address that is not in use.
 
     Raises:
-        OSError: None was found.
+        OSError: No unused port was found.
     """
     for _ in range(TRIES):
-        port = random.randint(FIRST, LAST)  # noqa: S311 - two who look at the same time should not meet
+        port = random.randint(FIRST, LAST)  # noqa: S311 - so that two searches at the same time rarely collide
         with socket.socket() as probe:
             try:
                 probe.bind((HOST, port))

@@ -1,4 +1,4 @@
-"""`python -m grafana` writes dashboards and the table of signals; a test keeps both as generated."""
+"""`python -m grafana` writes the dashboards and the list of signals; a test compares both with the code."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ BOARDS: Final[tuple[Board, ...]] = (service, dependencies, llm, telemetry)
 
 
 def generated() -> dict[str, str]:
-    """Return each dashboard's file name and text."""
+    """Return the file name and the content of each dashboard."""
     return {
         f"{board.__name__}.json": json.dumps(board(), cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
         for board in BOARDS

@@ -1,4 +1,4 @@
-"""Whose fault is it? Callers, us, or what we depend on; and what the resilience layers do about it."""
+"""The dashboard "Whose fault is it?": errors by responsible party, and what retries and breakers do."""
 
 from typing import Final
 
@@ -7,8 +7,8 @@ from grafana_foundation_sdk.models import dashboard
 from grafana.panels import (
     FULL,
     RED_FROM_ONE,
+    PanelText,
     Query,
-    Words,
     graph,
     increase,
     log_lines,
@@ -38,17 +38,15 @@ def _errors_of(party: str) -> Query:
 
 
 def dependencies() -> dashboard.Dashboard:
-    """Whose fault is it: errors by party, attempts, breaker, health, cache."""
+    """Return the dashboard: errors by party, attempts, breakers, health, cache."""
     fault = [
         graph(
-            Words(
+            PanelText(
                 "Whose fault",
-                "Failed requests per second by whose fault they are: callers' mistakes, the upstream (an"
-                " open breaker"
-                " included), or us.",
-                "“the upstream”: the breaker and attempts below; “us”: the log at the end of the page;"
-                " “callers”: tell"
-                " them, by the error's name.",
+                "Failed requests per second by responsible party: callers, the upstream (an open breaker "
+                "included), or the service (“us”).",
+                "“the upstream”: see the breaker and the attempts below; “us”: see the log at the end of "
+                "the page; “callers”: tell them the error's name.",
             ),
             [_errors_of(party) for party in PARTIES],
             unit="reqps",
@@ -56,12 +54,12 @@ def dependencies() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Attempts by what came after",
-                "Attempts at the model's side per second: answered, retried, or given up, and why.",
-                "“exhausted” and “deadline” reach callers; “budget” means that so many calls fail that"
-                " retrying them all"
-                " would only add load.",
+                "Attempts at the upstream per second by outcome: answered, retried, or given up with the "
+                "reason.",
+                "“exhausted” and “deadline” reach callers; “budget” means that so many calls fail that "
+                "retrying all of them would only add load.",
             ),
             [
                 Query(
@@ -77,13 +75,11 @@ def dependencies() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Failed attempts by error",
-                "Attempts that failed, per second, by error; a call with three failed attempts counts"
-                " three times.",
-                "UpstreamTimeoutError: no answer or no connection; UpstreamError: 5xx, nonsense, or our"
-                " key refused;"
-                " RateLimitError: the provider's limit.",
+                "Failed attempts per second by error. A call with three failed attempts counts three times.",
+                "UpstreamTimeoutError: no answer or no connection; UpstreamError: a 5xx, an invalid "
+                "answer, or our key is refused; RateLimitError: the provider's limit.",
             ),
             [
                 Query(
@@ -98,11 +94,10 @@ def dependencies() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         number(
-            Words(
+            PanelText(
                 "Attempts per call",
-                "Attempts divided by calls that ended; 1 when nothing has to be retried.",
-                "above 1.2 the retry budget is about to say no: find out what fails in “Failed attempts by"
-                " error”.",
+                "Attempts divided by completed calls; 1 means that nothing is retried.",
+                "above 1.2 the retry budget is nearly used up: see “Failed attempts by error”.",
             ),
             Query(
                 f"sum({increase(value(names.RETRY_ATTEMPTS))})"
@@ -115,10 +110,10 @@ def dependencies() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         number(
-            Words(
+            PanelText(
                 "Turned away by the breaker",
-                "Attempts that an open breaker answered at once.",
-                "each is a caller who got CircuitOpenError; the timeline below shows since when.",
+                "Attempts that an open breaker rejected immediately.",
+                "each one is a caller who got CircuitOpenError; the timeline below shows since when.",
             ),
             Query(zeroed(f"sum({increase(value(names.BREAKER_REJECTIONS))})"), ""),
             unit="short",
@@ -132,11 +127,11 @@ def dependencies() -> dashboard.Dashboard:
     half_open = value(names.BREAKER_STATE, state="half_open")
     states = [
         timeline(
-            Words(
+            PanelText(
                 "Breakers",
-                "Each breaker's state, that of the worst process: closed, half open (one call tries), open.",
-                "open: what is behind it fails five times in a row; look at its health below, then at its"
-                " own logs.",
+                "The state of each breaker, in the worst process: closed, half-open (one probe), open.",
+                "an open breaker's dependency failed several times in a row: look at its health below, "
+                "then at its logs.",
             ),
             Query(
                 f"max by ({breaker}) (2 * {state_open} + ignoring (state) {half_open})",
@@ -146,10 +141,10 @@ def dependencies() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         timeline(
-            Words(
+            PanelText(
                 "Dependencies",
-                "What the background checks found, that of the worst process.",
-                "litellm: no call works; qdrant: calls work without a cache; mlflow: records wait on disk.",
+                "The result of the background health checks, in the worst process.",
+                "litellm: no call works; qdrant: calls work without the cache; mlflow: records wait on disk.",
             ),
             Query(
                 f"min by ({by(names.HEALTH_STATUS, 'dependency')}) ({value(names.HEALTH_STATUS)})",
@@ -159,12 +154,11 @@ def dependencies() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Changes of the breakers",
-                "How often each breaker changed to a state, within the window of the graph.",
-                "a breaker that opens and closes all the time has a flapping upstream behind it, or a"
-                " threshold that"
-                " is too low.",
+                "State changes of each breaker, within the interval of the graph.",
+                "a breaker that opens and closes all the time has an unstable upstream, or a threshold "
+                "that is too low.",
             ),
             [
                 Query(
@@ -179,11 +173,11 @@ def dependencies() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Health checks",
-                "How long checks take (p95), and how old the oldest result is.",
-                "a check near HEALTH_TIMEOUT_S is about to fail; an age above HEALTH_TTL_S means that"
-                " nobody checks.",
+                "Duration of the checks (p95), and the age of the oldest result.",
+                "a check near HEALTH_TIMEOUT_S is about to fail; an age above HEALTH_TTL_S means that the "
+                "checks do not run.",
             ),
             [
                 Query(
@@ -205,10 +199,10 @@ def dependencies() -> dashboard.Dashboard:
     ]
     behind = [
         graph(
-            Words(
+            PanelText(
                 "Attempts at the model: p95",
-                "How long single attempts take, failed ones included, by operation.",
-                "slow here is slow at LiteLLM or the provider: the trace goes on in LiteLLM's own spans.",
+                "Duration of single attempts, failed ones included, by operation.",
+                "LiteLLM or the provider is slow: LiteLLM's own spans in the trace show which.",
             ),
             [
                 Query(
@@ -223,11 +217,11 @@ def dependencies() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "HTTP behind us",
-                "Requests to LiteLLM and Qdrant that were answered, per second, by host and status.",
-                "a status of LiteLLM's that callers do not see was retried; 401 and 403 mean that our key"
-                " is refused.",
+                "Answered requests to LiteLLM and Qdrant per second, by host and status code.",
+                "a status of LiteLLM that callers do not see was retried; 401 and 403 mean that our key is "
+                "refused.",
             ),
             [
                 Query(
@@ -242,11 +236,11 @@ def dependencies() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Cache look-ups",
-                "Look-ups per second by how they ended. An error is no failed call: the model is asked"
-                " instead.",
-                "“error”: look at qdrant above; fewer hits after a release: the key changed.",
+                "Cache look-ups per second by result. An error does not fail the call: the model is called "
+                "instead.",
+                "“error”: see qdrant above; fewer hits after a release: the cache key changed.",
             ),
             [
                 Query(
@@ -261,10 +255,10 @@ def dependencies() -> dashboard.Dashboard:
             links=[("What it saves", "/d/llmops-llm?${__url_time_range}&${service:queryparam}")],
         ),
         graph(
-            Words(
+            PanelText(
                 "Cache look-up time",
-                "How long look-ups take (p95), by kind.",
-                "every call pays this first: near QDRANT_TIMEOUT_S the cache costs more than it saves.",
+                "Duration of look-ups (p95), by kind.",
+                "every call waits for its look-up: near CACHE_TIMEOUT_S the cache costs more than it saves.",
             ),
             [
                 Query(
@@ -279,11 +273,10 @@ def dependencies() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Cache writes",
-                "Answers on their way into the store, per second: stored, dropped because too many waited,"
-                " or failed.",
-                "“failed”: look at qdrant above; “dropped”: the store is slower than the answers come.",
+                "Writes to the store per second: stored, dropped because the queue was full, or failed.",
+                "“failed”: see qdrant above; “dropped”: the store is slower than the rate of new answers.",
             ),
             [
                 Query(
@@ -299,20 +292,21 @@ def dependencies() -> dashboard.Dashboard:
     ]
     evidence = [
         traces(
-            Words(
+            PanelText(
                 "Retried, or touched by the breaker",
-                "Traces with a retry or breaker event; all of them are kept.",
-                "open one: each attempt is a span, and the events between them say why the next came.",
+                "Traces with a retry or breaker event. The collector keeps all of them.",
+                "open one: each attempt is a span, and the events between them give the reason for the "
+                "next attempt.",
             ),
             '{resource.service.name=~"$service" && event:name=~"llmops\\\\.(retry|circuit_breaker)\\\\..*"}',
             width=FULL,
             links=[SERVICE_PAGE],
         ),
         log_lines(
-            Words(
+            PanelText(
                 "What the resilience layers said",
-                "Retries, breaker and health changes in the order in which they happened.",
-                "find the first `llmops.health.changed` or `state_changed`: what came after follows from it.",
+                "Log records of retries, breaker and health changes, newest first.",
+                "find the first `llmops.health.changed` or `state_changed`: later events follow from it.",
             ),
             '{service_name=~"$service"}'
             ' | event_name=~"llmops\\\\.(retry|circuit_breaker|health|cache)\\\\..*"',
@@ -322,11 +316,11 @@ def dependencies() -> dashboard.Dashboard:
     return page(
         "llmops-dependencies",
         "Dependencies & resilience: whose fault is it?",
-        "Errors by whose fault they are; attempts, breakers, health, and what is behind the service.",
+        "Errors by responsible party, attempts, breakers, health, and the services behind this one.",
         [
             ("Whose fault", fault),
             ("State", states),
-            ("Behind us", behind),
+            ("LiteLLM and the cache", behind),
             ("Evidence", evidence),
         ],
     )

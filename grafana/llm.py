@@ -1,4 +1,4 @@
-"""What does it cost, and what do the models do? Calls, tokens, money, speed, and what the cache saves."""
+"""The dashboard "What does it cost?": calls, tokens, cost, latency, and the savings of the cache."""
 
 from typing import Final
 
@@ -7,8 +7,8 @@ from grafana_foundation_sdk.models import dashboard
 from grafana.panels import (
     QUARTER,
     THIRD,
+    PanelText,
     Query,
-    Words,
     graph,
     increase,
     number,
@@ -33,13 +33,13 @@ _DURATION: Final = f"llmops:gen_ai_duration_seconds_bucket:rate5m{{{SERVICE}}}"
 
 
 def llm() -> dashboard.Dashboard:
-    """What it costs: calls, tokens and money by model, speed by model, what the cache saves."""
+    """Return the dashboard: calls, tokens, cost and latency by model, savings of the cache."""
     sums = [
         number(
-            Words(
+            PanelText(
                 "Calls",
-                "Model calls that ended, answers from the cache and failed ones included.",
-                "it is never red; a drop to 0 at a busy hour is an outage in front of the service.",
+                "Completed model calls, with cached and failed ones.",
+                "this panel is never red; a drop to 0 at a busy hour is an outage in front of the service.",
             ),
             Query(zeroed(f"sum({increase(value(names.LLM_CALLS))})"), ""),
             unit="short",
@@ -47,9 +47,9 @@ def llm() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         number(
-            Words(
+            PanelText(
                 "Cost",
-                "What the calls cost, as LiteLLM reports it. A model without a price counts as nothing.",
+                "The cost of the calls, as LiteLLM reports it. A model without a price costs 0.",
                 "find the model in “Cost by model”, then its callers in MLflow.",
             ),
             Query(zeroed(f"sum({increase(value(names.LLM_COST))})"), ""),
@@ -58,11 +58,10 @@ def llm() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         number(
-            Words(
+            PanelText(
                 "Hits of the cache",
-                "The share of look-ups that were answered from the cache; those that callers declined are"
-                " left out.",
-                "0 with traffic: Qdrant is down (see “Whose fault is it?”), or the requests never repeat.",
+                "The share of look-ups that found an answer. Look-ups that callers declined are left out.",
+                "0 with traffic: Qdrant is down (see “Whose fault is it?”), or no request repeats.",
             ),
             Query(
                 f"sum({increase(value(names.CACHE_LOOKUPS, result='hit'))})"
@@ -75,10 +74,11 @@ def llm() -> dashboard.Dashboard:
             links=[DEPENDENCIES],
         ),
         number(
-            Words(
+            PanelText(
                 "Saved",
-                "What the answers from the cache had cost when a model made them.",
-                "compare with the cost beside it: a cache that saves nothing costs a look-up for each call.",
+                "The original cost of the answers that came from the cache.",
+                "compare with the cost beside it: a cache that saves nothing still costs a look-up for "
+                "each call.",
             ),
             Query(zeroed(f"sum({increase(value(names.CACHE_SAVED_COST))})"), ""),
             unit="currencyUSD",
@@ -86,10 +86,10 @@ def llm() -> dashboard.Dashboard:
             links=[DEPENDENCIES],
         ),
         number(
-            Words(
+            PanelText(
                 "Tokens saved",
-                "Tokens that the cache answered for, and nobody paid for again.",
-                "as for the hits: few hits, few tokens.",
+                "Tokens of the answers that came from the cache.",
+                "as for the hit ratio: few hits save few tokens.",
             ),
             Query(zeroed(f"sum({increase(value(names.CACHE_SAVED_TOKENS))})"), ""),
             unit="short",
@@ -99,11 +99,11 @@ def llm() -> dashboard.Dashboard:
     ]
     calls = [
         graph(
-            Words(
+            PanelText(
                 "Calls by how they ended",
-                "Model calls per second: answered, from the cache, failed, or left by the caller.",
-                "“error”: “Whose fault is it?”; “cancelled” rises: callers lose patience, see the time to"
-                " first piece.",
+                "Model calls per second by outcome: success, cached, error, cancelled by the caller.",
+                "“error”: see “Whose fault is it?”; more “cancelled”: callers do not wait, see the time to "
+                "first piece.",
             ),
             [
                 Query(
@@ -117,10 +117,10 @@ def llm() -> dashboard.Dashboard:
             links=[DEPENDENCIES],
         ),
         graph(
-            Words(
+            PanelText(
                 "Calls by model",
-                "Model calls per second by model; names that LiteLLM does not list count as `other`.",
-                "a model that nobody should use: its callers are in MLflow.",
+                "Model calls per second by model. Names that LiteLLM does not list count as `other`.",
+                "an unexpected model: MLflow has its callers.",
             ),
             [
                 Query(
@@ -134,10 +134,10 @@ def llm() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Errors by model",
                 "Failed model calls per second by model and error.",
-                "one model only: its provider; all of them: LiteLLM or the network.",
+                "only one model: its provider; all models: LiteLLM or the network.",
             ),
             [
                 Query(
@@ -155,10 +155,10 @@ def llm() -> dashboard.Dashboard:
     ]
     money = [
         graph(
-            Words(
+            PanelText(
                 "Tokens by model: input",
-                "Tokens that went to the models, per second.",
-                "a jump without more calls: somebody sends longer prompts.",
+                "Tokens sent to the models, per second.",
+                "a jump without more calls: someone sends longer prompts.",
             ),
             [Query(zeroed(f"sum by ({label(MODEL)}) ({_INPUT})"), "{{gen_ai_request_model}}")],
             unit="short",
@@ -166,10 +166,10 @@ def llm() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Tokens by model: output",
-                "Tokens that the models answered with, per second.",
-                "a jump without more calls: longer answers, and a higher bill; see `max_tokens`.",
+                "Tokens received from the models, per second.",
+                "a jump without more calls: longer answers and a higher bill; see `max_tokens`.",
             ),
             [Query(zeroed(f"sum by ({label(MODEL)}) ({_OUTPUT})"), "{{gen_ai_request_model}}")],
             unit="short",
@@ -177,10 +177,10 @@ def llm() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Cost by model",
                 "Dollars per hour, by model.",
-                "compare with the tokens: more tokens, or a dearer model?",
+                "compare with the tokens: more tokens, or a more expensive model.",
             ),
             [
                 Query(
@@ -195,10 +195,10 @@ def llm() -> dashboard.Dashboard:
     ]
     speed = [
         graph(
-            Words(
+            PanelText(
                 "Attempts by model: p95",
-                "How long attempts take at each model, to the last byte.",
-                "one model only: its provider is slow; all: LiteLLM, or the network to it.",
+                "Duration of attempts by model, to the last byte.",
+                "only one model: its provider is slow; all models: LiteLLM or the network to it.",
             ),
             [
                 Query(
@@ -211,10 +211,10 @@ def llm() -> dashboard.Dashboard:
             links=[DEPENDENCIES],
         ),
         graph(
-            Words(
+            PanelText(
                 "Time to first piece by model: p95",
-                "Streamed calls: from the request to the first piece, by model.",
-                "callers of chats feel this more than anything else; a smaller model answers sooner.",
+                "Streamed calls: time from the request to the first chunk, by model.",
+                "users of chats notice this most; a smaller model answers sooner.",
             ),
             [
                 Query(
@@ -231,11 +231,11 @@ def llm() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Likeness of semantic hits",
-                "The middle of how like the nearest entry was to what was asked; only with the semantic"
-                " cache on.",
-                "near the threshold: answers may not fit; raise it, or switch the semantic look-up off.",
+                "Median similarity of semantic hits. Empty while the semantic cache is off.",
+                "near the threshold answers may not fit: raise CACHE_SIMILARITY, or switch the semantic "
+                "look-up off.",
             ),
             [
                 Query(
@@ -250,10 +250,10 @@ def llm() -> dashboard.Dashboard:
             links=[DEPENDENCIES],
         ),
         graph(
-            Words(
+            PanelText(
                 "Saved by the cache",
-                "Tokens per second that the cache answered for, by kind of look-up.",
-                "it fell, and the calls did not: the cache was cleared, is down, or the requests changed.",
+                "Tokens per second of answers from the cache, by kind of look-up.",
+                "a drop without fewer calls: the cache was cleared, is down, or the requests changed.",
             ),
             [
                 Query(
@@ -271,10 +271,10 @@ def llm() -> dashboard.Dashboard:
     ]
     evidence = [
         traces(
-            Words(
+            PanelText(
                 "Model calls",
-                "The newest traces with a call of a model; a click on an id opens it.",
-                "its page in MLflow (link in the trace's logs) has tokens, cost and user.",
+                "The newest traces with a model call; click an id to open one.",
+                "the record in MLflow, linked in the trace's logs, has tokens, cost and user.",
             ),
             '{resource.service.name=~"$service" && span.gen_ai.operation.name != nil && kind=client}',
             links=[SERVICE_PAGE],
@@ -283,12 +283,12 @@ def llm() -> dashboard.Dashboard:
     return page(
         "llmops-llm",
         "LLM: what does it cost?",
-        "Calls, tokens and money by model; speed; what the cache saves.",
+        "Calls, tokens, cost and latency by model, and the savings of the cache.",
         [
-            ("Sums", sums),
+            ("Totals", sums),
             ("Calls", calls),
-            ("Tokens and money", money),
-            ("Speed and cache", speed),
+            ("Tokens and cost", money),
+            ("Latency and cache", speed),
             ("Evidence", evidence),
         ],
     )

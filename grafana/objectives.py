@@ -1,6 +1,6 @@
-"""The service level objectives: what counts, how much of it, over which time.
+"""The service level objectives: their targets, window and routes.
 
-The rules in `otel/rules/` and the collector's tail sampling have the same numbers; tests hold them together.
+The rules in `otel/rules/` and the collector's tail sampling repeat these numbers; tests compare them.
 """
 
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ SLOW_S: Final = 10
 """Seconds within which a model call should be answered; a bucket bound of `http.server.request.duration`."""
 
 NOT_SERVED: Final = "/|/docs.*|/openapi.json|/health.*"
-"""Routes that are no part of the objective: probes and documentation."""
+"""Routes outside the objectives: probes and documentation."""
 
 CALLS: Final = "/llm/generate|/v1/chat/completions|/v1/embeddings"
-"""Routes on which a model is asked."""
+"""Routes that call a model."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One objective; its recorded ratio of failures is ``llmops:<name>:error_ratio_rate<window>``."""
+    """One objective; ``llmops:<name>:error_ratio_rate<window>`` is its recorded ratio of failures."""
 
     name: str
     target: float
 
     @property
     def budget(self) -> float:
-        """The share that may fail."""
+        """The share of requests that may fail."""
         return round(1 - self.target, 6)
 
     def ratio(self, window: str) -> str:
-        """The recorded share that failed over a window."""
+        """Return the name of the recorded share of failures over a window."""
         return f"llmops:{self.name}:error_ratio_rate{window}"
 
 

@@ -1,6 +1,6 @@
-"""How a panel looks here: a unit, what it shows, what to do when it is red, a zero where there is nothing.
+"""The kinds of panels. Each has a unit, a description with what to do when red, and 0 instead of no data.
 
-Datasources are named by the uids of `provisioning/datasources/`.
+Datasources are named by the uids in `provisioning/datasources/`.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ Links = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Query:
-    """One query: PromQL, and what its series are called."""
+    """One PromQL query, and the legend of its series."""
 
     expr: str
     legend: str
@@ -42,8 +42,8 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Words:
-    """What a person reads: the title, one sentence on what is shown, and what to do when it is red."""
+class PanelText:
+    """A panel's title, what it shows, and what to do when it is red."""
 
     title: str
     shows: str
@@ -56,7 +56,7 @@ class Words:
 
 
 def zeroed(expr: str) -> str:
-    """Return a query that is 0 where it would be empty: on a healthy fresh system a zero is a zero."""
+    """Return a query that yields 0 instead of no series, so that panels of a new system are not empty."""
     return f"{expr} or on () vector(0)"
 
 
@@ -66,12 +66,12 @@ def rate(selector: str) -> str:
 
 
 def increase(selector: str) -> str:
-    """Return the increase over what the dashboard shows."""
+    """Return the increase over the time range of the dashboard."""
     return f"increase({selector}[$__range])"
 
 
 def steps(*values: tuple[float | None, str]) -> builders.ThresholdsConfig:
-    """Return thresholds: a colour from each value on."""
+    """Return thresholds; each colour applies from its value upwards."""
     return (
         builders.ThresholdsConfig()
         .mode(dashboard.ThresholdsMode.ABSOLUTE)
@@ -102,18 +102,14 @@ def _links(links: Links) -> list[Any]:
     return [builders.DashboardLink(title).url(url).target_blank(target_blank=False) for title, url in links]
 
 
-def _dressed(panel: Any, words: Words, links: Links, width: int, height: int) -> Any:  # noqa: ANN401 - each kind of panel has a builder of its own
+def _labelled(panel: Any, text: PanelText, links: Links, width: int, height: int) -> Any:  # noqa: ANN401 - each kind of panel has its own builder
     return (
-        panel.title(words.title)
-        .description(words.description)
-        .span(width)
-        .height(height)
-        .links(_links(links))
+        panel.title(text.title).description(text.description).span(width).height(height).links(_links(links))
     )
 
 
 def number(
-    words: Words,
+    text: PanelText,
     query: Query,
     *,
     unit: str,
@@ -122,8 +118,8 @@ def number(
     width: int = QUARTER,
     links: Links = (),
 ) -> stat.Panel:
-    """One number over the time that the dashboard shows."""
-    panel: stat.Panel = _dressed(stat.Panel(), words, links, width, LOW)
+    """Return a panel with one number over the time range of the dashboard."""
+    panel: stat.Panel = _labelled(stat.Panel(), text, links, width, LOW)
     panel = (
         panel.datasource(PROMETHEUS)
         .targets(_targets([query], instant=True))
@@ -138,7 +134,7 @@ def number(
 
 
 def graph(
-    words: Words,
+    text: PanelText,
     queries: Sequence[Query],
     *,
     unit: str,
@@ -147,8 +143,8 @@ def graph(
     thresholds: Sequence[tuple[float | None, str]] = (),
     links: Links = (),
 ) -> timeseries.Panel:
-    """Lines over time."""
-    panel: timeseries.Panel = _dressed(timeseries.Panel(), words, links, width, TALL)
+    """Return a panel with lines over time."""
+    panel: timeseries.Panel = _labelled(timeseries.Panel(), text, links, width, TALL)
     panel = (
         panel.datasource(PROMETHEUS)
         .targets(_targets(queries, instant=False))
@@ -176,15 +172,15 @@ def graph(
 
 
 def timeline(
-    words: Words,
+    text: PanelText,
     query: Query,
     states: Sequence[tuple[int, str, str]],
     *,
     width: int = HALF,
     links: Links = (),
 ) -> statetimeline.Panel:
-    """States over time; each state is a value, its name and its colour."""
-    panel: statetimeline.Panel = _dressed(statetimeline.Panel(), words, links, width, TALL)
+    """Return a panel with states over time; each state is a value, its name and its colour."""
+    panel: statetimeline.Panel = _labelled(statetimeline.Panel(), text, links, width, TALL)
     mapping = dashboard.ValueMap(
         options={
             str(value): dashboard.ValueMappingResult(text=text, color=color, index=index)
@@ -202,9 +198,9 @@ def timeline(
     )
 
 
-def log_lines(words: Words, expr: str, *, width: int = FULL, links: Links = ()) -> logs.Panel:
-    """Log records of Loki, newest first."""
-    panel: logs.Panel = _dressed(logs.Panel(), words, links, width, TALL)
+def log_lines(text: PanelText, expr: str, *, width: int = FULL, links: Links = ()) -> logs.Panel:
+    """Return a panel with log records from Loki, newest first."""
+    panel: logs.Panel = _labelled(logs.Panel(), text, links, width, TALL)
     target = loki.Dataquery().datasource(LOKI).ref_id("A").expr(expr).max_lines(100)
     return (
         panel.datasource(LOKI)
@@ -215,9 +211,9 @@ def log_lines(words: Words, expr: str, *, width: int = FULL, links: Links = ()) 
     )
 
 
-def traces(words: Words, query: str, *, width: int = FULL, links: Links = ()) -> table.Panel:
-    """Traces that Tempo finds; a click on an id opens the trace."""
-    panel: table.Panel = _dressed(table.Panel(), words, links, width, TALL)
+def traces(text: PanelText, query: str, *, width: int = FULL, links: Links = ()) -> table.Panel:
+    """Return a panel with traces from Tempo; a click on an id opens the trace."""
+    panel: table.Panel = _labelled(table.Panel(), text, links, width, TALL)
     target = (
         tempo.Dataquery()
         .datasource(TEMPO)
@@ -234,7 +230,7 @@ Section = tuple[str, Sequence[Any]]
 
 
 def page(uid: str, title: str, description: str, sections: Sequence[Section]) -> dashboard.Dashboard:
-    """Put panels, in sections, on a dashboard that links to its sisters."""
+    """Return a dashboard of panels in sections, with links to the other dashboards."""
     board = (
         builders.Dashboard(title)
         .uid(uid)
@@ -246,7 +242,7 @@ def page(uid: str, title: str, description: str, sections: Sequence[Section]) ->
         .readonly()
         .tooltip(dashboard.DashboardCursorSync.CROSSHAIR)
         .link(
-            builders.DashboardLink("The others")
+            builders.DashboardLink("Other dashboards")
             .type(dashboard.DashboardLinkType.DASHBOARDS)
             .tags(["llmops"])
             .include_vars(include_vars=True)

@@ -1,4 +1,4 @@
-"""Whose fault each error is: what the objectives count, and what "Whose fault is it?" shows."""
+"""The party responsible for each error, for the objectives and the dashboard "Whose fault is it?"."""
 
 from typing import Final
 
@@ -6,7 +6,7 @@ from service import errors
 
 
 def _names(*classes: type[errors.ServiceError]) -> tuple[str, ...]:
-    """The public names below these branches of the error tree."""
+    """Return the public error names below these branches of the error tree."""
     public = [error for error in errors.PUBLIC_ERRORS if issubclass(error, classes)]
     return tuple(error.__name__ for error in public)
 
@@ -20,7 +20,7 @@ PARTIES: Final = {
         if not issubclass(error, (errors.CallerError, errors.UpstreamFailure, errors.CircuitOpenError))
     ),
 }
-"""Whose fault each error is; an error that is added falls to us until its class says otherwise."""
+"""The errors of each party; a new error counts as ours unless its class is below another branch."""
 
 FAILURES: Final = (*PARTIES["the upstream"], *PARTIES["us"])
-"""What uses up the availability budget."""
+"""The errors that use the availability budget."""

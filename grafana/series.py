@@ -1,8 +1,8 @@
-"""Metrics of OpenTelemetry under the names that they have in Prometheus, and selectors over them.
+"""The Prometheus names of OpenTelemetry metrics, and selectors over them.
 
-A selector takes a declared metric, and only attributes and values that its declaration allows: what is
-renamed or removed in `service/telemetry/names.py` makes the generation of the dashboards fail, rather than a
-panel go empty.
+A selector takes a declared metric and accepts only the attributes and values of its declaration. A metric
+that is renamed or removed in `service/telemetry/names.py` therefore stops the generation of the dashboards,
+instead of leaving an empty panel.
 """
 
 import re
@@ -12,13 +12,13 @@ from typing import Final
 from service.telemetry.names import Metric
 
 SERVICE: Final = 'service_name=~"$service"'
-"""The service that the dashboard is set to; it keeps out what the collector says about itself."""
+"""The service selected on the dashboard; this leaves out the collector's own metrics."""
 
 FAILED: Final = '!=""'
-"""The matcher of ``error_type`` that means: with an error, whichever."""
+"""The matcher of ``error_type`` for any error."""
 
 RESOURCE_LABELS: Final = ("service_name", "service_version", "deployment_environment_name", "job", "instance")
-"""What Prometheus puts on every series that came by OTLP (otel/prometheus.yaml)."""
+"""The labels that Prometheus adds to every series from OTLP (otel/prometheus.yaml)."""
 
 _UNIT_SUFFIXES: Final = {"s": "_seconds", "By": "_bytes", "USD": "_USD", "1": "_ratio"}
 _ANNOTATION: Final = re.compile(r"\{.*\}")
@@ -26,21 +26,21 @@ _COMPARISONS: Final = ("=~", "!~", "!=", "=")
 
 
 def label(attribute: str) -> str:
-    """Return an attribute's name as a label."""
+    """Return the label name of an attribute."""
     return re.sub(r"[^a-zA-Z0-9_]", "_", attribute)
 
 
 def base(metric: Metric) -> str:
-    """Return a metric's name without the suffix of its kind."""
+    """Return a metric's Prometheus name without the suffix of its kind."""
     unit = "" if _ANNOTATION.fullmatch(metric.unit) else _UNIT_SUFFIXES[metric.unit]
-    # A ratio is only a gauge's; the unit 1 of anything else leaves no trace.
+    # Prometheus adds the suffix of the unit 1 to gauges only.
     if unit == "_ratio" and metric.kind != "gauge":
         unit = ""
     return label(metric.name) + unit
 
 
 def series_of(metric: Metric) -> tuple[str, ...]:
-    """Return the names of all the series that a metric becomes."""
+    """Return the names of all series of a metric."""
     name = base(metric)
     if metric.kind == "counter":
         return (f"{name}_total",)
@@ -52,7 +52,7 @@ def series_of(metric: Metric) -> tuple[str, ...]:
 def value(metric: Metric, **matchers: str) -> str:
     """Return a selector of a counter's or gauge's series."""
     if metric.kind == "histogram":
-        raise ValueError(f"{metric.name} is a histogram: its buckets, count or sum must be meant")
+        raise ValueError(f"{metric.name} is a histogram: select its buckets, count or sum")
     return _selector(series_of(metric)[0], metric, matchers)
 
 
@@ -81,12 +81,12 @@ def by(metric: Metric, *attributes: str) -> str:
 
 def _histogram(metric: Metric) -> str:
     if metric.kind != "histogram":
-        raise ValueError(f"{metric.name} is no histogram")
+        raise ValueError(f"{metric.name} is not a histogram")
     return base(metric)
 
 
 def _selector(series: str, metric: Metric, matchers: Mapping[str, str]) -> str:
-    """Build a selector; a matcher is written ``error_type='!=""'`` or, for equality, ``outcome="error"``."""
+    """Return a selector; matchers look like ``error_type='!=""'`` or, for equality, ``outcome="error"``."""
     parts = [SERVICE]
     attributes = {label(attribute): allowed for attribute, allowed in metric.attributes.items()}
     for name, written in matchers.items():
@@ -96,7 +96,7 @@ def _selector(series: str, metric: Metric, matchers: Mapping[str, str]) -> str:
         allowed = attributes.get(name, "")
         if comparison is None:
             if not isinstance(allowed, str) and written not in allowed:
-                raise LookupError(f"{written} is no value of {name} on {metric.name}: {allowed}")
+                raise LookupError(f"{written} is not a value of {name} on {metric.name}: {allowed}")
             parts.append(f'{name}="{written}"')
         else:
             parts.append(f"{name}{written}")

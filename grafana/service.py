@@ -1,4 +1,4 @@
-"""Are users hurting? The dashboard that Grafana opens with."""
+"""The dashboard "Are users hurting?", with which Grafana opens."""
 
 from typing import Final
 
@@ -8,8 +8,8 @@ from grafana.objectives import AVAILABILITY, CALLS, LATENCY, NOT_SERVED, SLOW_S,
 from grafana.panels import (
     RED_FROM_ONE,
     THIRD,
+    PanelText,
     Query,
-    Words,
     graph,
     increase,
     log_lines,
@@ -31,13 +31,13 @@ DEPENDENCIES: Final = (
 MODELS: Final = ("Model by model", "/d/llmops-llm?${__url_time_range}&${service:queryparam}")
 _SERVED: Final = {"http_route": f'!="", http_route!~"{NOT_SERVED}"'}
 _CALLS: Final = {"http_route": f'=~"{CALLS}"', "error_type": '=""'}
-# Probes that are told "not ready" are no errors; without a route there is no label, which is no probe either.
+# "Not ready" is an answer to a probe and not an error. A request that matches no route has no label.
 _NOT_PROBES: Final = f'!~"{NOT_SERVED}"'
 _FAILURES: Final = '=~"' + "|".join(FAILURES) + '"'
 
 
 def _share(bad: str, everything: str) -> str:
-    """1 minus the share of the bad; 1 where nothing was asked, as then nobody was hurt."""
+    """Return 1 minus the share of failures; 1 without requests."""
     return f"1 - (sum({increase(bad)}) or vector(0)) / (sum({increase(everything)}) > 0 or vector(1))"
 
 
@@ -51,7 +51,7 @@ def _burn(objective: Objective, window: str) -> str:
 
 
 def service() -> dashboard.Dashboard:
-    """Are users hurting: the objectives, what is asked and answered, how fast."""
+    """Return the dashboard: objectives, traffic, latency, load."""
     served = count(SERVER_DURATION, **_SERVED)
     failed = count(SERVER_DURATION, **_SERVED, error_type=_FAILURES)
     answered = count(SERVER_DURATION, **_CALLS)
@@ -59,12 +59,11 @@ def service() -> dashboard.Dashboard:
     call_buckets = bucket(SERVER_DURATION, http_route=f'=~"{CALLS}"')
     objectives = [
         number(
-            Words(
+            PanelText(
                 "Availability",
-                f"The share of requests that did not fail through us or the upstream. Objective:"
-                f" {AVAILABILITY.target:.1%} over"
-                f" {WINDOW}.",
-                "look at “Errors by name” below, then at “Whose fault is it?”.",
+                "The share of requests that did not fail because of the service or the upstream. "
+                f"Objective: {AVAILABILITY.target:.1%} over {WINDOW}.",
+                "open “Errors by name” below, then “Whose fault is it?”.",
             ),
             Query(_share(failed, served), ""),
             unit="percentunit",
@@ -73,10 +72,10 @@ def service() -> dashboard.Dashboard:
             links=[DEPENDENCIES],
         ),
         number(
-            Words(
+            PanelText(
                 "Availability budget left",
-                f"What is left of the failures that {WINDOW} may have; 100 % is an untouched budget.",
-                "the objective is missed when it reaches 0: stop risky changes, see which alert fired first.",
+                f"The part of the error budget of {WINDOW} that is left; 100 % means that nothing failed.",
+                "at 0 the objective is missed: stop risky changes and see which alert fired first.",
             ),
             Query(_budget_left(AVAILABILITY), ""),
             unit="percentunit",
@@ -85,11 +84,11 @@ def service() -> dashboard.Dashboard:
             links=[DEPENDENCIES],
         ),
         number(
-            Words(
+            PanelText(
                 f"Calls within {SLOW_S} s",
-                f"The share of answered model calls that took at most {SLOW_S} s, streams to their last byte."
-                f" Objective: {LATENCY.target:.0%} over {WINDOW}.",
-                "look at “Latency of model calls”, open an exemplar, and see which attempt took the time.",
+                f"The share of answered model calls that took at most {SLOW_S} s; a stream lasts to its "
+                f"last byte. Objective: {LATENCY.target:.0%} over {WINDOW}.",
+                "open an exemplar in “Latency of model calls” and see which attempt took the time.",
             ),
             Query(
                 f"(sum({increase(in_time)}) or vector(0)) / (sum({increase(answered)}) > 0)"
@@ -102,10 +101,10 @@ def service() -> dashboard.Dashboard:
             links=[MODELS],
         ),
         number(
-            Words(
+            PanelText(
                 "Latency budget left",
-                f"What is left of the slow calls that {WINDOW} may have.",
-                "as for the availability budget: fewer risks until it has recovered.",
+                f"The part of the slow calls allowed in {WINDOW} that is left.",
+                "as for the availability budget: stop risky changes until it recovers.",
             ),
             Query(_budget_left(LATENCY), ""),
             unit="percentunit",
@@ -116,11 +115,11 @@ def service() -> dashboard.Dashboard:
     ]
     traffic = [
         graph(
-            Words(
+            PanelText(
                 "Requests by status",
-                "Requests per second by the status that they were answered with, health routes aside.",
-                "a new 5xx is ours or the upstream's; a new 4xx is a caller's release. “Errors by name”"
-                " tells which.",
+                "Requests per second by status code, without the health routes.",
+                "a new 5xx comes from the service or the upstream, a new 4xx from a caller's release. See "
+                "“Errors by name”.",
             ),
             [
                 Query(
@@ -135,10 +134,10 @@ def service() -> dashboard.Dashboard:
             links=[DEPENDENCIES],
         ),
         graph(
-            Words(
+            PanelText(
                 "Errors by name",
-                "Failed requests per second by the name that the caller got in the body.",
-                "take the name to the table in service/errors.py: it says whose fault it is and what to do.",
+                "Failed requests per second by the error name in the answer's body.",
+                "service/errors.py lists the names, with whose fault each one is.",
             ),
             [
                 Query(
@@ -153,13 +152,12 @@ def service() -> dashboard.Dashboard:
             links=[DEPENDENCIES],
         ),
         graph(
-            Words(
+            PanelText(
                 "Latency of model calls",
-                "How long callers wait for the whole answer: half of them, 95 % and 99 % wait less. The"
-                " dots are"
-                " exemplars: each opens its trace.",
-                f"above {SLOW_S} s the latency budget burns: open a dot at the top and see which span is"
-                f" long.",
+                "Time until callers have the whole answer: the median, p95 and p99. The dots are "
+                "exemplars: each opens its trace.",
+                f"above {SLOW_S} s the latency budget is used: open one of the highest dots and see which "
+                "span is long.",
             ),
             [
                 Query(
@@ -174,12 +172,12 @@ def service() -> dashboard.Dashboard:
             links=[MODELS],
         ),
         graph(
-            Words(
+            PanelText(
                 "Time to first piece",
-                "Streamed calls: from the request to the first piece that the caller sees, retries and"
-                " waits included.",
-                "compare with “Model by model”: slow there as well is the provider, slow only here is"
-                " waiting or retrying.",
+                "Streamed calls: time from the request to the first chunk for the caller, retries and "
+                "waits included.",
+                "compare with “Model by model”: slow there too means the provider; slow only here means "
+                "retries or waits.",
             ),
             [
                 Query(
@@ -198,12 +196,12 @@ def service() -> dashboard.Dashboard:
     ]
     pressure = [
         graph(
-            Words(
+            PanelText(
                 "Burn rate",
-                "How many times faster than allowed the budgets go, over an hour and over five minutes. 1"
-                " uses up"
-                " exactly the budget in 30 days; 14.4 for an hour pages.",
-                "both lines of a kind are high: it is bad and still going on. Only the slow one: it is over.",
+                "How many times faster than allowed the error budgets are used, over one hour and over "
+                "five minutes. 1 uses exactly the budget in 30 days; 14.4 over an hour sends a page.",
+                "both lines of an objective are high: the problem goes on. Only the 1 h line is high: it "
+                "is over.",
             ),
             [
                 Query(_burn(objective, window), f"{objective.name} {window}")
@@ -216,13 +214,11 @@ def service() -> dashboard.Dashboard:
             links=[DEPENDENCIES],
         ),
         graph(
-            Words(
+            PanelText(
                 "In flight, and turned away",
-                "Model and sign-in requests inside at the moment, and those that were turned away per"
-                " second, by reason.",
-                "“overloaded”: more processes, or a higher MAX_IN_FLIGHT; “rate_limited”: one caller, or"
-                " RATE_LIMIT"
-                " is too low; “draining” belongs to a rollout.",
+                "Model and login requests in progress, and rejected requests per second by reason.",
+                "“overloaded”: start more processes or raise MAX_IN_FLIGHT; “rate_limited”: one caller "
+                "sends too much, or RATE_LIMIT is too low; “draining”: a rollout.",
             ),
             [
                 Query(zeroed(f"sum({value(names.REQUESTS_IN_FLIGHT)})"), "in flight"),
@@ -239,12 +235,11 @@ def service() -> dashboard.Dashboard:
             links=[DEPENDENCIES],
         ),
         graph(
-            Words(
+            PanelText(
                 "Sign-ins",
-                "Sign-ins per second by how they ended.",
-                "“wrong_credentials” or “rate_limited” rise: somebody tries passwords, or a client has an"
-                " old one;"
-                " the log below has the addresses.",
+                "Logins per second by outcome.",
+                "“wrong_credentials” or “rate_limited” rise: someone tries passwords, or a client has an "
+                "old one; the log below has the addresses.",
             ),
             [
                 Query(
@@ -259,10 +254,10 @@ def service() -> dashboard.Dashboard:
             links=[DEPENDENCIES],
         ),
         number(
-            Words(
+            PanelText(
                 "Bugs",
-                "Requests that ended with InternalError: nobody's fault but ours.",
-                "open the trace or the log record below; it has the stack trace, without what callers wrote.",
+                "Requests that ended with InternalError, which is always a bug in the service.",
+                "open the trace or the log record below: it has the stack trace, without the callers' input.",
             ),
             Query(
                 zeroed(f"sum({increase(count(SERVER_DURATION, error_type='InternalError'))})"),
@@ -276,22 +271,23 @@ def service() -> dashboard.Dashboard:
     ]
     evidence = [
         traces(
-            Words(
+            PanelText(
                 "Failed and slow requests",
-                f"Traces of requests that failed or took over {SLOW_S} s. The newest 30 s are not searched"
-                f" yet.",
-                "open one: the span with the error says what the upstream said; its logs and its MLflow"
-                " page are links.",
+                f"Traces of requests that failed or took more than {SLOW_S} s. Tempo does not search the "
+                "newest 30 s.",
+                "open one: the span with the error has the upstream's answer; its logs and its MLflow "
+                "record are linked.",
             ),
             '{resource.service.name=~"$service" && kind=server && (span.http.response.status_code >= 500'
             f" || duration > {SLOW_S}s)}}",
             links=[DEPENDENCIES],
         ),
         log_lines(
-            Words(
+            PanelText(
                 "Warnings and errors",
-                "The service's log records from warning up. Open one for its fields; its trace id is a link.",
-                "read the event names from left to right: what failed first is at the bottom.",
+                "The service's log records of level WARNING and above. Open one for its fields; its trace "
+                "id is a link.",
+                "read from the bottom: the first failure is the oldest record.",
             ),
             '{service_name=~"$service"} | severity_number >= 13',
             links=[DEPENDENCIES],
@@ -300,11 +296,11 @@ def service() -> dashboard.Dashboard:
     return page(
         "llmops-service",
         "Service: are users hurting?",
-        "Objectives, traffic, latency; and the traces and logs of what went wrong.",
+        "Objectives, traffic, latency, and the traces and logs of failures.",
         [
             ("Objectives", objectives),
             ("What callers see", traffic),
-            ("Pressure", pressure),
+            ("Load", pressure),
             ("Evidence", evidence),
         ],
     )

@@ -1,4 +1,4 @@
-"""The table of every signal, for `otel/README.md`."""
+"""The list of all metrics, spans and events in `otel/README.md`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,12 +15,16 @@ _END: Final = "<!-- /signals -->\n"
 
 
 def table() -> str:
-    """Return metrics, spans and events, in Markdown."""
+    """Return the list in Markdown."""
     lines = ["| metric | in Prometheus | kind, unit | attributes | what |", "|---|---|---|---|---|"]
     lines += [_row(metric) for metric in (*names.METRICS, *STANDARD)]
     spans = [value for name, value in vars(names).items() if name.startswith("SPAN_")]
-    lines += ["", f"Spans of our own: {_list(spans)}. The rest have the names of the conventions.", ""]
-    lines += [f"Events, each a log line, an OTLP record and an event of its span: {_list(names.EVENTS)}."]
+    lines += [
+        "",
+        f"The service's own spans: {_list(spans)}. All others have the names of the semantic conventions.",
+        "",
+    ]
+    lines += [f"Events, each of them a log line, an OTLP log record and a span event: {_list(names.EVENTS)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -44,7 +48,7 @@ def _attribute(name: str, values: tuple[str, ...] | str) -> str:
 
 
 def with_table(text: str) -> str:
-    """Return the README with the table put in its place."""
+    """Return the README with the list between its markers replaced."""
     before, _, rest = text.partition(_BEGIN)
     _, _, after = rest.partition(_END)
     return before + _BEGIN + table() + _END + after

@@ -1,7 +1,7 @@
-"""The standard metrics that the service emits, and those of the collector, declared as our own ones are.
+"""Declarations of the standard metrics that the service emits, and of the collector's own metrics.
 
-Names come from the semantic-convention packages. The collector's come from no package; `make stack-test`
-finds them at the real collector.
+Names come from the semantic-convention packages. No package has the collector's names; `make stack-test`
+finds them on the real collector.
 """
 
 from typing import Final
@@ -14,16 +14,16 @@ from opentelemetry.semconv.metrics import http_metrics
 from service.telemetry.names import ERROR_NAMES, HTTP_DURATION_BUCKETS, OTHER_MODEL, Metric
 
 _ANY: Final = "any"
-_DROPPED: Final = "the reason, on what was dropped"
+_DROPPED: Final = "the reason of a drop"
 MODEL: Final = "gen_ai.request.model"
-TOKEN_TYPE: Final = "gen_ai.token.type"  # noqa: S105 - a kind of token, no secret
+TOKEN_TYPE: Final = "gen_ai.token.type"  # noqa: S105 - a kind of token, not a secret
 OPERATION: Final = "gen_ai.operation.name"
 
 SERVER_DURATION: Final = Metric(
     http_metrics.HTTP_SERVER_REQUEST_DURATION,
     "histogram",
     "s",
-    "Requests served, by route, status and error",
+    "Duration of requests, by route, status and error",
     {HTTP_ROUTE: _ANY, HTTP_RESPONSE_STATUS_CODE: _ANY, ERROR_TYPE: ERROR_NAMES, "http.request.method": _ANY},
     buckets=HTTP_DURATION_BUCKETS,
 )
@@ -31,14 +31,14 @@ SERVER_ACTIVE: Final = Metric(
     "http.server.active_requests",
     "up_down_counter",
     "{request}",
-    "Requests being handled now, health routes among them",
+    "Requests in progress, health routes included",
     {"http.request.method": _ANY},
 )
 CLIENT_DURATION: Final = Metric(
     http_metrics.HTTP_CLIENT_REQUEST_DURATION,
     "histogram",
     "s",
-    "Requests to LiteLLM and Qdrant that were answered",
+    "Answered requests to LiteLLM and Qdrant",
     {HTTP_RESPONSE_STATUS_CODE: _ANY, ERROR_TYPE: _ANY, "http.request.method": _ANY, "server.address": _ANY},
     buckets=HTTP_DURATION_BUCKETS,
 )
@@ -46,21 +46,21 @@ GEN_AI_DURATION: Final = Metric(
     gen_ai_metrics.GEN_AI_CLIENT_OPERATION_DURATION,
     "histogram",
     "s",
-    "Attempts at a model, to their end",
+    "Duration of attempts at a model",
     {MODEL: f"as on llmops.llm.calls, else {OTHER_MODEL}", OPERATION: _ANY, ERROR_TYPE: ERROR_NAMES},
 )
 GEN_AI_TOKENS: Final = Metric(
     gen_ai_metrics.GEN_AI_CLIENT_TOKEN_USAGE,
     "histogram",
     "{token}",
-    "Tokens of the attempts that were answered",
+    "Tokens of answered attempts",
     {MODEL: f"as on llmops.llm.calls, else {OTHER_MODEL}", TOKEN_TYPE: ("input", "output"), OPERATION: _ANY},
 )
 GEN_AI_FIRST_CHUNK: Final = Metric(
     gen_ai_metrics.GEN_AI_CLIENT_OPERATION_TIME_TO_FIRST_CHUNK,
     "histogram",
     "s",
-    "Streamed attempts, to their first piece",
+    "Time to the first chunk of streamed attempts",
     {MODEL: f"as on llmops.llm.calls, else {OTHER_MODEL}", OPERATION: _ANY},
 )
 
@@ -73,48 +73,59 @@ def _sdk(name: str, kind: str, unit: str, description: str, *, drops: bool = Fal
 
 
 SDK_SPANS: Final = _sdk(
-    otel_metrics.OTEL_SDK_PROCESSOR_SPAN_PROCESSED, "counter", "{span}", "Spans through the queue", drops=True
+    otel_metrics.OTEL_SDK_PROCESSOR_SPAN_PROCESSED,
+    "counter",
+    "{span}",
+    "Spans that left the queue",
+    drops=True,
 )
 SDK_LOGS: Final = _sdk(
-    otel_metrics.OTEL_SDK_PROCESSOR_LOG_PROCESSED, "counter", "{log_record}", "Records through it", drops=True
+    otel_metrics.OTEL_SDK_PROCESSOR_LOG_PROCESSED,
+    "counter",
+    "{log_record}",
+    "Log records that left the queue",
+    drops=True,
 )
 SDK_SPAN_QUEUE: Final = _sdk(
-    otel_metrics.OTEL_SDK_PROCESSOR_SPAN_QUEUE_SIZE, "gauge", "{span}", "Spans that wait for export"
+    otel_metrics.OTEL_SDK_PROCESSOR_SPAN_QUEUE_SIZE, "gauge", "{span}", "Spans waiting for export"
 )
 SDK_LOG_QUEUE: Final = _sdk(
     otel_metrics.OTEL_SDK_PROCESSOR_LOG_QUEUE_SIZE,
     "gauge",
     "{log_record}",
-    "Log records that wait for export",
+    "Log records waiting for export",
 )
 SDK_SPAN_QUEUE_CAPACITY: Final = _sdk(
-    otel_metrics.OTEL_SDK_PROCESSOR_SPAN_QUEUE_CAPACITY, "gauge", "{span}", "Spans that may wait"
+    otel_metrics.OTEL_SDK_PROCESSOR_SPAN_QUEUE_CAPACITY, "gauge", "{span}", "Capacity of the span queue"
 )
 SDK_LOG_QUEUE_CAPACITY: Final = _sdk(
-    otel_metrics.OTEL_SDK_PROCESSOR_LOG_QUEUE_CAPACITY, "gauge", "{log_record}", "Log records that may wait"
+    otel_metrics.OTEL_SDK_PROCESSOR_LOG_QUEUE_CAPACITY,
+    "gauge",
+    "{log_record}",
+    "Capacity of the log record queue",
 )
 SDK_SPANS_EXPORTED: Final = _sdk(
-    otel_metrics.OTEL_SDK_EXPORTER_SPAN_EXPORTED, "counter", "{span}", "Spans exported, or not", drops=True
+    otel_metrics.OTEL_SDK_EXPORTER_SPAN_EXPORTED, "counter", "{span}", "Spans exported or failed", drops=True
 )
 SDK_LOGS_EXPORTED: Final = _sdk(
     otel_metrics.OTEL_SDK_EXPORTER_LOG_EXPORTED,
     "counter",
     "{log_record}",
-    "Log records exported, or not",
+    "Log records exported or failed",
     drops=True,
 )
 SDK_POINTS_EXPORTED: Final = _sdk(
     otel_metrics.OTEL_SDK_EXPORTER_METRIC_DATA_POINT_EXPORTED,
     "counter",
     "{data_point}",
-    "Points of metrics exported, or not",
+    "Metric points exported or failed",
     drops=True,
 )
 SDK_EXPORT_DURATION: Final = Metric(
     otel_metrics.OTEL_SDK_EXPORTER_OPERATION_DURATION,
     "histogram",
     "s",
-    "How long exports take",
+    "Duration of exports",
     {"otel.component.name": _ANY, ERROR_TYPE: _DROPPED},
 )
 
@@ -157,4 +168,4 @@ COLLECTOR: Final[dict[str, tuple[str, ...]]] = {
     "otelcol_processor_filter_logs_filtered_total": ("filter",),
     "up": ("job",),
 }
-"""What the collector says about itself, with its labels; `up` says whether it can be scraped."""
+"""The collector's own metrics with their labels; `up` tells whether it can be scraped."""

@@ -1,4 +1,4 @@
-"""Is the telemetry itself sound? Queues and drops in process and collector, records, the event loop."""
+"""The dashboard "Is the telemetry sound?": queues and drops, the collector, records, the event loop."""
 
 from typing import Final
 
@@ -9,8 +9,8 @@ from grafana.panels import (
     HALF,
     RED_FROM_ONE,
     THIRD,
+    PanelText,
     Query,
-    Words,
     graph,
     increase,
     log_lines,
@@ -35,7 +35,7 @@ _DROPPING: Final = {
 
 
 def collector(series: str, *labels: str, inside: str = "") -> str:
-    """Return a selector of one of the collector's own series."""
+    """Return a selector of one of the collector's own metrics."""
     known = standard.COLLECTOR[series]
     if unknown := set(labels) - set(known):
         raise LookupError(f"{series} has no label {unknown}")
@@ -65,7 +65,7 @@ def _fill(size: Metric, capacity: Metric) -> str:
 
 
 def telemetry() -> dashboard.Dashboard:
-    """Is the telemetry sound: what processes and collector drop, what waits, what MLflow does not have."""
+    """Return the dashboard: drops, queues, the collector, records that MLflow does not have yet."""
     dropped = " + ".join(
         f"(sum({increase(value(metric, error_type=FAILED))}) or vector(0))" for metric in _DROPPING.values()
     )
@@ -76,12 +76,12 @@ def telemetry() -> dashboard.Dashboard:
     )
     sums = [
         number(
-            Words(
+            PanelText(
                 "Dropped by the service",
-                "Spans, log records and points that a process gave up: its queue was full, or the export"
-                " failed.",
-                "is the collector up? If so, its queue and the export time below. No request ever waits"
-                " for this.",
+                "Spans, log records and metric points that a process dropped: its queue was full, or the "
+                "export failed.",
+                "check that the collector is up, then its queues and the export time below. No request "
+                "waits for an export.",
             ),
             Query(dropped, ""),
             unit="short",
@@ -90,10 +90,11 @@ def telemetry() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         number(
-            Words(
+            PanelText(
                 "Refused or lost by the collector",
-                "What the collector did not take, or could not deliver and gave up.",
-                "refused: its memory limit; failed: the backend refuses, its log says why.",
+                "Data that the collector refused, or gave up delivering.",
+                "refused: its memory limit; failed: the backend rejects the data, and the collector's log "
+                "has the reason.",
             ),
             Query(refused, ""),
             unit="short",
@@ -102,10 +103,11 @@ def telemetry() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         number(
-            Words(
+            PanelText(
                 "Records lost",
                 "Records of model calls that MLflow will never get.",
-                "the spool was full or too old (SPOOL_MAX_BYTES, SPOOL_MAX_AGE_S), or its disk is.",
+                "the spool was full or its records too old (SPOOL_MAX_BYTES, SPOOL_MAX_AGE_S), or its disk "
+                "is full.",
             ),
             Query(zeroed(f"sum({increase(value(names.RECORDER_LOST))})"), ""),
             unit="short",
@@ -114,10 +116,10 @@ def telemetry() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         number(
-            Words(
+            PanelText(
                 "Event loop lag (p99)",
-                "How late the event loop wakes a sleeper; everything in the process waits that long.",
-                "something blocks it: a profile of the process (py-spy) shows what.",
+                "How late the event loop runs a timer. Everything in the process waits as long.",
+                "something blocks the event loop: a profile of the process (py-spy) shows what.",
             ),
             Query(
                 zeroed(
@@ -134,11 +136,11 @@ def telemetry() -> dashboard.Dashboard:
     ]
     process = [
         graph(
-            Words(
+            PanelText(
                 "Dropped, by signal",
-                "What processes dropped per second, and on which way: before the queue, or at the export.",
-                "at the queue: the process makes more than it can send; at the export: the collector does"
-                " not answer.",
+                "Data dropped by the service per second: at the queue, or at the export.",
+                "at the queue: the process produces more than it can export; at the export: the collector "
+                "does not answer.",
             ),
             [
                 Query(zeroed(f"sum({rate(value(metric, error_type=FAILED))})"), signal)
@@ -149,11 +151,11 @@ def telemetry() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Queues of the processes",
-                "How full the fullest queue of spans and of log records is.",
-                "near 100 % the next ones are dropped: OTEL_BSP_MAX_QUEUE_SIZE, OTEL_BLRP_MAX_QUEUE_SIZE,"
-                " or the collector.",
+                "Fill level of the fullest queue of spans and of log records.",
+                "a full queue drops new data: raise OTEL_BSP_MAX_QUEUE_SIZE or OTEL_BLRP_MAX_QUEUE_SIZE, "
+                "or check the collector.",
             ),
             [
                 Query(_fill(standard.SDK_SPAN_QUEUE, standard.SDK_SPAN_QUEUE_CAPACITY), "spans"),
@@ -165,11 +167,11 @@ def telemetry() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Export time: p95",
-                "How long the service's exports to the collector take.",
-                "seconds: the collector is busy or far away; requests do not wait for it, the queues above"
-                " do.",
+                "Duration of the service's exports to the collector.",
+                "seconds mean that the collector is busy or far away; requests do not wait, but the queues "
+                "above fill.",
             ),
             [
                 Query(
@@ -188,12 +190,11 @@ def telemetry() -> dashboard.Dashboard:
     ]
     collecting = [
         timeline(
-            Words(
+            PanelText(
                 "What can be scraped",
-                "Whether Prometheus reaches the collector, itself, Tempo, Loki and Grafana.",
-                "`docker compose ps` and the logs of the one that is down. Without the collector"
-                " everything else here"
-                " stands still.",
+                "Whether Prometheus can scrape the collector, itself, Tempo, Loki and Grafana.",
+                "run `docker compose ps` and read the log of the service that is down. Without the "
+                "collector no other panel has new data.",
             ),
             Query("min by (job) (up)", "{{job}}"),
             [(0, "down", "red"), (1, "up", "green")],
@@ -201,10 +202,11 @@ def telemetry() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Into the collector",
-                "Spans, log records and points that it took, per second.",
-                "0 while the service is busy: the service cannot reach it (OTEL_EXPORTER_OTLP_ENDPOINT).",
+                "Spans, log records and metric points that the collector accepted, per second.",
+                "0 while the service is busy: the service cannot reach the collector "
+                "(OTEL_EXPORTER_OTLP_ENDPOINT).",
             ),
             _items("receiver_accepted"),
             unit="ops",
@@ -212,10 +214,11 @@ def telemetry() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Out of the collector",
-                "What it delivered, per second. Fewer spans than came in is tail sampling.",
-                "log records or points below what comes in: a queue fills, see beside.",
+                "Data that the collector delivered, per second. Tail sampling makes spans fewer than they "
+                "came in.",
+                "log records or points below what comes in: a queue fills, see the panel beside.",
             ),
             _items("exporter_sent"),
             unit="ops",
@@ -223,11 +226,11 @@ def telemetry() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Lost in the collector",
-                "What it refused, could not queue, or could not deliver and gave up, per second.",
-                "refused: memory limit; enqueue failed: a full queue; send failed: the backend says no,"
-                " see its log.",
+                "Data that the collector refused, could not queue, or could not deliver, per second.",
+                "refused: its memory limit; enqueue failed: a full queue; send failed: the backend rejects "
+                "the data, see its log.",
             ),
             [*_lost("receiver_refused"), *_lost("exporter_send_failed"), *_lost("exporter_enqueue_failed")],
             unit="ops",
@@ -235,10 +238,10 @@ def telemetry() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Queues of the collector",
-                "How full the queue to each backend is; it is on disk and outlives a restart.",
-                "above half: the backend is away or too slow; when it is full, the newest is lost.",
+                "Fill level of the queue of each backend. The queues are on disk and survive a restart.",
+                "above half: the backend is down or too slow; a full queue loses the newest data.",
             ),
             [
                 Query(
@@ -256,11 +259,11 @@ def telemetry() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Tail sampling",
-                "Traces per second that were kept, not kept, and forgotten before the decision.",
-                "“forgotten”: more traces at once than num_traces; what is not kept has no error, no"
-                " retry, and was fast.",
+                "Traces per second that were kept, not kept, and dropped before the decision (“forgotten”).",
+                "“forgotten”: more traces at once than num_traces. Traces that are not kept have no error "
+                "and no retry, and were fast.",
             ),
             [
                 Query(
@@ -298,10 +301,12 @@ def telemetry() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Memory of the collector",
-                "Its resident memory. It refuses work from 384 MiB on, and its container ends at 768 MiB.",
-                "near the limit: fewer traces at once (num_traces), or a bigger container and limit.",
+                "Resident memory. The collector refuses data from 384 MiB, and its container is killed at "
+                "768 MiB.",
+                "near the limit: fewer traces at once (num_traces), or a larger limit for collector and "
+                "container.",
             ),
             [Query(zeroed(f"max({collector('otelcol_process_memory_rss_bytes')})"), "resident")],
             unit="bytes",
@@ -311,12 +316,12 @@ def telemetry() -> dashboard.Dashboard:
     ]
     recording = [
         graph(
-            Words(
+            PanelText(
                 "Records that wait for MLflow",
-                "Records of model calls that MLflow does not have yet, and those that had to wait or were"
-                " brought on.",
-                "is mlflow up (“Whose fault is it?”)? They wait on disk, and follow by themselves when it"
-                " is back.",
+                "Records of model calls that MLflow does not have yet; records per second that had to "
+                "wait, were delivered late, or were lost.",
+                "check that mlflow is up (“Whose fault is it?”). Records wait on disk and are delivered "
+                "when it is back.",
             ),
             [
                 Query(zeroed(f"sum({value(names.RECORDER_QUEUE)})"), "waiting"),
@@ -329,11 +334,10 @@ def telemetry() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         graph(
-            Words(
+            PanelText(
                 "Event loop lag",
-                "How late the event loop wakes a sleeper: half of the time, and 99 % of the time, less"
-                " than this.",
-                "compare with the latency of calls at the same moment: they wait just as long.",
+                "How late the event loop runs a timer: median and p99.",
+                "compare with the latency of calls at the same time: they wait as long.",
             ),
             [
                 Query(
@@ -351,10 +355,11 @@ def telemetry() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
         log_lines(
-            Words(
+            PanelText(
                 "What the recorder and the stop said",
-                "Records that had to wait or were brought on, and the steps of each stop.",
-                "`llmops.recorder.spooled` says why MLflow did not take them.",
+                "Log records of the recorder (records that had to wait or were delivered late) and of "
+                "shutdowns.",
+                "`llmops.recorder.spooled` has MLflow's reason.",
             ),
             '{service_name=~"$service"} | event_name=~"llmops\\\\.(recorder|shutdown)\\\\..*"',
             links=[SERVICE_PAGE],
@@ -363,9 +368,9 @@ def telemetry() -> dashboard.Dashboard:
     return page(
         "llmops-telemetry",
         "Telemetry: is it sound?",
-        "What is dropped, what waits, and whether the stack itself is up.",
+        "Drops, queues, and the state of the stack itself.",
         [
-            ("Sums", sums),
+            ("Totals", sums),
             ("In the service", process),
             ("In the collector", collecting),
             ("Records and event loop", recording),

@@ -2,7 +2,8 @@
 
 All programs run at the same time and are asked in turns, one load generator for all, so that the machine's
 noise hits them alike; what counts are ratios of one round, and their spread over the rounds. `--write` puts
-the tables into RESULTS.md and the numbers into results.json, beside this file.
+the tables into RESULTS.md and the numbers into results.json, beside this file. It keeps what RESULTS.md has
+below the marker: the output of the other commands of this folder.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from tests.harness import ServiceProcess
 CONNECTIONS = (1, 16, 64)
 SERVICE = "this service"
 HERE = Path(__file__).parent
+BY_HAND = "<!-- by hand -->\n"
 PIECES = 200
 STREAM = json.dumps({**json.loads(make.CHAT), "stream": True, "max_tokens": PIECES})
 STREAMING = ("the upstream itself", "LiteLLM proxy", f"{SERVICE}, /v1")
@@ -236,8 +238,10 @@ def main() -> None:
     lines, numbers = measure(asked)
     print("\n".join(lines))  # noqa: T201 - what the command is for
     if asked.write:
-        head = "# Measured with `make bench`\n\n"
-        (HERE / "RESULTS.md").write_text(head + "\n".join(lines) + "\n")
+        results = HERE / "RESULTS.md"
+        by_hand = results.read_text().partition(BY_HAND)[2]
+        tables = "\n".join(lines)
+        results.write_text(f"# Measured with `make bench`\n\n{tables}\n\n{BY_HAND}{by_hand}")
         (HERE / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
 
 

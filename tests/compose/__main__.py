@@ -1,6 +1,6 @@
 """docker-compose.yml in containers, without Docker: `python -m tests.compose` (`make compose-test`).
 
-Prints a table of what held; `--write` puts it into tests/stack/RESULTS.md. The exit status is 1 when
+Prints a table of what held; `--write` puts it into tests/compose/RESULTS.md. The exit status is 1 when
 anything did not, and 2 when the machine cannot run it.
 """
 
@@ -32,7 +32,7 @@ FAILURES = (
     *(AssertionError, EngineError, DemoError, OSError, HTTPException),
     *(LookupError, ValueError, subprocess.TimeoutExpired),
 )
-RESULTS = ROOT / "tests/stack/RESULTS.md"
+RESULTS = ROOT / "tests/compose/RESULTS.md"
 
 
 @dataclass
@@ -111,7 +111,7 @@ def described(engine: Engine, python: str, sizes: dict[str, int], took_s: float)
 def main() -> int:
     """Make the images, prove both profiles, say what held."""
     parser = argparse.ArgumentParser(prog="python -m tests.compose", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write tests/stack/RESULTS.md")
+    parser.add_argument("--write", action="store_true", help="write tests/compose/RESULTS.md")
     parser.add_argument(
         "--file", type=Path, default=ROOT / "docker-compose.yml", help="another file than the project's"
     )

@@ -1,5 +1,5 @@
-// Compose-config does what `docker compose config --format json` does, with the library that it does it with: the
-// proof that docker-compose.yml is accepted needs no Docker. Arguments are profiles; the environment is the process's.
+// Compose-config does the same as `docker compose config --format json`, with the same library, so that a test can show
+// without Docker that docker-compose.yml is valid. The arguments are profiles; the environment is that of the process.
 package main
 
 import (
