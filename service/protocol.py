@@ -50,8 +50,7 @@ class SizedBody:
         self._left = size
 
     def take(self, received: bytearray) -> tuple[bytes, bool]:
-        """Remove what belongs to the body from ``received``; the payload, and whether the body is
-        complete."""
+        """Remove the body's bytes from ``received``; the payload, and whether the body is complete."""
         data = bytes(received[: self._left])
         del received[: self._left]
         self._left -= len(data)
@@ -59,8 +58,10 @@ class SizedBody:
 
 
 class ChunkedBody:
-    """A body in chunks (RFC 9112, section 7.1). Extensions and trailers are checked, bounded and
-    discarded."""
+    """A body in chunks (RFC 9112, section 7.1).
+
+    Chunk extensions and trailers are checked, bounded and discarded.
+    """
 
     def __init__(self) -> None:
         self._left = 0
@@ -193,8 +194,7 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """Do nothing: llhttp calls it after a head without a body, and the end of a message is decided
-        here."""
+        """Do nothing: llhttp calls it after a head without a body; where a message ends is decided here."""
 
     def _advance(self) -> None:
         """Read as much of what was received as can be read now."""
