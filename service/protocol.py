@@ -1,91 +1,286 @@
-"""uvicorn's HTTP protocol, with this service's answer to bytes that are no HTTP request."""
+"""uvicorn's HTTP/1.1 protocol with this service's own message framing.
+
+llhttp (httptools) parses one request head at a time and nothing else. Where a body ends is decided here,
+strictly as RFC 9112 has it, so that no byte of one message can be read as the start of another: uvicorn feeds
+llhttp whatever arrives, appends trailers to the request's header fields, and stops reading a body when a
+client offers ``Upgrade``. h11 frames messages as strictly and costs 133 microseconds more for a request (142
+against 9, measured on the two parsers alone), a tenth of what a request takes here.
+"""
 
 import asyncio
-from typing import Any, ClassVar
+import re
+from collections.abc import Iterable
+from typing import Any, ClassVar, Final
 
+import httptools
 from starlette.types import Message
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.middleware.request_limits import MALFORMED
 
-MAX_HEAD_BYTES = 65_536
+MAX_HEAD_BYTES: Final = 65_536
+"""Largest request head; the same number of bytes of a pipelined request is held while an answer is under
+way."""
+
+MAX_FIELDS: Final = 100
+"""Most header fields of a request, as in Apache httpd (LimitRequestFields)."""
+
+MAX_TRAILER_BYTES: Final = 8_192
+MAX_CHUNK_LINE_BYTES: Final = 256
+"""Longest line with a chunk's size; extensions stand there, which nobody uses (RFC 9112, section 7.1.1)."""
+
+FRAMING_PER_PAYLOAD: Final = 8
+"""Bytes of chunk lines permitted for each byte of payload, beyond the first 64 kB of them: a body in chunks
+of one byte passes, one that is all framing does not."""
+
+CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
+TRAILER_LINE: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*")
+CRLF: Final = b"\r\n"
+HEAD_END: Final = b"\r\n\r\n"
+
+
+class MalformedError(Exception):
+    """The bytes are not an HTTP/1.1 request, or exceed a limit of one."""
+
+
+class SizedBody:
+    """A body whose length the head declares."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+
+    def take(self, received: bytearray) -> tuple[bytes, bool]:
+        """Remove the body's bytes from ``received``; the payload, and whether the body is complete."""
+        data = bytes(received[: self._left])
+        del received[: self._left]
+        self._left -= len(data)
+        return data, self._left == 0
+
+
+class ChunkedBody:
+    """A body in chunks (RFC 9112, section 7.1).
+
+    Chunk extensions and trailers are checked, bounded and discarded.
+    """
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._in_chunk = False
+        self._in_trailers = False
+        self._trailer_bytes = 0
+        self._framing_bytes = 0
+        self._payload_bytes = 0
+
+    def take(self, received: bytearray) -> tuple[bytes, bool]:
+        """Remove what belongs to the body from ``received``; the payload, and whether the body is complete.
+
+        Raises:
+            MalformedError: The framing is broken, or too large for its payload.
+        """
+        payload: list[bytes] = []
+        while received:
+            if self._in_chunk and self._left:
+                payload.append(bytes(received[: self._left]))
+                del received[: self._left]
+                self._left -= len(payload[-1])
+                self._payload_bytes += len(payload[-1])
+                continue
+            line = self._line(received)
+            if line is None:
+                break
+            if self._in_trailers:
+                if not line:
+                    return b"".join(payload), True
+                if not TRAILER_LINE.fullmatch(line):
+                    raise MalformedError
+            elif self._in_chunk:
+                if line:
+                    raise MalformedError
+                self._in_chunk = False
+            else:
+                self._begin_chunk(line)
+        return b"".join(payload), False
+
+    def _line(self, received: bytearray) -> bytes | None:
+        """Remove the next line; None where its end has not arrived."""
+        limit = MAX_TRAILER_BYTES - self._trailer_bytes if self._in_trailers else MAX_CHUNK_LINE_BYTES
+        end = received.find(CRLF, 0, limit + len(CRLF))
+        if end < 0:
+            if len(received) > limit:
+                raise MalformedError
+            return None
+        line = bytes(received[:end])
+        del received[: end + len(CRLF)]
+        if self._in_trailers:
+            self._trailer_bytes += end + len(CRLF)
+        self._framing_bytes += end + len(CRLF)
+        if self._framing_bytes > MAX_HEAD_BYTES + FRAMING_PER_PAYLOAD * self._payload_bytes:
+            raise MalformedError
+        return line
+
+    def _begin_chunk(self, line: bytes) -> None:
+        size = CHUNK_LINE.fullmatch(line)
+        if size is None:
+            raise MalformedError
+        self._left = int(size[1], 16)
+        self._in_chunk = self._left > 0
+        self._in_trailers = self._left == 0
+
+
+def body_of(headers: Iterable[tuple[bytes, bytes]], http_version: str) -> SizedBody | ChunkedBody | None:
+    """How the body after a head is framed; None where there is none.
+
+    Raises:
+        MalformedError: The head declares two lengths, or a transfer coding other than ``chunked`` alone.
+    """
+    lengths = [value for name, value in headers if name == b"content-length"]
+    codings = [value for name, value in headers if name == b"transfer-encoding"]
+    if codings:
+        if lengths or len(codings) > 1 or codings[0].lower() != b"chunked" or http_version != "1.1":
+            raise MalformedError
+        return ChunkedBody()
+    if not lengths:
+        return None
+    if len(lengths) > 1 or not lengths[0].isdigit() or len(lengths[0]) > 15:  # noqa: PLR2004 - a petabyte
+        raise MalformedError
+    return SizedBody(int(lengths[0])) if int(lengths[0]) else None
 
 
 class Protocol(HttpToolsProtocol):
-    """Answers a malformed request through the app, so that it gets an id, a span, and the errors' shape.
+    """Serves one request after the other, and closes the connection on anything that it does not understand.
 
-    uvicorn's own answer is plain text that no trace knows of. And a caller who does not finish the head of a
-    request in time is left, which uvicorn never does; bodies have a limit of their own further in.
+    A malformed request is answered through the app, so that it has an id, a span, and the errors' shape;
+    uvicorn's own answer is plain text without a trace. A client that does not finish a request's head in time
+    is disconnected. Bodies have a time limit of their own in the middleware. ``Upgrade`` is ignored (RFC
+    9110, section 7.8).
     """
 
     head_timeout_s: ClassVar[float] = 10.0
 
     _head_timer: asyncio.TimerHandle | None = None
-    _head_begun = False
-    _head_bytes = 0
+    _body: SizedBody | ChunkedBody | None = None
+    _scanned = 0
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request's head."""
         super().connection_made(transport)
+        self._received = bytearray()
         self._expect_head()
 
-    def on_message_begin(self) -> None:
-        """Wait for the rest of a head that has begun."""
-        super().on_message_begin()
-        self._head_begun = True
-        cycle: RequestResponseCycle | None = self.cycle
-        # While an answer is being made, the next head has time.
-        if cycle is None or cycle.response_complete:
-            self._expect_head()
-
-    def on_headers_complete(self) -> None:
-        """Wait no more."""
-        self._stop_expecting()
-        self._head_begun = False
-        super().on_headers_complete()
-
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no more."""
+        """Forget what was received."""
+        self._received.clear()
         self._stop_expecting()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; at most one request is handed to the app at a time."""
+        self._unset_keepalive_if_required()
+        if not self._refused and not self.transport.is_closing():
+            self._received += data
+            self._advance()
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, where it has arrived already."""
+        super().on_response_complete()
+        if self._received and not self._refused and not self.transport.is_closing():
+            self._unset_keepalive_if_required()
+            self._advance()
+
+    def on_headers_complete(self) -> None:
+        """Decide how the body is framed, then hand the request to the app; llhttp calls it."""
+        self._body = body_of(self.headers, self.parser.get_http_version())
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Do nothing: llhttp calls it after a head without a body; where a message ends is decided here."""
+
+    def _advance(self) -> None:
+        """Read as much of what was received as can be read now."""
+        try:
+            while self._received:
+                if self._body is not None:
+                    data, complete = self._body.take(self._received)
+                    if data:
+                        self.on_body(data)
+                    if not complete:
+                        return
+                    self._end_message()
+                elif self._answering:
+                    if len(self._received) > MAX_HEAD_BYTES:
+                        self.flow.pause_reading()
+                    return
+                elif not self._read_head():
+                    return
+        except MalformedError:
+            self._refused = True
+            self._received.clear()
+            self._stop_expecting()
+            self.send_400_response("")
+
+    @property
+    def _answering(self) -> bool:
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is not None and not cycle.response_complete
+
+    def _read_head(self) -> bool:
+        """Parse the next head; False where its end has not arrived."""
+        received = self._received
+        while received.startswith(CRLF):  # RFC 9112, section 2.2
+            del received[: len(CRLF)]
+        end = received.find(HEAD_END, max(0, self._scanned - len(HEAD_END)))
+        if end < 0:
+            if len(received) > MAX_HEAD_BYTES:
+                raise MalformedError
+            self._scanned = len(received)
+            if received:
+                self._expect_head()
+            return False
+        head = bytes(received[: end + len(HEAD_END)])
+        del received[: len(head)]
+        self._scanned = 0
+        self._stop_expecting()
+        lines = head.count(CRLF)
+        # With line ends of one kind and no folded lines, llhttp can see the end of the head here only.
+        one_kind = lines == head.count(b"\n") == head.count(b"\r")
+        folded = b"\r\n " in head or b"\r\n\t" in head
+        if not one_kind or folded or len(head) > MAX_HEAD_BYTES or lines - 2 > MAX_FIELDS:
+            raise MalformedError
+        # A new parser for each head: this one never hears of the body.
+        self.parser = httptools.HttpRequestParser(self)
+        try:
+            self.parser.feed_data(head)
+        except httptools.HttpParserUpgrade:
+            if self.parser.get_method() == b"CONNECT":
+                raise MalformedError from None
+        except httptools.HttpParserError:
+            raise MalformedError from None
+        if self._body is None:
+            self._end_message()
+        return True
+
+    def _end_message(self) -> None:
+        self._body = None
+        super().on_message_complete()
 
     def _expect_head(self) -> None:
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.head_timeout_s, self.transport.close)
 
     def _stop_expecting(self) -> None:
-        self._head_bytes = 0
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 
-    def data_received(self, data: bytes) -> None:
-        """Read on, but no head that is larger than anybody's."""
-        super().data_received(data)
-        if self._head_timer is None:
-            return
-        self._head_bytes += len(data)
-        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._stop_expecting()
-            self.send_400_response("")
-
-    def on_response_complete(self) -> None:
-        """Wait for the next request's head, where it has begun already."""
-        super().on_response_complete()
-        if self._head_begun:
-            self._expect_head()
-
     def send_400_response(self, msg: str) -> None:
-        """Answer 400 and close the connection; an answer that is under way is not spoilt."""
+        """Answer 400 and close the connection; an answer that is under way is left whole or broken off."""
         del msg
         cycle: RequestResponseCycle | None = self.cycle
         if cycle is None or cycle.response_complete:
             self._answer_400()
-        elif not cycle.more_body:
-            # The garbage came behind a whole request, which gets its answer first.
-            cycle.keep_alive = False
         elif not cycle.response_started:
-            # The request's own body is garbage: whoever waits for the rest of it learns that nobody is there.
+            # The body of the request is malformed: the app learns that its caller is gone.
             cycle.disconnected = True
             cycle.message_event.set()
             self._answer_400()
