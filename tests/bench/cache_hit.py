@@ -1,9 +1,8 @@
 """What a cache hit takes beside a route that does nothing: `python -m tests.bench.cache_hit`.
 
-One app, as it is served, on a real socket, with three more routes behind the same middleware: one answers at
-once; one signs the caller in and counts the call, like every model call; and one has all that the hit's route
-has, body and answer included, but for the call itself. They are asked in turns over one connection, from
-a process of its own; ratios of the rounds' medians are printed.
+One app, as it is served, on a real socket, with two more routes behind the same middleware: one answers at
+once; one signs the caller in and counts the call, like every model call. They are asked in turns over one
+connection, from a process of its own; ratios of the rounds' medians are printed.
 """
 
 import argparse
@@ -15,15 +14,12 @@ from http.client import HTTPConnection
 
 from fastapi import FastAPI
 
-from service.cache.control import CacheUse
 from service.config.settings import prepare_environment
-from service.dependencies import ModelCallDep, ModelCaller
-from service.routers.schemas import GenerateRequest, GenerateResponse
-from service.upstream.messages import Completion
+from service.dependencies import ModelCaller
 from tests.fakes.upstream import FakeUpstream
 from tests.harness import running_app
 
-NOOPS = ("/noop", "/noop-signed-in", "/noop-same")
+NOOPS = ("/noop", "/noop-signed-in")
 HIT = "/llm/generate"
 BODY = json.dumps({"prompt": "What does it cost?"})
 
@@ -37,11 +33,6 @@ def add_routes(app: FastAPI) -> None:
     async def noop_signed_in(_user: ModelCaller) -> dict[str, bool]:
         return {"ok": True}
 
-    async def noop_same(_body: GenerateRequest, _user: ModelCaller, asked: ModelCallDep) -> GenerateResponse:
-        completion = Completion("Hello from the fake.", "demo", 10, 20, 30, 0.0)
-        return GenerateResponse.of(completion, CacheUse(), asked.request_id)
-
-    app.add_api_route("/noop-same", noop_same, methods=["POST"])
     app.add_api_route("/noop", noop, methods=["POST"])
     app.add_api_route("/noop-signed-in", noop_signed_in, methods=["POST"])
 
