@@ -1,9 +1,8 @@
 """What a cache hit takes beside a route that does nothing: `python -m tests.bench.cache_hit`.
 
-One app, as it is served, on a real socket, with three more routes behind the same middleware: one answers at
-once; one signs the caller in and counts the call, like every model call; and one has all that the hit's route
-has, body and answer included, but for the call itself. They are asked in turns over one connection, from
-a process of its own; ratios of the rounds' medians are printed.
+One app, as it is served, on a real socket, with two more routes behind the same middleware: one answers at
+once; one signs the caller in and counts the call, like every model call. They are asked in turns over one
+connection, from a process of its own; ratios of the rounds' medians are printed.
 """
 
 import argparse
@@ -16,12 +15,11 @@ from http.client import HTTPConnection
 from fastapi import FastAPI
 
 from service.config.settings import prepare_environment
-from service.dependencies import ModelCallDep, ModelCaller
-from service.routers.schemas import GenerateRequest, GenerateResponse
+from service.dependencies import ModelCaller
 from tests.fakes.upstream import FakeUpstream
 from tests.harness import running_app
 
-NOOPS = ("/noop", "/noop-signed-in", "/noop-same")
+NOOPS = ("/noop", "/noop-signed-in")
 HIT = "/llm/generate"
 BODY = json.dumps({"prompt": "What does it cost?"})
 
@@ -35,19 +33,6 @@ def add_routes(app: FastAPI) -> None:
     async def noop_signed_in(_user: ModelCaller) -> dict[str, bool]:
         return {"ok": True}
 
-    async def noop_same(_body: GenerateRequest, call: ModelCallDep) -> GenerateResponse:
-        return GenerateResponse(
-            response="Hello from the fake.",
-            model="demo",
-            prompt_tokens=10,
-            completion_tokens=20,
-            total_tokens=30,
-            cost=0.0,
-            cache="bypass",
-            request_id=call.request_id,
-        )
-
-    app.add_api_route("/noop-same", noop_same, methods=["POST"])
     app.add_api_route("/noop", noop, methods=["POST"])
     app.add_api_route("/noop-signed-in", noop_signed_in, methods=["POST"])
 

@@ -52,7 +52,7 @@ COSTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("HTTP client: httpx2", ("httpx2/",)),
     ("OpenAI's SDK", ("/openai/", "pydantic/")),
-    ("sign-in: token", ("/jwt/", "services/auth")),
+    ("sign-in: token", ("/jwt/", "service/identity")),
     ("rate limit", ("/limits/", "services/rate_limit")),
     ("retry: tenacity and the judge", ("tenacity/", "utils/retry")),
     ("breaker: purgatory", ("purgatory/", "circuit_breaker")),

@@ -17,6 +17,7 @@ from uuid import uuid4
 import jwt
 
 from tests.bench import sides as make
+from tests.bench.__main__ import in_turns
 from tests.bench.http_load import Load
 from tests.bench.sides import Side
 from tests.bench.upstream import upstream
@@ -42,15 +43,8 @@ class Point:
 def at(load: Load, side: Side, size: float, connections: int, asked: argparse.Namespace) -> Point:
     """Measure one size."""
     side.ask(load, connections, asked.seconds / 2)
-    rates, p50s, p99s, costs = [], [], [], []
-    for _ in range(asked.rounds):
-        before_s = side.cpu_s
-        measured = side.ask(load, connections, asked.seconds)
-        rates.append(measured.rate)
-        p50s.append(measured.p50_s * 1e3)
-        p99s.append(measured.p99_s * 1e3)
-        costs.append((side.cpu_s - before_s) / measured.calls * 1e6)
-    return Point(size, *(statistics.median(values) for values in (rates, p50s, p99s, costs)))
+    (row,) = in_turns(load, [side], connections, asked.rounds, asked.seconds)
+    return Point(size, *map(statistics.median, (row.rates, row.p50_ms, row.p99_ms, row.cpu_us)))
 
 
 def table(what: str, points: Sequence[Point]) -> Iterator[str]:

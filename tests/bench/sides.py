@@ -1,6 +1,7 @@
 """Who is measured: the service in several settings, the peers, and what both are built from."""
 
 import json
+import multiprocessing
 import os
 import secrets
 import signal
@@ -10,11 +11,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from deploy.ports import unused_port
 from tests.bench.http_load import COUNTER, Load, Measured, Plan
-from tests.bench.recorder import FORK, ended, serve_mlflow
+from tests.fakes.mlflow import FakeMlflow
 from tests.harness import ROOT, ServiceProcess, request
 
 PORTKEY = ROOT / ".bench/node_modules/@portkey-ai/gateway/build/start-server.js"
@@ -142,14 +145,38 @@ def service(
     return side
 
 
+class UnreadMlflow(FakeMlflow):
+    """Takes spans without reading them: a real server's work is done on other cores than the service's."""
+
+    def take_spans(self, headers: Mapping[str, str], body: bytes) -> int:
+        """Answer 200."""
+        del headers, body
+        return 200
+
+
+def _serve_mlflow(urls: Connection) -> None:
+    with UnreadMlflow() as fake:
+        urls.send(fake.url)
+        signal.pause()
+
+
+def mlflow(stack: ExitStack) -> tuple[BaseProcess, str]:
+    """An MLflow that takes everything, in a process of its own: the process and its URL."""
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    running = fork.Process(target=_serve_mlflow, args=(there,))
+    running.start()
+    stack.callback(running.join)
+    stack.callback(running.kill)
+    return running, here.recv()
+
+
 def everything_on(stack: ExitStack, upstream: int, folder: Path) -> dict[str, str]:
     """The settings of the service with all that it has; the recorder sends to an MLflow that takes all."""
-    here, there = FORK.Pipe()
-    stack.enter_context(ended(FORK.Process(target=serve_mlflow, args=(there,))))
     return {
         "LITELLM_URL": f"http://127.0.0.1:{upstream}",
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{upstream}",
-        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{here.recv()}",
+        "MLFLOW_TRACKING_URI": mlflow(stack)[1],
         "SPOOL_PATH": str(folder / secrets.token_hex(4)),
         "RATE_LIMIT": "100000000/minute",
         # What waits for its turn is sent soon after the answers, so that it counts for the right turn.

@@ -1,30 +1,23 @@
-"""What the service adds to a stream, and what many streams at once cost: `python -m tests.bench.streams`.
+"""What many streams at once cost: `python -m tests.bench.streams`.
 
-Two measurements. The first asks the same upstream directly and through the service, in turns, and prints the
-ratios of the time to the first piece and of the time for each further one; with LITELLM_BIN the upstream is a
-real LiteLLM, otherwise a scripted one. The second holds many streams open at once, counts every piece, and
-prints the service's memory.
+Many streams are held open at once, each with a piece every so often. Every piece is counted, and the
+service's memory is printed. What the service adds to one stream, `python -m tests.bench` says.
 """
 
 import argparse
 import asyncio
 import json
 import multiprocessing
-import os
-import secrets
 import socket
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.ports import unused_port
 from tests.fakes.streams import DONE, chunk, text, usage
-from tests.harness import ROOT, ServiceProcess, request
+from tests.harness import ServiceProcess
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 MODELS = b'{"object":"list","data":[{"id":"demo","object":"model"}]}'
@@ -72,74 +65,24 @@ def _serve(listener: socket.socket) -> None:
 
 
 @contextmanager
-def scripted() -> Iterator[tuple[int, str]]:
-    """The scripted upstream in a process of its own: its port, and a key that it does not look at."""
+def scripted() -> Iterator[int]:
+    """The scripted upstream in a process of its own; its port."""
     with socket.create_server(("127.0.0.1", 0), backlog=1_000) as listener:
         process = multiprocessing.get_context("fork").Process(target=_serve, args=(listener,))
         process.start()
         try:
-            yield listener.getsockname()[1], "none"
+            yield listener.getsockname()[1]
         finally:
             process.terminate()
             process.join()
 
 
-@contextmanager
-def litellm(binary: str) -> Iterator[tuple[int, str]]:
-    """A real LiteLLM with the demo's configuration: its port and key."""
-    port, key = unused_port(), f"sk-{secrets.token_hex(24)}"
-    config = str(ROOT / "deploy/litellm/config.yaml")
-    with tempfile.TemporaryDirectory() as folder, Path(folder, "output").open("wb") as output:
-        process = subprocess.Popen(
-            # Named from where the bench was started, and run in a folder of its own.
-            [str(Path(binary).absolute()), "--config", config, "--host", "127.0.0.1", "--port", str(port)],
-            cwd=folder,
-            env={
-                "PATH": os.environ["PATH"],
-                "HOME": folder,
-                "LITELLM_API_KEY": key,
-                "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            end = time.monotonic() + 120
-            while not _ready(port):
-                if time.monotonic() > end:
-                    raise TimeoutError("LiteLLM did not get ready")
-                time.sleep(0.2)
-            yield port, key
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def _ready(port: int) -> bool:
-    try:
-        return request(port, "GET", "/health/readiness", timeout_s=5).status == 200
-    except OSError:
-        return False
-
-
 @dataclass(frozen=True)
 class Heard:
-    """One stream as it was read: when it began, when each piece came, and all of it."""
+    """One stream as it was read: the seconds to its first piece, and all of it."""
 
-    asked_s: float
-    times_s: list[float]
+    first_s: float
     body: bytes
-
-    @property
-    def first_s(self) -> float:
-        """Seconds to the first piece."""
-        return self.times_s[0] - self.asked_s
-
-    @property
-    def each_s(self) -> float:
-        """Seconds for each further piece."""
-        return (self.times_s[-1] - self.times_s[0]) / max(1, self.body.count(b"data: {") - 1)
 
 
 async def listen(port: int, key: str, prompt: str) -> Heard:
@@ -156,38 +99,13 @@ async def listen(port: int, key: str, prompt: str) -> Heard:
         asked_s = time.perf_counter()
         writer.write(head.encode() + body)
         await reader.readuntil(b"\r\n\r\n")
-        read, times_s = bytearray(), []
-        while not read.endswith(END):
-            piece = await reader.read(65_536)
-            if not piece:
-                break
-            times_s.append(time.perf_counter())
+        read = await reader.read(65_536)
+        first_s = time.perf_counter() - asked_s
+        while not read.endswith(END) and (piece := await reader.read(65_536)):
             read += piece
     finally:
         writer.close()
-    return Heard(asked_s, times_s, bytes(read))
-
-
-async def ratios(
-    sides: tuple[tuple[int, str], tuple[int, str]], rounds: int
-) -> tuple[list[float], list[float]]:
-    """Time to the first piece and for each further one: through the service over directly, by round."""
-    prompt = json.dumps([200, 0.0])
-    first, each = [], []
-    for number in range(rounds + 1):
-        heard = {}
-        for side in sorted((0, 1), reverse=bool(number % 2)):
-            times = [await listen(*sides[side], prompt) for _ in range(5)]
-            heard[side] = [
-                statistics.median(getattr(one, name) for one in times) for name in ("first_s", "each_s")
-            ]
-        if number:
-            first.append((heard[1][0], heard[0][0]))
-            each.append((heard[1][1], heard[0][1]))
-    for what, pairs in (("first piece", first), ("each further piece", each)):
-        through, direct = (statistics.median(pair[side] for pair in pairs) * 1_000 for side in (0, 1))
-        _say(f"  {what}: directly {direct:.3f} ms, through the service {through:.3f} ms")
-    return [a / b for a, b in first], [a / b for a, b in each]
+    return Heard(first_s, read)
 
 
 def _memory_mb(pid: int, field: str) -> float:
@@ -235,28 +153,12 @@ def _say(line: str) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--streams", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--per-second", type=float, default=20.0, help="pieces of each stream")
     arguments = parser.parse_args()
     variables = {"MAX_IN_FLIGHT": "600", "RATE_LIMIT": "1000000/minute", "LOG_LEVEL": "WARNING"}
-    binary = os.environ.get("LITELLM_BIN")
-    for name, upstream in (
-        ("LiteLLM", litellm(binary) if binary else None),
-        ("A scripted upstream", scripted()),
-    ):
-        if upstream is None:
-            continue
-        with upstream as (port, key):
-            settings = {**variables, "LITELLM_URL": f"http://127.0.0.1:{port}", "LITELLM_API_KEY": key}
-            with ServiceProcess(settings) as process:
-                token = process.wait_ready().token()
-                _say(f"{name}, through the service over directly, {arguments.rounds} rounds of 5 a side:")
-                first, each = asyncio.run(ratios(((port, key), (process.port, token)), arguments.rounds))
-                _say(f"  ratio, first piece: {statistics.median(first):.2f}")
-                _say(f"  ratio, each further piece: {statistics.median(each):.2f}")
-    with scripted() as (port, _):
+    with scripted() as port:
         variables["LITELLM_URL"] = f"http://127.0.0.1:{port}"
         with ServiceProcess(variables) as process:
             process.wait_ready()
