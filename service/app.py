@@ -12,8 +12,8 @@ from starlette.types import Receive, Scope, Send
 from service.config.lifespan import lifespan_of
 from service.config.settings import Settings
 from service.errors import ServiceError
-from service.middleware.errors import ErrorMiddleware, handle
-from service.middleware.request_id import RequestIdMiddleware, make_harmless
+from service.middleware.errors import ErrorMiddleware, handle_error
+from service.middleware.request_id import RequestIdMiddleware, sanitize_scope
 from service.middleware.request_limits import RequestLimitsMiddleware
 from service.middleware.shutdown import ShutdownMiddleware
 from service.routers import auth, cache, llm, openai, system
@@ -48,14 +48,14 @@ ACCEPTED = (
 
 
 class LlmApi(FastAPI):
-    """The app, with requests made harmless before the instrumentation, outside all middleware, sees them."""
+    """The app, which sanitizes a request before the instrumentation, outside all middleware, reads it."""
 
     trust_traceparent = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         if scope["type"] == "http":
-            make_harmless(scope, trust_traceparent=self.trust_traceparent)
+            sanitize_scope(scope, trust_traceparent=self.trust_traceparent)
         await super().__call__(scope, receive, send)
 
 
@@ -73,9 +73,9 @@ def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
         middleware=_middleware(settings, telemetry),
         exception_handlers={
-            ServiceError: handle,
-            HTTPException: handle,
-            RequestValidationError: handle,
+            ServiceError: handle_error,
+            HTTPException: handle_error,
+            RequestValidationError: handle_error,
         },
     )
     app.trust_traceparent = settings.trust_traceparent == "all"

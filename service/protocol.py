@@ -1,4 +1,9 @@
-"""uvicorn's HTTP protocol, with this service's answer to bytes that are no HTTP request."""
+"""uvicorn's HTTP protocol, with limits on a request's head and with the service's own answer to invalid HTTP.
+
+uvicorn answers invalid HTTP in plain text, outside the app and without a trace, and never limits the time or
+size of a head. The protocol relies on attributes of uvicorn's that are not documented;
+``tests/contract/test_vendor_internals.py`` checks them. Bodies are limited by ``middleware.request_limits``.
+"""
 
 import asyncio
 from typing import Any, ClassVar
@@ -12,11 +17,7 @@ MAX_HEAD_BYTES = 65_536
 
 
 class Protocol(HttpToolsProtocol):
-    """Answers a malformed request through the app, so that it gets an id, a span, and the errors' shape.
-
-    uvicorn's own answer is plain text that no trace knows of. And a caller who does not finish the head of a
-    request in time is left, which uvicorn never does; bodies have a limit of their own further in.
-    """
+    """Limits the time and size of a request's head, and answers malformed requests through the app."""
 
     head_timeout_s: ClassVar[float] = 10.0
 
@@ -25,79 +26,78 @@ class Protocol(HttpToolsProtocol):
     _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first request's head."""
+        """Start the time limit of the first head."""
         super().connection_made(transport)
-        self._expect_head()
-
-    def on_message_begin(self) -> None:
-        """Wait for the rest of a head that has begun."""
-        super().on_message_begin()
-        self._head_begun = True
-        cycle: RequestResponseCycle | None = self.cycle
-        # While an answer is being made, the next head has time.
-        if cycle is None or cycle.response_complete:
-            self._expect_head()
-
-    def on_headers_complete(self) -> None:
-        """Wait no more."""
-        self._stop_expecting()
-        self._head_begun = False
-        super().on_headers_complete()
+        self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no more."""
-        self._stop_expecting()
+        """Cancel the time limit."""
+        self._cancel_head_timer()
         super().connection_lost(exc)
 
-    def _expect_head(self) -> None:
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.head_timeout_s, self.transport.close)
-
-    def _stop_expecting(self) -> None:
-        self._head_bytes = 0
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
     def data_received(self, data: bytes) -> None:
-        """Read on, but no head that is larger than anybody's."""
+        """Parse the data, and refuse a head that exceeds ``MAX_HEAD_BYTES``."""
         super().data_received(data)
         if self._head_timer is None:
             return
         self._head_bytes += len(data)
         if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._stop_expecting()
+            self._cancel_head_timer()
             self.send_400_response("")
 
+    def on_message_begin(self) -> None:
+        """Start the time limit of a head, unless an answer is still being sent."""
+        super().on_message_begin()
+        self._head_begun = True
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None or cycle.response_complete:
+            self._start_head_timer()
+
+    def on_headers_complete(self) -> None:
+        """Cancel the time limit."""
+        self._cancel_head_timer()
+        self._head_begun = False
+        super().on_headers_complete()
+
     def on_response_complete(self) -> None:
-        """Wait for the next request's head, where it has begun already."""
+        """Start the time limit of a pipelined request's head that has begun to arrive."""
         super().on_response_complete()
         if self._head_begun:
-            self._expect_head()
+            self._start_head_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer 400 and close the connection; an answer that is under way is not spoilt."""
+        """Answer invalid HTTP with 400 and close the connection, without damaging an answer in progress."""
         del msg
         cycle: RequestResponseCycle | None = self.cycle
         if cycle is None or cycle.response_complete:
-            self._answer_400()
+            self._answer_malformed()
         elif not cycle.more_body:
-            # The garbage came behind a whole request, which gets its answer first.
+            # The invalid bytes follow a complete request, which gets its answer first.
             cycle.keep_alive = False
         elif not cycle.response_started:
-            # The request's own body is garbage: whoever waits for the rest of it learns that nobody is there.
+            # The invalid bytes are in the request's own body: end the wait for the rest of it.
             cycle.disconnected = True
             cycle.message_event.set()
-            self._answer_400()
+            self._answer_malformed()
         else:
             self.transport.close()
 
-    def _answer_400(self) -> None:
-        task = self.loop.create_task(self._refuse())
+    def _start_head_timer(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_timeout_s, self.transport.close)
+
+    def _cancel_head_timer(self) -> None:
+        self._head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _answer_malformed(self) -> None:
+        task = self.loop.create_task(self._run_app())
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
 
-    async def _refuse(self) -> None:
+    async def _run_app(self) -> None:
         scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
@@ -114,7 +114,7 @@ class Protocol(HttpToolsProtocol):
             "state": self.app_state.copy(),
             MALFORMED: True,
         }
-        await self.app(scope, _nothing_more, self._write)
+        await self.app(scope, _receive_disconnect, self._write)
         self.transport.close()
 
     async def _write(self, message: Message) -> None:
@@ -126,5 +126,5 @@ class Protocol(HttpToolsProtocol):
             self.transport.write(message.get("body", b""))
 
 
-async def _nothing_more() -> Message:
+async def _receive_disconnect() -> Message:
     return {"type": "http.disconnect"}

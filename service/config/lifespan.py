@@ -22,7 +22,7 @@ from service.recording.record import CallRecord
 from service.recording.recorder import Recorder
 from service.services.drain import Drain, drain_on_signal
 from service.services.generation import Generation
-from service.services.health_checker import HealthChecker, Ping
+from service.services.health_checker import HealthChecker, HealthSchedule, Ping
 from service.services.rate_limit import RateLimiter
 from service.telemetry.events import emit
 from service.telemetry.names import EVENT_SHUTDOWN_COMPLETED, EVENT_SHUTDOWN_STEP
@@ -74,7 +74,7 @@ def lifespan_of(
             )
             vectors = await closing.enter(open_vectors(settings), "Closing Qdrant connections...")
             caching = await closing.enter(
-                open_cache(settings, telemetry, vectors, llm, lambda: health.look_again("qdrant")),
+                open_cache(settings, telemetry, vectors, llm, lambda: health.check_now("qdrant")),
                 "Flushing cache...",
             )
             auth = await anyio.to_thread.run_sync(Authenticator, settings, telemetry.instruments)
@@ -83,18 +83,16 @@ def lifespan_of(
                 pings["mlflow"] = recorder.tracker.ping
             health = HealthChecker(
                 pings,
-                interval_s=settings.health_interval_s,
-                timeout_s=settings.health_timeout_s,
-                ttl_s=settings.health_ttl_s,
-                instruments=telemetry.instruments,
-                tracer=telemetry.tracer_provider.get_tracer(SCOPE),
+                HealthSchedule(settings.health_interval_s, settings.health_timeout_s, settings.health_ttl_s),
+                telemetry.instruments,
+                telemetry.tracer_provider.get_tracer(SCOPE),
             )
             tasks = await stack.enter_async_context(asyncio.TaskGroup())
             generation = Generation(
                 llm,
                 telemetry,
                 settings,
-                on_unreachable=lambda: health.look_again("litellm"),
+                on_unreachable=lambda: health.check_now("litellm"),
                 on_ended=recorder.record if recorder else _record_nothing,
                 cache=caching.cache if caching else None,
                 flights=Flights(tasks.create_task) if caching else None,

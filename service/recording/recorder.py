@@ -85,7 +85,7 @@ class Recorder:
             on_settled=self._settle,
             clock=clock,
         )
-        instruments.show_recorder_queue(lambda: self.waiting)
+        instruments.observe_recorder_queue(lambda: self.waiting)
         # A daemon: a server that hangs does not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="mlflow recorder", daemon=True)
 

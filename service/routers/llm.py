@@ -33,7 +33,7 @@ from service.routers.streaming import EventStream
 from service.services.call_report import Call
 from service.upstream.messages import Completion
 from service.upstream.stream import StreamEvent, event
-from service.utils.disconnect import unless_caller_left
+from service.utils.disconnect import cancel_on_disconnect
 
 router = APIRouter(prefix="/llm", tags=["llm"])
 
@@ -92,7 +92,7 @@ async def generate(
         return EventStream(lambda relay: generation.stream(call, relay), wire, asked.keep_alive_s)
     reply = generation.recall(call)
     if reply is None:
-        reply = await unless_caller_left(request.receive, generation.forward(call))
+        reply = await cancel_on_disconnect(request.receive, generation.forward(call))
     return GenerateResponse.of(reply.completion, call.cache, asked.request_id)
 
 

@@ -41,7 +41,7 @@ from service.routers.streaming import EventStream
 from service.services.call_report import Call
 from service.upstream.messages import Completion
 from service.upstream.stream import StreamEvent, event
-from service.utils.disconnect import unless_caller_left
+from service.utils.disconnect import cancel_on_disconnect
 
 MAX_DEPTH = 100
 """Deepest nesting of a request; the schema of a tool needs a few dozen."""
@@ -217,7 +217,7 @@ async def chat_completions(request: Request, user: ModelCaller, asked: ModelCall
         return EventStream(lambda relay: generation.stream(call, relay), wire, asked.keep_alive_s)
     reply = generation.recall(call)
     if reply is None:
-        reply = await unless_caller_left(request.receive, generation.forward(call))
+        reply = await cancel_on_disconnect(request.receive, generation.forward(call))
     return Response(reply.content, media_type=JSON)
 
 
@@ -239,7 +239,7 @@ async def embeddings(request: Request, user: ModelCaller, asked: ModelCallDep) -
         content=body.content,
         headers=_passed(request),
     )
-    reply = await unless_caller_left(request.receive, asked.generation.forward(call))
+    reply = await cancel_on_disconnect(request.receive, asked.generation.forward(call))
     return Response(reply.content, media_type=JSON)
 
 

@@ -10,10 +10,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.errors import CallerLeftError, ServiceError, ShuttingDownError
-from service.middleware.errors import broken_off
+from service.middleware.errors import record_late_error
 from service.upstream.messages import Completion
 from service.upstream.stream import Relay, StreamEvent, comment
-from service.utils.disconnect import unless_caller_left
+from service.utils.disconnect import cancel_on_disconnect
 
 KEEP_ALIVE = comment("keep-alive")
 LAST_WORDS_S = 0.4
@@ -74,21 +74,21 @@ class EventStream(Response):
             await sender.send(self._wire.piece(event))
 
         try:
-            completion = await unless_caller_left(receive, self._run(relay))
+            completion = await cancel_on_disconnect(receive, self._run(relay))
         except CallerLeftError as error:
             if not sender.started:
                 raise
-            broken_off(error)
+            record_late_error(error)
         except asyncio.CancelledError:
             # Nobody but the end of this process cancels a request; it goes on its way when that is said.
             if sender.started:
                 stopping = ShuttingDownError("This process is stopping, and your request took too long.")
-                await sender.say_last(self._wire.error(broken_off(stopping)))
+                await sender.say_last(self._wire.error(record_late_error(stopping)))
             raise
         except Exception as error:
             if not sender.started:
                 raise
-            await sender.say_last(self._wire.error(broken_off(error)))
+            await sender.say_last(self._wire.error(record_late_error(error)))
         else:
             await sender.end(self._wire.done(completion))
         finally:

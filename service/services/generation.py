@@ -78,16 +78,18 @@ class Generation:
             settings.retry_budget_ratio, settings.retry_budget_floor, settings.retry_budget_window_s
         )
 
-        def hopeless() -> bool:
+        def breaker_open() -> bool:
             return self._breaker.state == "open"
 
         self._ask: dict[Operation, Attempt[[LlmRequest, Call], Reply]] = {
-            operation: retrying(operation, policy, budget, telemetry.instruments, hopeless=hopeless)(
+            operation: retrying(operation, policy, budget, telemetry.instruments, breaker_open=breaker_open)(
                 self._attempt
             )
             for operation in PATHS
         }
-        self._open = retrying("chat", policy, budget, telemetry.instruments, hopeless=hopeless)(self._begin)
+        self._open = retrying("chat", policy, budget, telemetry.instruments, breaker_open=breaker_open)(
+            self._begin
+        )
 
     async def models(self) -> ModelList:
         """The models on offer; raises as the client does."""

@@ -1,10 +1,10 @@
-"""How many model calls a user may make, and what the answer's header fields say about it."""
+"""Limits the model calls of each user, and describes the limit in the answer's header fields."""
 
 import time
 from collections.abc import Callable
 
 from limits import parse as parse_limit
-from limits.aio.storage import MemoryStorage, Storage
+from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
 
 from service.context import current_request
@@ -12,42 +12,36 @@ from service.errors import RateLimitError
 from service.telemetry.instruments import Instruments
 
 POLICY = "per-user"
-EXACT_UP_TO = 1_000
+MAX_EXACT_CALLS = 1_000
+"""Highest limit that is counted exactly, which takes a timestamp for each call; a higher one is approximated
+with two counters."""
 
 
 class RateLimiter:
-    """Counts calls per user in a moving window; users are few, so memory is bounded.
+    """Counts the calls of each user in a window, in this process's memory.
 
     Args:
-        rate: A number and a period, like ``60/minute``.
-        instruments: Where rejections are counted.
-        storage: Where the counters are kept; this process's memory, or one that several processes share.
+        rate: A number and a period, for example ``60/minute``.
+        instruments: Counts rejections.
         now: Unix time in seconds.
     """
 
-    def __init__(
-        self,
-        rate: str,
-        instruments: Instruments,
-        storage: Storage | None = None,
-        now: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, rate: str, instruments: Instruments, now: Callable[[], float] = time.time) -> None:
         self._limit = parse_limit(rate)
-        store = storage or MemoryStorage()
-        # The moving window is exact and keeps a moment for each call; counters approximate many.
-        exact = self._limit.amount <= EXACT_UP_TO
-        self._limiter = MovingWindowRateLimiter(store) if exact else SlidingWindowCounterRateLimiter(store)
+        exact = self._limit.amount <= MAX_EXACT_CALLS
+        strategy = MovingWindowRateLimiter if exact else SlidingWindowCounterRateLimiter
+        self._limiter = strategy(MemoryStorage())
         self._rejected = instruments.requests_rejected
         self._now = now
 
     async def count(self, user: str) -> None:
-        """Count one call; the answer gets ``RateLimit-Policy`` and ``RateLimit``.
+        """Count one call and set the answer's ``RateLimit-Policy`` and ``RateLimit``.
 
-        The header fields are those of draft-ietf-httpapi-ratelimit-headers-10: quota and window of the
-        policy; calls remaining, and seconds until there are more.
+        The header fields follow draft-ietf-httpapi-ratelimit-headers-10: the policy's quota and window, the
+        remaining calls, and the seconds until the window resets.
 
         Raises:
-            RateLimitError: The user has made as many calls as they may.
+            RateLimitError: The user has used up the limit.
         """
         allowed = await self._limiter.hit(self._limit, "calls", user)
         stats = await self._limiter.get_window_stats(self._limit, "calls", user)

@@ -201,7 +201,7 @@ class LlmClient:
         for name in names:
             if name not in self._known and len(self._known) < MAX_KNOWN_MODELS:
                 self._known.add(name)
-                self._instruments.expect_model(name)
+                self._instruments.start_model_at_zero(name)
 
     async def _guard(self, work: Awaitable[T], deadline: Deadline, body: Mapping[str, Any]) -> T:
         """Await the SDK until the deadline; what it raises comes out as this service's errors."""

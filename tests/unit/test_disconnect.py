@@ -1,4 +1,4 @@
-"""Work that nobody waits for any more is stopped; nothing else about the work changes."""
+"""Work is cancelled when its caller disconnects; nothing else about the work changes."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from service.errors import CallerLeftError
-from service.utils.disconnect import unless_caller_left
+from service.utils.disconnect import cancel_on_disconnect
 
 REQUEST = {"type": "http.request", "body": b"", "more_body": False}
 DISCONNECT = {"type": "http.disconnect"}
@@ -77,15 +77,41 @@ def test_the_result_comes_back() -> None:
             await asyncio.sleep(0)
             return "done"
 
-        assert await unless_caller_left(caller.receive, work()) == "done"
+        assert await cancel_on_disconnect(caller.receive, work()) == "done"
 
     _run(main())
+
+
+def test_work_that_does_not_suspend_creates_no_task_and_reads_no_message() -> None:
+    async def main() -> None:
+        caller = Caller(REQUEST, DISCONNECT)
+        created: list[Any] = []
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(lambda loop, work, **options: _recorded(created, loop, work, options))
+
+        async def work() -> str:
+            return "done"
+
+        assert await cancel_on_disconnect(caller.receive, work()) == "done"
+        await asyncio.sleep(0)
+        loop.set_task_factory(None)
+        assert created == []
+        assert caller.taken == 0
+
+    _run(main())
+
+
+def _recorded(
+    created: list[Any], loop: asyncio.AbstractEventLoop, work: Any, options: dict[str, Any]
+) -> asyncio.Task[Any]:
+    created.append(work)
+    return asyncio.Task(work, loop=loop, **options)
 
 
 def test_a_caller_who_leaves_stops_the_work() -> None:
     async def main() -> None:
         caller, work = Caller(), Work()
-        task = asyncio.create_task(unless_caller_left(caller.receive, work.last()))
+        task = asyncio.create_task(cancel_on_disconnect(caller.receive, work.last()))
         await work.started.wait()
         assert not task.done()
         caller.leave()
@@ -102,7 +128,7 @@ def test_a_caller_who_left_before_stops_the_work_at_once() -> None:
     async def main() -> None:
         work = Work()
         with pytest.raises(CallerLeftError):
-            await unless_caller_left(Caller(DISCONNECT).receive, work.last())
+            await cancel_on_disconnect(Caller(DISCONNECT).receive, work.last())
         assert work.cancelled
 
     _run(main())
@@ -111,7 +137,7 @@ def test_a_caller_who_left_before_stops_the_work_at_once() -> None:
 def test_other_messages_are_skipped() -> None:
     async def main() -> None:
         caller, work = Caller(REQUEST, REQUEST), Work()
-        task = asyncio.create_task(unless_caller_left(caller.receive, work.last()))
+        task = asyncio.create_task(cancel_on_disconnect(caller.receive, work.last()))
         await work.started.wait()
         await caller.has_sent(2)
         assert not work.cancelled
@@ -131,7 +157,7 @@ def test_the_works_own_exception_passes(kind: type[Exception]) -> None:
             raise kind("of the work")
 
         with pytest.raises(kind, match="of the work"):
-            await unless_caller_left(Caller().receive, work())
+            await cancel_on_disconnect(Caller().receive, work())
 
     _run(main())
 
@@ -143,7 +169,7 @@ def test_the_works_own_time_limit_is_not_the_callers_leaving() -> None:
                 await asyncio.Event().wait()
 
         with pytest.raises(TimeoutError):
-            await unless_caller_left(Caller().receive, work())
+            await cancel_on_disconnect(Caller().receive, work())
 
     _run(main())
 
@@ -151,7 +177,7 @@ def test_the_works_own_time_limit_is_not_the_callers_leaving() -> None:
 def test_cancellation_from_outside_stays_cancellation() -> None:
     async def main() -> None:
         caller, work = Caller(), Work()
-        task = asyncio.create_task(unless_caller_left(caller.receive, work.last()))
+        task = asyncio.create_task(cancel_on_disconnect(caller.receive, work.last()))
         await work.started.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -167,7 +193,7 @@ def test_a_time_limit_around_it_stays_a_time_limit() -> None:
         work = Work()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
-                await unless_caller_left(Caller().receive, work.last())
+                await cancel_on_disconnect(Caller().receive, work.last())
         assert work.cancelled
 
     _run(main())
@@ -181,7 +207,7 @@ def test_the_work_runs_in_the_callers_own_task_and_context() -> None:
             variable.set("by the work")
             return asyncio.current_task()
 
-        assert await unless_caller_left(Caller().receive, work()) is asyncio.current_task()
+        assert await cancel_on_disconnect(Caller().receive, work()) is asyncio.current_task()
         assert variable.get() == "by the work"
 
     _run(main())
@@ -190,7 +216,7 @@ def test_the_work_runs_in_the_callers_own_task_and_context() -> None:
 def test_after_a_caller_left_the_task_can_go_on() -> None:
     async def main() -> None:
         with pytest.raises(CallerLeftError):
-            await unless_caller_left(Caller(DISCONNECT).receive, Work().last())
+            await cancel_on_disconnect(Caller(DISCONNECT).receive, Work().last())
         current = asyncio.current_task()
         assert current is not None
         assert current.cancelling() == 0
