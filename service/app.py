@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from service.config.lifespan import lifespan_of
 from service.config.settings import Settings
 from service.errors import ServiceError
-from service.middleware.errors import ErrorMiddleware, handle
+from service.middleware.errors import ErrorMiddleware, handle_error
 from service.middleware.request_id import RequestIdMiddleware, sanitize_scope
 from service.middleware.request_limits import RequestLimitsMiddleware
 from service.middleware.shutdown import ShutdownMiddleware
@@ -48,7 +48,7 @@ ACCEPTED_HEADERS = (
 
 
 class LlmApi(FastAPI):
-    """The app; it sanitizes each request before the instrumentation outside all middleware reads it."""
+    """The app, which sanitizes a request before the instrumentation, outside all middleware, reads it."""
 
     trust_traceparent = True
 
@@ -73,9 +73,9 @@ def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
         middleware=_middleware(settings, telemetry),
         exception_handlers={
-            ServiceError: handle,
-            HTTPException: handle,
-            RequestValidationError: handle,
+            ServiceError: handle_error,
+            HTTPException: handle_error,
+            RequestValidationError: handle_error,
         },
     )
     app.trust_traceparent = settings.trust_traceparent == "all"

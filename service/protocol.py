@@ -166,12 +166,12 @@ class Protocol(HttpToolsProtocol):
         """Wait for the first request's head."""
         super().connection_made(transport)
         self._received = bytearray()
-        self._expect_head()
+        self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget what was received."""
         self._received.clear()
-        self._stop_expecting()
+        self._cancel_head_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -216,7 +216,7 @@ class Protocol(HttpToolsProtocol):
         except MalformedError:
             self._refused = True
             self._received.clear()
-            self._stop_expecting()
+            self._cancel_head_timer()
             self.send_400_response("")
 
     @property
@@ -235,12 +235,12 @@ class Protocol(HttpToolsProtocol):
                 raise MalformedError
             self._scanned = len(received)
             if received:
-                self._expect_head()
+                self._start_head_timer()
             return False
         head = bytes(received[: end + len(HEAD_END)])
         del received[: len(head)]
         self._scanned = 0
-        self._stop_expecting()
+        self._cancel_head_timer()
         lines = head.count(CRLF)
         # With line ends of one kind and no folded lines, llhttp can see the end of the head here only.
         one_kind = lines == head.count(b"\n") == head.count(b"\r")
@@ -264,11 +264,11 @@ class Protocol(HttpToolsProtocol):
         self._body = None
         super().on_message_complete()
 
-    def _expect_head(self) -> None:
+    def _start_head_timer(self) -> None:
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.head_timeout_s, self.transport.close)
 
-    def _stop_expecting(self) -> None:
+    def _cancel_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -278,16 +278,16 @@ class Protocol(HttpToolsProtocol):
         del msg
         cycle: RequestResponseCycle | None = self.cycle
         if cycle is None or cycle.response_complete:
-            self._answer_400()
+            self._answer_malformed()
         elif not cycle.response_started:
             # The body of the request is malformed: the app learns that its caller is gone.
             cycle.disconnected = True
             cycle.message_event.set()
-            self._answer_400()
+            self._answer_malformed()
         else:
             self.transport.close()
 
-    def _answer_400(self) -> None:
+    def _answer_malformed(self) -> None:
         task = self.loop.create_task(self._refuse())
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
@@ -309,7 +309,7 @@ class Protocol(HttpToolsProtocol):
             "state": self.app_state.copy(),
             MALFORMED: True,
         }
-        await self.app(scope, _nothing_more, self._write)
+        await self.app(scope, _receive_disconnect, self._write)
         self.transport.close()
 
     async def _write(self, message: Message) -> None:
@@ -321,5 +321,5 @@ class Protocol(HttpToolsProtocol):
             self.transport.write(message.get("body", b""))
 
 
-async def _nothing_more() -> Message:
+async def _receive_disconnect() -> Message:
     return {"type": "http.disconnect"}

@@ -23,7 +23,7 @@ from service.recording.recorder import open_recorder
 from service.services.circuit_breaker import CircuitBreaker
 from service.services.drain import Drain, drain_on_signal
 from service.services.generation import Generation
-from service.services.health_checker import HealthChecker
+from service.services.health_checker import HealthChecker, HealthSchedule
 from service.services.rate_limit import RateLimiter
 from service.telemetry.events import emit
 from service.telemetry.names import EVENT_SHUTDOWN_COMPLETED, EVENT_SHUTDOWN_STEP
@@ -97,7 +97,7 @@ async def _open_services(
             telemetry,
             store,
             llm,
-            lambda: health.look_again("qdrant"),
+            lambda: health.check_now("qdrant"),
             lambda name: CircuitBreaker(name, BREAKER_FAILURES, BREAKER_S, instruments),
         ),
         "Flushing cache...",
@@ -105,11 +105,9 @@ async def _open_services(
     auth = await anyio.to_thread.run_sync(Authenticator, settings, instruments)
     health = HealthChecker(
         {"qdrant": store.ping, "litellm": llm.ping, **recorder.pings},
-        interval_s=settings.health_interval_s,
-        timeout_s=settings.health_timeout_s,
-        ttl_s=settings.health_ttl_s,
-        instruments=instruments,
-        tracer=telemetry.tracer_provider.get_tracer(SCOPE),
+        HealthSchedule(settings.health_interval_s, settings.health_timeout_s, settings.health_ttl_s),
+        instruments,
+        telemetry.tracer_provider.get_tracer(SCOPE),
     )
     tasks = await stack.enter_async_context(asyncio.TaskGroup())
     generation = Generation(
@@ -119,7 +117,7 @@ async def _open_services(
         cache=cache.answers,
         coalescing=Coalescing(tasks.create_task) if settings.cache_enabled else NoCoalescing(),
         recorder=recorder,
-        on_unreachable=lambda: health.look_again("litellm"),
+        on_unreachable=lambda: health.check_now("litellm"),
     )
     for work in (
         measure_lag(instruments.event_loop_lag),

@@ -1,4 +1,4 @@
-"""Who is calling: two built-in users, their passwords, tokens and roles."""
+"""Authenticates the two built-in users: verifies passwords, and issues and verifies tokens."""
 
 import hashlib
 import hmac
@@ -28,13 +28,13 @@ ALGORITHM = "HS256"
 REQUIRED_CLAIMS = ["exp", "iat", "iss", "aud", "sub", "jti"]
 MAX_TOKEN_CHARS = 4_096
 HASHING_THREADS = 2
-"""Passwords hashed at the same time: each takes a core and 19 MiB."""
+"""Maximum number of passwords that are hashed at the same time; each takes a core and 19 MiB."""
 
 COUNTER_SLOTS = 4_096
-"""Names and addresses share so many counters, whatever number of them is tried: memory stays bounded."""
+"""Number of counters that user names, and addresses, are mapped to, so that memory is bounded."""
 
-KNOWN_TOKENS = 4_096
-"""Tokens found good are remembered, so many at most, by their hash and until they expire."""
+MAX_CACHED_TOKENS = 4_096
+"""Maximum number of verified tokens that are cached, by their hash, until they expire."""
 
 Role = Literal["admin", "user"]
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class User:
-    """Somebody who may sign in."""
+    """A user of the service."""
 
     username: str
     role: Role
@@ -51,7 +51,7 @@ class User:
 
 @dataclass(frozen=True)
 class Session:
-    """What a sign-in gives: a token, and the seconds that it is good for."""
+    """The result of a sign-in: a token and its lifetime."""
 
     token: str
     expires_in_s: int
@@ -59,15 +59,14 @@ class Session:
 
 
 class Authenticator:
-    """Checks passwords, and issues and checks tokens.
+    """Verifies passwords, and issues and verifies tokens.
 
-    Hashes are argon2id with OWASP's first recommended parameters (19 MiB, 2 passes, 1 lane); a password given
-    in plain is hashed when the process starts.
+    Hashes are argon2id with OWASP's first recommended parameters (19 MiB, 2 passes, 1 lane). A plain password
+    in the settings is hashed when the process starts.
 
     Args:
-        settings: The users' passwords, the token's secret and life, the limits on failed sign-ins.
-        instruments: Where sign-ins are counted.
-        now: Unix time in seconds.
+        settings: The users' passwords, the signing key, the lifetime of tokens, the limits on failed
+        sign-ins. instruments: Counts sign-ins. now: Unix time in seconds.
     """
 
     def __init__(
@@ -79,35 +78,38 @@ class Authenticator:
         self._key = settings.jwt_secret_key.get_secret_value()
         self._hasher = argon2.PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)
         self._users = {
-            user.username: (user, self._as_hash(password.get_secret_value()))
+            user.username: (user, self._hash(password.get_secret_value()))
             for user, password in (
                 (User("admin", "admin"), settings.auth_admin_password),
                 (User("user", "user"), settings.auth_user_password),
             )
         }
-        self._known: cachetools.LRUCache[bytes, tuple[float, User]] = cachetools.LRUCache(KNOWN_TOKENS)
+        self._verified: cachetools.LRUCache[bytes, tuple[float, User]] = cachetools.LRUCache(
+            MAX_CACHED_TOKENS
+        )
         self._threads = CapacityLimiter(HASHING_THREADS)
-        self._failures = _Failures(settings)
+        self._failures = _FailureLimiter(settings)
 
-    def _as_hash(self, password: str) -> str:
+    def _hash(self, password: str) -> str:
         return password if password.startswith("$argon2") else self._hasher.hash(password)
 
     async def login(self, username: str, password: str, address: str) -> Session:
-        """Sign in.
+        """Sign in with a user name and a password.
 
-        The work is the same for any name and password: each password tried is hashed against every user's
-        hash, and only then compared with the name. Only failures are counted against the limits.
+        The time does not depend on the name: the password is always verified against every user's hash. Only
+        failures count towards the limits.
 
         Args:
-            username: The name as given.
-            password: The password as given.
-            address: Where the attempt comes from.
+            username: The name in the request.
+            password: The password in the request.
+            address: The client's address.
 
         Raises:
-            AuthenticationError: Wrong name or wrong password, without saying which.
+            AuthenticationError: The name or the password is wrong.
             RateLimitError: Too many failures for this name or from this address.
         """
-        # Looked at with a hashing place in hand: any number of attempts at once adds at most one each place.
+        # The limits are checked after a thread has been acquired, so that parallel attempts can exceed them
+        # by at most one per thread.
         async with self._threads:
             wait_s = await self._failures.wait_s(username, address)
             if wait_s is not None:
@@ -122,7 +124,7 @@ class Authenticator:
                 await self._failures.count(username, address)
         if user is None:
             self._attempts.add(1, {"outcome": "wrong_credentials"})
-            # The name stays out of the log: people type passwords into the wrong field.
+            # The name is not logged: users sometimes type the password into the wrong field.
             logger.warning("login_failed")
             raise AuthenticationError("The user name or the password is wrong.")
         self._attempts.add(1, {"outcome": "success"})
@@ -135,17 +137,15 @@ class Authenticator:
     def _matching_user(self, username: str, password: str) -> User | None:
         found = None
         for user, expected in self._users.values():
-            right_password = self._verifies(expected, password)
-            right_name = hmac.compare_digest(user.username.encode(), username.encode())
-            if right_password and right_name:
+            # Both are always checked, so that the time tells nothing about either.
+            name_matches = hmac.compare_digest(user.username.encode(), username.encode())
+            try:
+                password_matches: bool = self._hasher.verify(expected, password)
+            except argon2.exceptions.VerificationError:
+                password_matches = False
+            if name_matches and password_matches:
                 found = user
         return found
-
-    def _verifies(self, expected: str, password: str) -> bool:
-        try:
-            return self._hasher.verify(expected, password)
-        except argon2.exceptions.VerificationError:
-            return False
 
     def _session(self, user: User) -> Session:
         issued = int(self._now())
@@ -165,27 +165,27 @@ class Authenticator:
         return Session(token, self._settings.jwt_ttl_s, user)
 
     def identify(self, token: str) -> User:
-        """The user whom a token belongs to.
+        """Verify a token and return its user.
 
-        The role is the one that the user has now, whatever the token says. A token that was found good is
-        looked at again when it has expired: nothing else about it can change in a process's life.
+        The role is the user's current one; the token's claim is not used. A verified token is cached until it
+        expires, because nothing else about its validity can change while the process runs.
 
         Raises:
-            AuthenticationError: The token is none of ours, or not valid now.
+            AuthenticationError: The token is not valid.
         """
         if len(token) > MAX_TOKEN_CHARS:
             raise AuthenticationError("The token is not valid. Sign in at POST /auth/login.")
         digest = hashlib.sha256(token.encode(errors="surrogatepass")).digest()
-        until_s, user = self._known.get(digest, (0.0, None))
-        # By the clock that the check itself goes by.
+        until_s, user = self._verified.get(digest, (0.0, None))
+        # The JWT library compares with this clock too.
         if user is not None and time.time() < until_s:
             return user
-        until_s, user = self._checked(token)
-        self._known[digest] = until_s, user
+        until_s, user = self._verify(token)
+        self._verified[digest] = until_s, user
         return user
 
-    def _checked(self, token: str) -> tuple[float, User]:
-        """The moment until when a token is good, and its user."""
+    def _verify(self, token: str) -> tuple[float, User]:
+        """Return the time when a token expires, leeway included, and its user."""
         try:
             claims = jwt.decode(
                 token,
@@ -206,25 +206,25 @@ class Authenticator:
         return int(claims["exp"]) + self._settings.jwt_leeway_s, entry[0]
 
 
-class _Failures:
-    """Counts failed sign-ins per name and per address in a fixed number of counters.
+class _FailureLimiter:
+    """Limits failed sign-ins per user name and per address, with a fixed number of counters.
 
-    Two names that share a counter share its limit; which ones do is keyed by a secret of the process, so
-    nobody can choose a name to lock another one.
+    Names that share a counter share its limit. The mapping depends on a random key of the process, so that an
+    attacker cannot choose a name that blocks another one.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
         self._per_name = parse_limit(settings.login_failures_per_name)
         self._per_address = parse_limit(settings.login_failures_per_address)
-        self._salt = secrets.token_bytes(16)
+        self._key = secrets.token_bytes(16)
 
     def _slot(self, value: str) -> str:
-        digest = hashlib.blake2b(value.encode(), key=self._salt, digest_size=8).digest()
+        digest = hashlib.blake2b(value.encode(), key=self._key, digest_size=8).digest()
         return str(int.from_bytes(digest) % COUNTER_SLOTS)
 
     async def wait_s(self, username: str, address: str) -> float | None:
-        """Seconds until another attempt is allowed; None when it is now."""
+        """Return the seconds until another attempt is allowed; None if one is allowed now."""
         waits = []
         for limit, kind, value in (
             (self._per_name, "name", username),
@@ -236,6 +236,6 @@ class _Failures:
         return max(waits, default=None)
 
     async def count(self, username: str, address: str) -> None:
-        """Count one failure."""
+        """Count a failed sign-in."""
         await self._limiter.hit(self._per_name, "name", self._slot(username))
         await self._limiter.hit(self._per_address, "address", self._slot(address))

@@ -1,4 +1,8 @@
-"""The one place where an error becomes an answer, for every error of every route."""
+"""Turns every error of every route into an answer, and puts its name on the server span and the request.
+
+Errors that a route raises reach ``handle_error``, errors of the middleware and of bugs ``ErrorMiddleware``.
+Both end in ``error_response``. No other module writes an error body or an error name of a server span.
+"""
 
 import logging
 import math
@@ -43,20 +47,114 @@ BY_STATUS: Mapping[int, type[ServiceError]] = {
 logger = logging.getLogger(__name__)
 
 
+class ErrorMiddleware:
+    """Answers errors that are not handled further in, and marks the server span of every failed request.
+
+    An error after the start of an answer cannot be answered any more. The middleware then leaves the answer
+    incomplete, so that the server closes the connection and the caller cannot take it for a complete one.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        span, request = trace.get_current_span(), current_request.get()
+        started = False
+
+        async def send_marked(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+            # After the instrumentation, which sets error.type to the status code.
+            if message["type"] == "http.response.start" and request is not None and request.error is not None:
+                _mark(span, request.error)
+
+        try:
+            await self._app(scope, receive, send_marked)
+        except Exception as error:  # noqa: BLE001 - the last place that can answer
+            if started:
+                record_late_error(error)
+            else:
+                await error_response(error, scope)(scope, receive, send_marked)
+        finally:
+            # For errors that were recorded after the start of the answer.
+            if request is not None and request.error is not None:
+                _mark(span, request.error)
+
+
+async def handle_error(request: Request, error: Exception) -> JSONResponse:
+    """Answer an error that a route, a dependency or the routing raised; FastAPI's exception handler."""
+    return error_response(error, request.scope)
+
+
+def error_response(error: Exception, scope: Scope) -> JSONResponse:
+    """Return the answer to an error, in the format of the path's protocol, and record the error."""
+    found = record_error(error)
+    headers = dict(found.headers)
+    wait_s = found.default_retry_after_s if found.retry_after_s is None else found.retry_after_s
+    if wait_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
+    if not is_openai_path(scope):
+        return JSONResponse(error_body(found), status_code=found.status, headers=headers)
+    if not found.retryable and found.status >= InternalError.status:
+        # OpenAI's client libraries retry every 5xx unless this field tells them not to.
+        headers["X-Should-Retry"] = "false"
+    return JSONResponse(openai_error_body(found), status_code=found.status, headers=headers)
+
+
+def record_error(error: Exception) -> ServiceError:
+    """Return the error of our tree and record its name on the request; log a bug with its stack trace."""
+    found = as_service_error(error)
+    if isinstance(found, InternalError):
+        logger.error("Unhandled exception", exc_info=error, extra={"error": found.name})
+    request = current_request.get()
+    if request is not None:
+        request.error = found.name
+    return found
+
+
+def record_late_error(error: Exception) -> ServiceError:
+    """Record an error that happened after the start of an answer, when its status cannot be changed.
+
+    The span is marked at once, because the instrumentation ends it with the last byte of the answer.
+    """
+    found = record_error(error)
+    span = trace.get_current_span()
+    span.set_status(trace.StatusCode.ERROR)
+    span.set_attribute(ERROR_TYPE, found.name)
+    return found
+
+
+def _mark(span: trace.Span, error: str) -> None:
+    """Put the error's name on a server span."""
+    if not span.is_recording():
+        return
+    span.set_attribute(ERROR_TYPE, error)
+    if error == CallerLeftError.__name__:
+        # The caller has not received the answer, whatever its status.
+        span.set_status(trace.StatusCode.ERROR)
+
+
 def as_service_error(error: Exception) -> ServiceError:
-    """The error of our tree that an exception means; ``InternalError`` where nobody foresaw it."""
+    """Map an exception to the error tree; an unknown exception becomes ``InternalError``."""
     match error:
-        # FastAPI wraps whatever goes wrong while the body is read.
+        # FastAPI wraps every exception that is raised while the body is read.
         case (ServiceError() as found) | HTTPException(__cause__=ServiceError() as found):
             return found
         case ClientDisconnect() | HTTPException(__cause__=ClientDisconnect()):
             return CallerLeftError()
         case RequestValidationError():
-            return _from_validation(error)
-        # FastAPI's word for a body that is no JSON at all.
+            return _validation_error(error)
+        # FastAPI raises this for a body that is not JSON.
         case HTTPException(status_code=400):
-            return _unreadable()
-        case HTTPException() if 400 <= error.status_code < 500:  # noqa: PLR2004 - the callers' range
+            problem = {"field": "body", "message": "cannot be read as JSON", "type": "json_invalid"}
+            message = "The request is not valid: body: cannot be read as JSON"
+            return ValidationError(message, details=[problem])
+        case HTTPException() if 400 <= error.status_code < 500:  # noqa: PLR2004 - the range of caller errors
             known = BY_STATUS.get(error.status_code, BadRequestError)()
             known.headers.update(error.headers or {})
             return known
@@ -64,13 +162,8 @@ def as_service_error(error: Exception) -> ServiceError:
             return InternalError()
 
 
-def _unreadable() -> ValidationError:
-    problem = {"field": "body", "message": "cannot be read as JSON", "type": "json_invalid"}
-    return ValidationError("The request is not valid: body: cannot be read as JSON", details=[problem])
-
-
-def _from_validation(error: RequestValidationError) -> ValidationError:
-    """Names the fields and the rules; what was sent is not repeated."""
+def _validation_error(error: RequestValidationError) -> ValidationError:
+    """Name the invalid fields and the violated rules without repeating the input."""
     details = [
         {
             "field": ".".join(str(part) for part in entry["loc"])[:MAX_FIELD_CHARS],
@@ -84,7 +177,7 @@ def _from_validation(error: RequestValidationError) -> ValidationError:
 
 
 def error_body(error: ServiceError) -> dict[str, Any]:
-    """The body of an error's answer outside ``/v1``; ``details`` only where there are some."""
+    """Return the body of an error outside ``/v1``."""
     request = current_request.get()
     body: dict[str, Any] = {
         "error": error.name,
@@ -99,9 +192,9 @@ def error_body(error: ServiceError) -> dict[str, Any]:
 
 
 def openai_error_body(error: ServiceError) -> dict[str, Any]:
-    """The body of an error's answer under ``/v1``: OpenAI's fields, with the same facts beside them.
+    """Return the body of an error under ``/v1``: OpenAI's fields, and those of ``error_body`` beside them.
 
-    ``type`` is the error's name; ``code`` and ``param`` are OpenAI's own words where there are some.
+    ``type`` is the error's name; ``code`` and ``param`` are OpenAI's own values.
     """
     request = current_request.get()
     param = error.param or (error.details[0]["field"] if error.details else None)
@@ -118,79 +211,7 @@ def openai_error_body(error: ServiceError) -> dict[str, Any]:
     }
 
 
-def noted(error: Exception) -> ServiceError:
-    """The error of our tree, noted on the request; what is a bug is logged with its stack trace."""
-    found = as_service_error(error)
-    if isinstance(found, InternalError):
-        logger.error("Unhandled exception", exc_info=error, extra={"error": found.name})
-    request = current_request.get()
-    if request is not None:
-        request.error = found.name
-    return found
-
-
-def broken_off(error: Exception) -> ServiceError:
-    """The same for an error after the head of the answer is out: the status says nothing of it any more."""
-    found = noted(error)
-    # Now: the instrumentation ends the span with the last byte.
-    span = trace.get_current_span()
-    span.set_status(trace.StatusCode.ERROR)
-    span.set_attribute(ERROR_TYPE, found.name)
-    return found
-
-
-def answer(error: Exception, scope: Scope) -> JSONResponse:
-    """The answer to an exception, in the shape of the path's family."""
-    found = noted(error)
-    headers = dict(found.headers)
-    wait_s = found.default_retry_after_s if found.retry_after_s is None else found.retry_after_s
-    if wait_s is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
-    if not speaks_openai(scope):
-        return JSONResponse(error_body(found), status_code=found.status, headers=headers)
-    if not found.retryable and found.status >= InternalError.status:
-        # OpenAI's clients try every 5xx again unless they are told that it is of no use.
-        headers["X-Should-Retry"] = "false"
-    return JSONResponse(openai_error_body(found), status_code=found.status, headers=headers)
-
-
-def speaks_openai(scope: Scope) -> bool:
-    """Whether the path is of the family that speaks OpenAI's protocol, errors included."""
+def is_openai_path(scope: Scope) -> bool:
+    """Whether the path belongs to OpenAI's protocol, which has its own format of errors."""
     path: str = scope["path"].removeprefix(scope.get("root_path", ""))
     return path == OPENAI_PREFIX or path.startswith(f"{OPENAI_PREFIX}/")
-
-
-async def handle(request: Request, error: Exception) -> JSONResponse:
-    """Answer what a route, a dependency or the routing raised; FastAPI calls it."""
-    return answer(error, request.scope)
-
-
-class ErrorMiddleware:
-    """Answers what nothing inside has answered, so that no exception reaches the server.
-
-    When a part of the answer is out already, the rest is left out and the server breaks the connection: the
-    caller must not take a part for the whole.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one ASGI connection."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = False
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_and_note)
-        except Exception as error:  # noqa: BLE001 - the last place that can answer
-            if started:
-                broken_off(error)
-            else:
-                await answer(error, scope)(scope, receive, send)

@@ -1,207 +1,181 @@
-"""Bounds what a request may bring and take: HTTP only, a body of bounded size and time, a place in flight."""
+"""Limits requests: valid HTTP only, the size and time of a body, and the number of requests in flight.
+
+A declared size over the limit is refused here; a chunked body is counted by Starlette's middleware as it
+arrives. Requests whose body is still arriving are bounded separately from requests in flight: otherwise
+clients that announce a body and never send it could use up the capacity.
+"""
 
 import asyncio
-from collections.abc import Callable
 
-from opentelemetry.metrics import Counter
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.config.settings import Settings
 from service.errors import BadRequestError, OverloadedError, PayloadTooLargeError, RequestTimeoutError
-from service.middleware.errors import answer
+from service.middleware.errors import error_response
 from service.telemetry.instruments import Instruments
 from service.telemetry.providers import PROBES
 
-ARRIVING_PER_PLACE = 4
-"""Bodies that may be on their way for each place in flight. They are counted apart: a place is for a request
-whose body is there, or strangers who promise bodies and send none would take the places of callers."""
-
-
-class InFlight:
-    """The places, and the bodies on their way to one."""
-
-    def __init__(self, places: int, instruments: Instruments) -> None:
-        self.places = places
-        self.taken = 0
-        self.arriving = 0
-        self.gauge = instruments.requests_in_flight
-        self.rejected = instruments.requests_rejected
-
-    def refuse(self) -> OverloadedError:
-        """Count a rejection, and make its error."""
-        self.rejected.add(1, {"reason": "overloaded"})
-        return OverloadedError()
-
-
-class Place:
-    """One request's claim: first as a body on its way, then, with ``take``, as a request in flight."""
-
-    def __init__(self, all_places: InFlight) -> None:
-        self._all = all_places
-        if all_places.arriving >= ARRIVING_PER_PLACE * all_places.places:
-            raise all_places.refuse()
-        all_places.arriving += 1
-        self._taken = False
-
-    def take(self) -> None:
-        """Go from arriving to in flight; ``OverloadedError`` when there is no place."""
-        if self._taken:
-            return
-        if self._all.taken >= self._all.places:
-            raise self._all.refuse()
-        self._all.arriving -= 1
-        self._all.taken += 1
-        self._all.gauge.add(1)
-        self._taken = True
-
-    def give_back(self) -> None:
-        """Count no more, whatever it was."""
-        if self._taken:
-            self._all.taken -= 1
-            self._all.gauge.add(-1)
-        else:
-            self._all.arriving -= 1
-
-
 MALFORMED = "llmops.malformed"
-"""Set in the scope by our HTTP protocol when what came in is no HTTP request."""
+"""Key that ``service.protocol`` sets in the scope of a request that is not valid HTTP."""
+
+ARRIVING_PER_IN_FLIGHT = 4
+"""Maximum number of requests whose body is arriving, for each request that may be in flight."""
 
 LINGER_BYTES = 262_144
 LINGER_S = 1.0
-"""So much of a refused body, and for so long, is still read after the answer: a connection closed with unread
-data in it is reset, and a caller who is still sending would never see why (RFC 9112, section 9.6)."""
+"""Limits of the lingering close: how much of a refused body is still read after the answer, and for how long.
+Closing a connection with unread data resets it, and the client may then lose the answer (RFC 9112, 9.6)."""
 
 
 class RequestLimitsMiddleware:
-    """Turns away what is malformed, too much at once, too large, or too slow in coming.
-
-    Health routes are never turned away. Starlette's own middleware counts a body as it arrives; it would
-    answer a declared size with a body of its own shape, so that is looked at here.
+    """Refuses requests that are malformed, too many, too large or too slow. Health routes are never refused.
 
     Args:
-        app: What is protected.
+        app: The next ASGI app.
         settings: The limits.
-        instruments: Where requests in flight and rejections are counted.
+        instruments: Counts requests in flight and rejections.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, instruments: Instruments) -> None:
-        self._unlimited = app
-        self._app = RequestBodyLimitMiddleware(app, settings.max_body_bytes)
+        self._app = app
+        self._size_limited_app = RequestBodyLimitMiddleware(app, settings.max_body_bytes)
         self._max_body_bytes = settings.max_body_bytes
         self._body_timeout_s = settings.request_body_timeout_s
-        self._in_flight = InFlight(settings.max_in_flight, instruments)
-        self._rejected = instruments.requests_rejected
+        self._capacity = _Capacity(settings.max_in_flight, instruments)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         if scope["type"] != "http":
-            await self._unlimited(scope, receive, send)
+            await self._app(scope, receive, send)
             return
-        declared, has_body = _body_of(scope)
+        capacity = self._capacity
+        exchange = _Exchange(scope, receive, send, capacity, self._body_timeout_s)
         if scope["path"] in PROBES:
-            # No probe reads a body; where one comes all the same, the connection ends with the answer.
-            unread = has_body
-            lingering = _LingeringSend(receive, send, self._rejected, lambda: unread)
-            await self._unlimited(scope, receive, lingering)
+            await self._app(scope, receive, exchange.send)
             return
         if MALFORMED in scope:
             raise BadRequestError("This is not a valid HTTP request.")
-        place = Place(self._in_flight)
+        if capacity.arriving >= ARRIVING_PER_IN_FLIGHT * capacity.max_in_flight:
+            capacity.rejected.add(1, {"reason": "overloaded"})
+            raise OverloadedError
+        capacity.arriving += 1
         try:
-            in_time = _TimedReceive(receive, self._body_timeout_s, place)
-            lingering = _LingeringSend(
-                receive, send, self._rejected, lambda: has_body and not in_time.complete
-            )
-            if not has_body:
-                place.take()
-            if declared > self._max_body_bytes:
-                await self._refuse(declared, scope, receive, lingering)
+            if not exchange.body_pending:
+                exchange.admit()
+            if exchange.declared_bytes > self._max_body_bytes:
+                error = PayloadTooLargeError(
+                    f"The request's body is {exchange.declared_bytes} bytes long; "
+                    f"the limit is {self._max_body_bytes}."
+                )
+                # Starlette's middleware would answer a declared size in a format of its own.
+                await error_response(error, scope)(scope, receive, exchange.send)
             else:
-                await self._app(scope, in_time, lingering)
+                await self._size_limited_app(scope, exchange.receive, exchange.send)
         finally:
-            place.give_back()
-
-    async def _refuse(self, declared: int, scope: Scope, receive: Receive, send: Send) -> None:
-        error = PayloadTooLargeError(
-            f"The request's body is {declared} bytes long; the limit is {self._max_body_bytes}."
-        )
-        await answer(error, scope)(scope, receive, send)
+            if exchange.admitted:
+                capacity.in_flight -= 1
+                capacity.gauge.add(-1)
+            else:
+                capacity.arriving -= 1
 
 
-def _body_of(scope: Scope) -> tuple[int, bool]:
-    """The size that the request's body is declared to have, 0 for none; and whether there is a body."""
-    declared, chunked = b"0", False
-    for name, value in scope["headers"]:
-        if name == b"content-length":
-            declared = value
-        elif name == b"transfer-encoding":
-            chunked = True
-    return int(declared) if declared.isdigit() else 0, chunked or declared != b"0"
+class _Capacity:
+    """The numbers of requests in flight and of requests whose body is arriving."""
+
+    def __init__(self, max_in_flight: int, instruments: Instruments) -> None:
+        self.max_in_flight = max_in_flight
+        self.in_flight = 0
+        self.arriving = 0
+        self.gauge = instruments.requests_in_flight
+        self.rejected = instruments.requests_rejected
 
 
-class _TimedReceive:
-    """An ASGI receive whose body must be complete in time; what follows the body may take for ever.
+class _Exchange:
+    """The ASGI ``receive`` and ``send`` of one request.
 
-    When the body is complete the request takes its place in flight.
+    ``receive`` limits the time of the body, but not of the messages after it, and admits the request when its
+    body is complete. ``send`` closes the connection after an answer that is sent before the body was read,
+    and counts 413 answers.
+
+    Args:
+        scope: The request's scope, whose header fields announce the body.
+        receive: The server's ``receive``.
+        send: The server's ``send``.
+        capacity: Where the request is counted.
+        body_timeout_s: Time limit of the body.
     """
 
-    def __init__(self, receive: Receive, limit_s: float, place: Place) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, capacity: _Capacity, body_timeout_s: float
+    ) -> None:
         self._receive = receive
-        self._place = place
-        self._until = asyncio.get_running_loop().time() + limit_s
-        self.complete = False
+        self._send = send
+        self._capacity = capacity
+        self._body_until_s = asyncio.get_running_loop().time() + body_timeout_s
+        self._closes = False
+        self.admitted = False
+        length, chunked = b"0", False
+        for name, value in scope["headers"]:
+            if name == b"content-length":
+                length = value
+            elif name == b"transfer-encoding":
+                chunked = True
+        self.declared_bytes = int(length) if length.isdigit() else 0
+        self.body_pending = chunked or length != b"0"
 
-    async def __call__(self) -> Message:
-        if self.complete:
+    def admit(self) -> None:
+        """Count a request whose body is complete as in flight.
+
+        Raises:
+            OverloadedError: Too many requests are in flight.
+        """
+        capacity = self._capacity
+        if capacity.in_flight >= capacity.max_in_flight:
+            capacity.rejected.add(1, {"reason": "overloaded"})
+            raise OverloadedError
+        capacity.arriving -= 1
+        capacity.in_flight += 1
+        capacity.gauge.add(1)
+        self.admitted = True
+
+    async def receive(self) -> Message:
+        """Receive a message; raises ``RequestTimeoutError`` where the body takes too long."""
+        if not self.body_pending:
             return await self._receive()
         try:
-            async with asyncio.timeout_at(self._until):
+            async with asyncio.timeout_at(self._body_until_s):
                 message = await self._receive()
         except TimeoutError:
             raise RequestTimeoutError from None
-        self.complete = not message.get("more_body", False)
-        if self.complete and message["type"] == "http.request":
-            self._place.take()
+        self.body_pending = message.get("more_body", False)
+        if not self.body_pending and message["type"] == "http.request":
+            self.admit()
         return message
 
-
-class _LingeringSend:
-    """An ASGI send for an answer that may come before the body was read.
-
-    Such an answer closes the connection, or the rest of the body would be read for ever; and a little of it
-    is read after the answer, so that the caller gets to see why. A 413 is counted.
-    """
-
-    def __init__(self, receive: Receive, send: Send, rejected: Counter, unread: Callable[[], bool]) -> None:
-        self._receive = receive
-        self._send = send
-        self._rejected = rejected
-        self._unread = unread
-        self._lingers = False
-
-    async def __call__(self, message: Message) -> None:
+    async def send(self, message: Message) -> None:
+        """Send a message; the last one waits until a part of the unread body has been read."""
         if message["type"] == "http.response.start":
             if message["status"] == PayloadTooLargeError.status:
-                self._rejected.add(1, {"reason": "too_large"})
-            self._lingers = self._unread()
-            if self._lingers:
+                self._capacity.rejected.add(1, {"reason": "too_large"})
+            self._closes = self.body_pending
+            if self._closes:
                 MutableHeaders(scope=message)["Connection"] = "close"
-        elif self._lingers and not message.get("more_body", False):
+        elif self._closes and not message.get("more_body", False):
             await self._send({**message, "more_body": True})
-            await self._read_a_little()
+            await self._linger()
             message = {"type": "http.response.body", "body": b""}
         await self._send(message)
 
-    async def _read_a_little(self) -> None:
-        seen = 0
+    async def _linger(self) -> None:
+        read = 0
         try:
             async with asyncio.timeout(LINGER_S):
-                while seen < LINGER_BYTES:
+                while read < LINGER_BYTES:
                     message = await self._receive()
                     if not message.get("more_body", False):
                         return
-                    seen += len(message.get("body", b""))
+                    read += len(message.get("body", b""))
         except TimeoutError:
             return

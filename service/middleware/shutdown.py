@@ -1,4 +1,4 @@
-"""Counts requests in flight to the last byte, and turns new ones away while the process drains."""
+"""Refuses new requests while the process drains, and tracks the requests in flight for the drain."""
 
 import asyncio
 
@@ -7,18 +7,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.dependencies import services_of
 from service.errors import ShuttingDownError
-from service.services.drain import Drain
 from service.telemetry.providers import PROBES
 
 
 class ShutdownMiddleware:
-    """Lets a request end that has begun, within the drain's limit, and refuses one that comes too late.
+    """Lets requests in flight finish within the drain's limit, and refuses new ones after the grace period.
 
-    Health routes are always answered, and never waited for. A request that is cut off at the limit ends with
-    ``ShuttingDownError``, where its answer has not begun.
+    Health routes are always answered, and the drain does not wait for them. A request that is cancelled at
+    the limit ends with ``ShuttingDownError``, if its answer has not started.
 
     Args:
-        app: What is protected.
+        app: The next ASGI app.
         rejected: The counter ``llmops.requests.rejected``.
     """
 
@@ -32,16 +31,12 @@ class ShutdownMiddleware:
             await self._app(scope, receive, send)
             return
         drain = services_of(scope).drain
-        if drain.refusing:
-            self._rejected.add(1, {"reason": "draining"})
-            raise ShuttingDownError
-        await self._serve(drain, scope, receive, send)
-
-    async def _serve(self, drain: Drain, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            # Without a limit now; the drain pulls it to the present when the time is over.
+            # Without a limit at first: the drain reschedules it to cancel the request.
             async with asyncio.timeout(None) as limit:
-                drain.enter(limit)
+                if not drain.enter(limit):
+                    self._rejected.add(1, {"reason": "draining"})
+                    raise ShuttingDownError
                 try:
                     await self._app(scope, receive, send)
                 finally:

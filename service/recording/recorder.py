@@ -177,7 +177,7 @@ class Recorder:
         self._save_run()
         tracer = telemetry.tracer_provider.get_tracer(SCOPE)
         self._delivery = Delivery(tracker, tracer, self._counts, clock)
-        telemetry.instruments.show_recorder_queue(lambda: self._counts.waiting)
+        telemetry.instruments.observe_recorder_queue(lambda: self._counts.waiting)
         # A daemon thread, so that a server that does not answer cannot delay the exit of the process.
         self._thread = threading.Thread(target=self._work, name="mlflow recorder", daemon=True)
 

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.errors import CallerLeftError, ServiceError, ShuttingDownError
-from service.middleware.errors import broken_off
+from service.middleware.errors import record_late_error
 from service.services.call_report import CallOutcome
 from service.services.generation import AnswerStream
 from service.upstream.messages import Completion
@@ -78,17 +78,17 @@ class EventStream(Response):
         except CallerLeftError as error:
             if not sender.started:
                 raise
-            broken_off(error)
+            record_late_error(error)
         except asyncio.CancelledError:
             # Only the end of the process cancels a request. The caller is told, and the cancellation goes on.
             if sender.started:
                 stopping = ShuttingDownError("This process is stopping, and your request took too long.")
-                await sender.end_soon(self._format.error(broken_off(stopping)))
+                await sender.end_soon(self._format.error(record_late_error(stopping)))
             raise
         except Exception as error:
             if not sender.started:
                 raise
-            await sender.end_soon(self._format.error(broken_off(error)))
+            await sender.end_soon(self._format.error(record_late_error(error)))
         else:
             await sender.end(done)
         finally:

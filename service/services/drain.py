@@ -1,31 +1,43 @@
-"""Puts the drain between a stop signal and the server's own handling of it."""
+"""Graceful shutdown: ``drain_on_signal`` starts a ``Drain`` on the stop signal, before the server handles it.
+
+uvicorn stops listening as soon as it gets the signal. Load balancers could then not see that the process is
+not ready any more, and late requests would meet a closed port instead of an answer. The drain therefore
+takes over uvicorn's signal handlers and calls them when it is done.
+"""
 
 import asyncio
+import inspect
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import Context
 from types import FrameType
 from typing import Any
 
+import uvicorn
+
 from service.telemetry import names
 from service.telemetry.events import emit
 
 CANCEL_GRACE_S = 0.5
-"""So long the requests that were cancelled at the limit get to say so to their callers."""
+"""Time for requests that were cancelled at the limit to answer their callers."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
 
 logger = logging.getLogger(__name__)
 
 
 class Drain:
-    """Counts requests in flight, and after the stop signal lets them end and no more begin.
+    """Tracks the requests in flight; after the stop signal it lets them finish and refuses new ones.
 
     Args:
-        grace_s: Seconds after the signal in which new requests are still taken.
-        timeout_s: Seconds after the signal when what still runs is cancelled.
+        grace_s: Seconds after the signal during which new requests are still accepted.
+        timeout_s: Seconds after the signal when requests in flight are cancelled.
         clock: Monotonic, in seconds.
     """
 
@@ -40,13 +52,8 @@ class Drain:
 
     @property
     def draining(self) -> bool:
-        """Whether the stop signal has come: this process is not ready any more."""
+        """Whether the stop signal has come, so that this process is not ready any more."""
         return self._started_at is not None
-
-    @property
-    def refusing(self) -> bool:
-        """Whether new requests are turned away: draining, and the grace is over."""
-        return self._started_at is not None and self._clock() >= self._started_at + self._grace_s
 
     @property
     def since_signal_s(self) -> float:
@@ -55,11 +62,31 @@ class Drain:
 
     @property
     def in_flight(self) -> int:
-        """Requests being served now."""
+        """Number of requests in flight."""
         return len(self._running)
 
+    def enter(self, limit: asyncio.Timeout) -> bool:
+        """Count a request as in flight; False, and not counted, after the grace period.
+
+        Args:
+            limit: The time limit around the request, which the drain reschedules to cancel it.
+        """
+        if self._started_at is not None and self._clock() >= self._started_at + self._grace_s:
+            return False
+        self._running.add(limit)
+        self._idle.clear()
+        return True
+
+    def leave(self, limit: asyncio.Timeout) -> None:
+        """Stop counting a request, after the last byte of its answer has been sent."""
+        self._running.discard(limit)
+        if not self._running:
+            self._idle.set()
+        if self._started_at is not None:
+            emit(logger, names.EVENT_SHUTDOWN_STEP, "Request completed", {"in_flight": self.in_flight})
+
     def begin(self) -> None:
-        """Note the stop signal; the second one changes nothing here."""
+        """Start draining; a second call has no effect."""
         if self._started_at is None:
             self._started_at = self._clock()
             emit(
@@ -70,7 +97,7 @@ class Drain:
             )
 
     async def wait(self) -> None:
-        """Wait until the grace is over and nobody is being served; at the limit, cancel who still is."""
+        """Wait for the grace period and the requests in flight; cancel those that exceed the time limit."""
         limit_s = max(0.0, self._timeout_s - self.since_signal_s)
         try:
             async with asyncio.timeout(limit_s):
@@ -88,106 +115,89 @@ class Drain:
     async def _cancel_all(self) -> None:
         logger.warning("Cancelling %d request(s): the time limit is over", self.in_flight)
         now = asyncio.get_running_loop().time()
-        for scope in list(self._running):
-            scope.reschedule(now)
+        for limit in list(self._running):
+            limit.reschedule(now)
         try:
             async with asyncio.timeout(CANCEL_GRACE_S):
                 await self._idle.wait()
         except TimeoutError:
             logger.warning("%d request(s) did not end when they were cancelled", self.in_flight)
 
-    def enter(self, scope: asyncio.Timeout) -> None:
-        """Count a request in; the scope is what cancels it."""
-        self._running.add(scope)
-        self._idle.clear()
-
-    def leave(self, scope: asyncio.Timeout) -> None:
-        """Count it out, when its last byte is sent."""
-        self._running.discard(scope)
-        if not self._running:
-            self._idle.set()
-        if self.draining:
-            emit(logger, names.EVENT_SHUTDOWN_STEP, "Request completed", {"in_flight": self.in_flight})
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 
 @contextmanager
 def drain_on_signal(drain: Drain, tasks: asyncio.TaskGroup) -> Iterator[None]:
-    """Drain on the first stop signal, then hand it to the server; a second signal ends it at once.
+    """Drain on the first stop signal, then pass the signal to uvicorn; a second signal stops it at once.
 
-    uvicorn stops listening as soon as it gets the signal: nobody could see that the process is not ready any
-    more, and a caller who comes late would meet a closed port instead of an answer. Its handlers are in place
-    when the lifespan starts, in every worker process, so they are taken over here and called when the drain
-    is over. Where there are none to take over (a server in a thread), the server stops as it always does.
+    uvicorn's handlers are in place when the lifespan starts, in every worker process. In a server that runs
+    in a thread there are none, and nothing is taken over.
 
-    A signal that came while the app was imported is uvicorn's already; it is drained for all the same, so
-    that every stop reads alike. Either way uvicorn ends the start first, and stops then.
+    If a signal came before this function was called, uvicorn has it already and will stop after the start.
+    The drain then begins at once, so that every shutdown logs the same lines.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    stop = _Stop(drain, tasks, {number: signal.getsignal(number) for number in STOP_SIGNALS})
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    stop = _Stop(drain, tasks, handlers)
     for number in STOP_SIGNALS:
         signal.signal(number, stop.on_signal)
     stop.begin_if_signalled()
     try:
         yield
     finally:
-        for number, handler in stop.servers.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 class _Stop:
-    """Knows whether a signal has come, and whose it would have been."""
+    """The signal handler: starts the drain, and passes the signal to uvicorn's handler afterwards."""
 
     def __init__(
-        self,
-        drain: Drain,
-        tasks: asyncio.TaskGroup,
-        servers: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None],
+        self, drain: Drain, tasks: asyncio.TaskGroup, handlers: Mapping[signal.Signals, Handler]
     ) -> None:
-        self.servers = servers
         self._drain = drain
         self._tasks = tasks
+        self._handlers = handlers
         self._loop = asyncio.get_running_loop()
         self._signalled = False
 
     def begin_if_signalled(self) -> None:
-        """Drain at once where the server has the signal already."""
-        if any(getattr(_server_of(handler), "should_exit", False) for handler in self.servers.values()):
+        """Drain at once where uvicorn has received a signal already."""
+        servers = [_server_of(handler) for handler in self._handlers.values()]
+        if any(server is not None and server.should_exit for server in servers):
             self._signalled = True
             self._drain.begin()
             self._tasks.create_task(self._drain.wait(), name="drain")
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Only note and hand on: this runs between any two bytecodes, perhaps in the middle of a log line."""
+        """Handle a stop signal. Runs between two bytecodes, so it only schedules the work."""
         if self._signalled:
-            # uvicorn forces its exit on a second SIGINT only; a second SIGTERM means the same here.
-            server = _server_of(self.servers[signal.Signals(number)])
+            # uvicorn itself forces the exit on a second SIGINT only; here a second SIGTERM does the same.
+            server = _server_of(self._handlers[signal.Signals(number)])
             if server is not None:
                 server.force_exit = True
-            self._hand_over(number)
+            self._pass_on(number)
             return
         self._signalled = True
-        # In a context of its own: the signal may have come in the middle of somebody's request.
+        # A new context: the signal may have interrupted a request.
         self._loop.call_soon_threadsafe(self._start, number, context=Context())
 
     def _start(self, number: int) -> None:
         self._drain.begin()
-        self._tasks.create_task(self._drain_then_hand_over(number), name="drain")
+        self._tasks.create_task(self._drain_and_pass_on(number), name="drain")
 
-    async def _drain_then_hand_over(self, number: int) -> None:
+    async def _drain_and_pass_on(self, number: int) -> None:
         await self._drain.wait()
-        self._hand_over(number)
+        self._pass_on(number)
 
-    def _hand_over(self, number: int) -> None:
-        handler = self.servers[signal.Signals(number)]
+    def _pass_on(self, number: int) -> None:
+        handler = self._handlers[signal.Signals(number)]
         if callable(handler):
             handler(number, None)
 
 
-def _server_of(handler: object) -> Any:  # noqa: ANN401 - uvicorn.Server, or what stands in its place
-    """The server whose method the handler is; None where there is none."""
-    return getattr(handler, "__self__", None)
+def _server_of(handler: Handler) -> uvicorn.Server | None:
+    """Return the uvicorn server whose method a signal handler is."""
+    if inspect.ismethod(handler) and isinstance(handler.__self__, uvicorn.Server):
+        return handler.__self__
+    return None

@@ -194,7 +194,7 @@ class Generation:
         )
 
         def retried(operation: Operation, attempt: Attempt[P, T]) -> Attempt[P, T]:
-            return retrying(operation, policy, budget, instruments, hopeless=self._breaker_open)(attempt)
+            return retrying(operation, policy, budget, instruments, breaker_open=self._breaker_open)(attempt)
 
         self._whole = {operation: retried(operation, self._attempt) for operation in PATHS}
         self._open = retried("chat", self._attempt_stream)

@@ -1,4 +1,4 @@
-"""Knows which dependencies are up: pings them in the background, and answers from memory."""
+"""Checks the dependencies in the background, and serves the latest results from memory."""
 
 import asyncio
 import logging
@@ -16,7 +16,7 @@ from service.telemetry import names
 from service.telemetry.events import emit
 from service.telemetry.instruments import Instruments
 
-JITTER = 0.1
+MAX_JITTER = 0.1
 MAX_REASON_CHARS = 200
 
 Ping = Callable[[], Awaitable[None]]
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """How one check ended.
+    """The result of one check.
 
     Args:
-        error: Why the dependency counts as down; None when it is up.
-        latency_s: Seconds that the check took.
-        at: When it ended, on the monotonic clock.
+        error: Why the dependency is down; None when it is up.
+        latency_s: Duration of the check, in seconds.
+        at: End of the check, on the monotonic clock.
     """
 
     error: str | None
@@ -41,7 +41,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Health:
-    """What is known of a dependency now; ``age_s`` and ``latency_s`` are None before the first result."""
+    """The current health of a dependency; ``age_s`` and ``latency_s`` are None before the first result."""
 
     up: bool
     error: str | None
@@ -49,108 +49,109 @@ class Health:
     age_s: float | None = None
 
 
-class HealthChecker:
-    """Runs named pings, one at a time for each, and keeps their last results.
-
-    Asking it costs nothing and waits for nobody. A result is believed for ``ttl_s``; before the first, and
-    after that time, a dependency counts as down, with the reason said.
+@dataclass(frozen=True)
+class HealthSchedule:
+    """When dependencies are checked, and how long a result is valid.
 
     Args:
-        pings: What raises when a dependency is down, by the dependency's name.
-        interval_s: Seconds between two checks of a dependency, give or take a tenth.
-        timeout_s: Time limit of one check.
-        ttl_s: Age up to which a result is believed.
-        instruments: Where statuses, ages and durations are shown.
-        tracer: For the one span of each check.
+        interval_s: Seconds between two checks of a dependency, varied by up to 10 %.
+        timeout_s: Time limit of one check, in seconds.
+        ttl_s: Maximum age of a result, in seconds.
         clock: Monotonic, in seconds.
-        random_part: Between 0 and 1.
+        jitter: Returns a random number between 0 and 1.
     """
 
-    def __init__(  # noqa: PLR0913 - numbers and seams
-        self,
-        pings: Mapping[str, Ping],
-        *,
-        interval_s: float,
-        timeout_s: float,
-        ttl_s: float,
-        instruments: Instruments,
-        tracer: Tracer,
-        clock: Callable[[], float] = time.monotonic,
-        random_part: Callable[[], float] = random.random,
+    interval_s: float
+    timeout_s: float
+    ttl_s: float
+    clock: Callable[[], float] = time.monotonic
+    jitter: Callable[[], float] = random.random
+
+
+class HealthChecker:
+    """Runs one ping per dependency at a time, and keeps the latest results.
+
+    Before the first result, and when the latest one is older than ``ttl_s``, a dependency counts as down.
+
+    Args:
+        pings: By the name of the dependency, a coroutine function that raises when the dependency is down.
+        schedule: The intervals and time limits.
+        instruments: Observes status and age, and records durations.
+        tracer: Makes one span per check.
+    """
+
+    def __init__(
+        self, pings: Mapping[str, Ping], schedule: HealthSchedule, instruments: Instruments, tracer: Tracer
     ) -> None:
         self._pings = dict(pings)
-        self._interval_s = interval_s
-        self._timeout_s = timeout_s
-        self._ttl_s = ttl_s
+        self._schedule = schedule
         self._durations = instruments.health_check_duration
         self._tracer = tracer
-        self._clock = clock
-        self._random_part = random_part
         self._results: dict[str, Result] = {}
-        self._asked = {name: asyncio.Event() for name in self._pings}
-        instruments.show_health(
+        self._requested = {name: asyncio.Event() for name in self._pings}
+        instruments.observe_health(
             lambda: {name: (health.up, health.age_s) for name, health in self.health().items()}
         )
 
     def health(self) -> dict[str, Health]:
-        """What is known now, by dependency; may be asked from any thread."""
+        """Return the current health by dependency; may be called from any thread."""
         return {name: self._health_of(name) for name in self._pings}
 
     def _health_of(self, name: str) -> Health:
         result = self._results.get(name)
         if result is None:
             return Health(up=False, error="not checked yet")
-        age_s = max(0.0, self._clock() - result.at)
-        if age_s > self._ttl_s:
+        age_s = max(0.0, self._schedule.clock() - result.at)
+        if age_s > self._schedule.ttl_s:
             return Health(up=False, error="the last check is too old", age_s=age_s)
         return Health(result.error is None, result.error, result.latency_s, age_s)
 
-    def look_again(self, name: str) -> None:
-        """Check a dependency at once, because something says that it changed; still one check at a time."""
-        if name in self._asked:
-            self._asked[name].set()
+    def check_now(self, name: str) -> None:
+        """Check a dependency now, because its state may have changed; at most one check runs at a time."""
+        if name in self._requested:
+            self._requested[name].set()
 
     async def run(self) -> None:
-        """Check for ever; ends by cancellation only."""
+        """Check the dependencies until cancelled."""
         async with asyncio.TaskGroup() as group:
             for name, ping in self._pings.items():
                 group.create_task(self._keep_checking(name, ping), name=f"health of {name}")
 
     async def _keep_checking(self, name: str, ping: Ping) -> None:
-        asked = self._asked[name]
+        requested = self._requested[name]
         while True:
-            asked.clear()
+            requested.clear()
             await self._check(name, ping)
-            jitter = 1 + JITTER * (2 * self._random_part() - 1)
+            jitter = 1 + MAX_JITTER * (2 * self._schedule.jitter() - 1)
             try:
-                async with asyncio.timeout(self._interval_s * jitter):
-                    await asked.wait()
+                async with asyncio.timeout(self._schedule.interval_s * jitter):
+                    await requested.wait()
             except TimeoutError:
                 continue
 
     async def _check(self, name: str, ping: Ping) -> None:
-        # A root of its own, and nothing below it: what a ping sends is not worth a span.
+        # A root span without children: the ping's own requests are not traced.
         with self._tracer.start_as_current_span(
             names.SPAN_HEALTH_CHECK, context=Context(), attributes={"dependency": name}
         ) as span:
-            started = self._clock()
+            started = self._schedule.clock()
             error = await self._error_of(ping)
-            ended = self._clock()
+            ended = self._schedule.clock()
             self._durations.record(ended - started, {"dependency": name})
             before = self._results.get(name)
             self._results[name] = Result(error, ended - started, ended)
             if error is not None:
                 span.set_status(Status(StatusCode.ERROR))
             if before is None or (before.error is None) != (error is None):
-                self._say(name, error)
+                self._report_change(name, error)
 
     async def _error_of(self, ping: Ping) -> str | None:
         try:
             with suppress_instrumentation():
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(self._schedule.timeout_s):
                     await ping()
         except TimeoutError:
-            return f"no answer within {self._timeout_s:g} s"
+            return f"no answer within {self._schedule.timeout_s:g} s"
         except ServiceError as error:
             reason = error.label if error.cause is None else f"{error.label} ({error.cause})"
             return reason[:MAX_REASON_CHARS]
@@ -158,7 +159,7 @@ class HealthChecker:
             return type(error).__name__
         return None
 
-    def _say(self, name: str, error: str | None) -> None:
+    def _report_change(self, name: str, error: str | None) -> None:
         up = error is None
         emit(
             logger,

@@ -1,41 +1,35 @@
-"""How many model calls a user may make, and what the answer's header fields say about it."""
+"""Limits the model calls of each user, and describes the limit in the answer's header fields."""
 
 import time
 from collections.abc import Callable
 
 from limits import parse as parse_limit
-from limits.aio.storage import MemoryStorage, Storage
+from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
 
 from service.context import RateFacts, current_request
 from service.errors import RateLimitError
 from service.telemetry.instruments import Instruments
 
-EXACT_UP_TO = 1_000
+MAX_EXACT_CALLS = 1_000
+"""Highest limit that is counted exactly, which takes a timestamp for each call; a higher one is approximated
+with two counters."""
 
 
 class RateLimiter:
-    """Counts calls per user in a moving window; users are few, so memory is bounded.
+    """Counts the calls of each user in a window, in this process's memory.
 
     Args:
-        rate: A number and a period, like ``60/minute``.
-        instruments: Where rejections are counted.
-        storage: Where the counters are kept; this process's memory, or one that several processes share.
+        rate: A number and a period, for example ``60/minute``.
+        instruments: Counts rejections.
         now: Unix time in seconds.
     """
 
-    def __init__(
-        self,
-        rate: str,
-        instruments: Instruments,
-        storage: Storage | None = None,
-        now: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, rate: str, instruments: Instruments, now: Callable[[], float] = time.time) -> None:
         self._limit = parse_limit(rate)
-        store = storage or MemoryStorage()
-        # The moving window is exact and keeps a moment for each call; counters approximate many.
-        exact = self._limit.amount <= EXACT_UP_TO
-        self._limiter = MovingWindowRateLimiter(store) if exact else SlidingWindowCounterRateLimiter(store)
+        exact = self._limit.amount <= MAX_EXACT_CALLS
+        strategy = MovingWindowRateLimiter if exact else SlidingWindowCounterRateLimiter
+        self._limiter = strategy(MemoryStorage())
         self._rejected = instruments.requests_rejected
         self._now = now
 
@@ -43,7 +37,7 @@ class RateLimiter:
         """Count one call, and leave the state of the limit for the answer's header fields.
 
         Raises:
-            RateLimitError: The user has made as many calls as they may.
+            RateLimitError: The user has used up the limit.
         """
         allowed = await self._limiter.hit(self._limit, "calls", user)
         stats = await self._limiter.get_window_stats(self._limit, "calls", user)

@@ -1,4 +1,7 @@
-"""One emission, seen three times: as JSON line, as OTLP log record, and as event of the span at hand."""
+"""Emits events: one call writes a log line, an OTLP log record, and a span event on the current span.
+
+A module of its own, because every layer emits events and only ``providers`` installs the processor.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -21,24 +24,24 @@ def emit(
     """Emit an event.
 
     Args:
-        logger: The logger of the module where it happens.
+        logger: The logger of the calling module.
         event: A name of ``telemetry.names.EVENTS``.
-        message: The line that people search for, verbatim.
+        message: The message of the log line.
         fields: The event's attributes.
-        level: The severity, a level of ``logging``.
+        level: A level of ``logging``.
     """
     logger.log(level, message, extra={EVENT_NAME: event, **fields})
 
 
 class SpanEventProcessor(LogRecordProcessor):
-    """Adds a log record that is an event to the span at hand as a span event.
+    """Adds each log record that is an event to the current span as a span event.
 
-    The specification names such a processor ("event to span event"); the Python SDK has none yet. Only a
-    record with an event name, made inside the very span that is recording now, is bridged.
+    The specification describes such a processor ("event to span event"), but the Python SDK has none yet.
+    Only records with an event name that were made in the span that is recording now are added.
     """
 
     def on_emit(self, log_record: ReadWriteLogRecord) -> None:
-        """Bridge the record where it is an event of the current span."""
+        """Add the record to the current span if it is an event of that span."""
         record = log_record.log_record
         if not record.event_name:
             return
@@ -57,8 +60,8 @@ class SpanEventProcessor(LogRecordProcessor):
         span.add_event(record.event_name, attributes, timestamp=record.timestamp)
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the processor buffers nothing."""
 
-    def force_flush(self, timeout_millis: int = 30_000) -> bool:  # noqa: ARG002 - the interface's signature
-        """Nothing is held."""
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:  # noqa: ARG002 - the SDK's interface
+        """Do nothing: the processor buffers nothing."""
         return True

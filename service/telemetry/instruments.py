@@ -1,4 +1,4 @@
-"""Every instrument of our own, made once from its declaration in ``names``."""
+"""Creates all instruments of this service from their declarations in ``names``."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ from service.telemetry import names
 
 
 class Instruments:
-    """The instruments; counters stand at 0 from the start where their attributes are known."""
+    """The instruments. Counters start at 0 for each combination of attribute values that is known."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
@@ -52,24 +52,24 @@ class Instruments:
             _start_at_zero(counter, metric)
         self.requests_in_flight.add(0)
 
-    def show_breaker(self, breaker: str, state: Callable[[], str]) -> None:
-        """Show a breaker's state as one series per state, 1 for the one it is in; read at each collection."""
-        # One gauge for all breakers: of two with the same name the SDK asks only one.
+    def observe_breaker(self, breaker: str, state: Callable[[], str]) -> None:
+        """Observe a breaker's state: one series per state, 1 for the current state and 0 for the others."""
+        # One gauge for all breakers: of two gauges with the same name the SDK reads only one.
         if not self._breakers:
             metric = names.BREAKER_STATE
             self._meter.create_observable_gauge(
-                metric.name, [self._observe_breakers], metric.unit, metric.description
+                metric.name, [self._breaker_states], metric.unit, metric.description
             )
         self._breakers[breaker] = state
 
-    def _observe_breakers(self, _options: CallbackOptions) -> Iterator[Observation]:
+    def _breaker_states(self, _options: CallbackOptions) -> Iterator[Observation]:
         for breaker, state in list(self._breakers.items()):
-            now = state()
+            current = state()
             for value in names.BREAKER_STATE.attributes["state"]:
-                yield Observation(int(value == now), {"breaker": breaker, "state": value})
+                yield Observation(int(value == current), {"breaker": breaker, "state": value})
 
-    def show_health(self, statuses: Callable[[], Mapping[str, tuple[bool, float | None]]]) -> None:
-        """Show each dependency's status, and its result's age (None before the first), at each collection."""
+    def observe_health(self, statuses: Callable[[], Mapping[str, tuple[bool, float | None]]]) -> None:
+        """Observe each dependency's status and the age of its latest result, None before the first result."""
 
         def observe_status(_options: CallbackOptions) -> Iterator[Observation]:
             for dependency, (up, _age_s) in statuses().items():
@@ -83,15 +83,15 @@ class Instruments:
         for metric, observe in ((names.HEALTH_STATUS, observe_status), (names.HEALTH_AGE, observe_age)):
             self._meter.create_observable_gauge(metric.name, [observe], metric.unit, metric.description)
 
-    def show_recorder_queue(self, waiting: Callable[[], int]) -> None:
-        """Show how many records wait, at each collection."""
+    def observe_recorder_queue(self, waiting: Callable[[], int]) -> None:
+        """Observe how many records have not been delivered to MLflow."""
         metric = names.RECORDER_QUEUE
         self._meter.create_observable_gauge(
             metric.name, [lambda _options: [Observation(waiting())]], metric.unit, metric.description
         )
 
-    def expect_model(self, model: str) -> None:
-        """Let the model's series start at 0, so that ``rate()`` sees its first call."""
+    def start_model_at_zero(self, model: str) -> None:
+        """Start the model's series at 0, so that ``rate()`` includes its first call."""
         for outcome in names.LLM_CALLS.attributes["outcome"]:
             if outcome != "error":
                 self.llm_calls.add(0, {"model": model, "outcome": outcome})
@@ -99,7 +99,7 @@ class Instruments:
 
 
 def _start_at_zero(counter: Counter, metric: names.Metric) -> None:
-    """Add 0 for each combination of known values; an error's name is only there when there is an error."""
+    """Add 0 for each combination of known values, without ``error.type``, which only failures have."""
     closed = {
         name: values
         for name, values in metric.attributes.items()

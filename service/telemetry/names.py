@@ -1,7 +1,8 @@
-"""Our own metric, attribute and event names, declared once; dashboards, documents and tests read them here.
+"""Declares the names of this service's own metrics, spans, attributes and events.
 
-Standard names come from the OpenTelemetry semantic-convention packages. Units are UCUM. An attribute of a
-metric has a closed set of values, given here where it is known before the first request.
+Dashboards, documents and tests are generated from these declarations. Standard names come from the packages
+of OpenTelemetry's semantic conventions. Units are UCUM. An attribute of a metric has a closed set of
+values, which is declared here if it is known before the first request.
 """
 
 from dataclasses import dataclass, field
@@ -12,10 +13,10 @@ from service.errors import PUBLIC_ERRORS
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric of our own.
+    """A metric of this service.
 
-    ``attributes`` maps each attribute to its closed set of values, or to a sentence where the set is known
-    only at run time. ``buckets`` are a histogram's upper bounds.
+    ``attributes`` maps each attribute to its values, or to a description where they are known only at run
+    time. ``buckets`` are a histogram's upper bounds.
     """
 
     name: str
@@ -27,12 +28,12 @@ class Metric:
 
 
 OTHER_MODEL: Final = "other"
-"""The value of ``model`` for a name that the upstream does not list: no caller can make a new series."""
+"""Value of ``model`` for a name that the upstream does not list, so that callers cannot create series."""
 
 LLM_PROVIDER: Final = "litellm"
 """The value of ``gen_ai.provider.name`` for every model call."""
 
-UPSTREAM_LISTED: Final = "whatever the upstream lists, else other"
+UPSTREAM_LISTED: Final = "models that the upstream lists, otherwise other"
 ERROR_NAMES: Final = tuple(error.__name__ for error in PUBLIC_ERRORS)
 BREAKERS: Final = ("litellm", "qdrant", "qdrant_search", "embeddings")
 CACHE_KINDS: Final = ("exact", "semantic")
@@ -42,7 +43,7 @@ LLM_CALLS: Final = Metric(
     "llmops.llm.calls",
     "counter",
     "{call}",
-    "Model calls by how they ended",
+    "Model calls by outcome",
     {
         "model": UPSTREAM_LISTED,
         "outcome": ("success", "cached", "error", "cancelled"),
@@ -53,14 +54,14 @@ LLM_COST: Final = Metric(
     "llmops.llm.cost",
     "counter",
     "USD",
-    "What the model calls cost, as LiteLLM reports it",
+    "Cost of model calls, as reported by LiteLLM",
     {"model": UPSTREAM_LISTED},
 )
 LLM_FIRST_CHUNK: Final = Metric(
     "llmops.llm.time_to_first_chunk",
     "histogram",
     "s",
-    "Time from a streamed call's start, attempts and waits together, to the first piece for the caller",
+    "Time from the start of a streamed call to its first chunk, including retries and back-off",
     {"model": UPSTREAM_LISTED},
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 60),
 )
@@ -68,7 +69,7 @@ RETRY_ATTEMPTS: Final = Metric(
     "llmops.retry.attempts",
     "counter",
     "{attempt}",
-    "Attempts at an upstream by what came after them",
+    "Attempts by outcome",
     {
         "operation": ("chat", "embeddings"),
         "outcome": ("success", "retried", "exhausted", "not_retryable", "deadline", "budget"),
@@ -79,35 +80,35 @@ BREAKER_STATE: Final = Metric(
     "llmops.circuit_breaker.state",
     "gauge",
     "1",
-    "1 for the state that the breaker is in, 0 for the others",
+    "1 for the breaker's current state, 0 for the other states",
     {"breaker": BREAKERS, "state": ("closed", "open", "half_open")},
 )
 BREAKER_TRANSITIONS: Final = Metric(
     "llmops.circuit_breaker.transitions",
     "counter",
     "{transition}",
-    "Changes of the breaker's state",
+    "State changes of the breaker",
     {"breaker": BREAKERS, "to": ("closed", "open", "half_open")},
 )
 BREAKER_REJECTIONS: Final = Metric(
     "llmops.circuit_breaker.rejections",
     "counter",
     "{call}",
-    "Attempts that the breaker turned away",
+    "Attempts that the breaker rejected",
     {"breaker": BREAKERS},
 )
 CACHE_LOOKUPS: Final = Metric(
     "llmops.cache.lookups",
     "counter",
     "{lookup}",
-    "Look-ups in the cache by what came of them",
+    "Cache lookups by result",
     {"kind": CACHE_KINDS, "result": ("hit", "miss", "bypass", "error")},
 )
 CACHE_LOOKUP_DURATION: Final = Metric(
     "llmops.cache.lookup.duration",
     "histogram",
     "s",
-    "How long the look-ups took",
+    "Duration of cache lookups",
     {"kind": CACHE_KINDS},
     buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1),
 )
@@ -115,7 +116,7 @@ CACHE_SIMILARITY: Final = Metric(
     "llmops.cache.similarity",
     "histogram",
     "1",
-    "How near the nearest stored question was, at or over the threshold",
+    "Similarity of the nearest cached question, where it reaches the threshold",
     {"kind": ("semantic",)},
     buckets=(0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 1),
 )
@@ -123,41 +124,41 @@ CACHE_SAVED_TOKENS: Final = Metric(
     "llmops.cache.saved_tokens",
     "counter",
     "{token}",
-    "Tokens of answers that no model had to make again",
+    "Tokens of answers that came from the cache",
     {"kind": CACHE_KINDS},
 )
 CACHE_SAVED_COST: Final = Metric(
     "llmops.cache.saved_cost",
     "counter",
     "USD",
-    "What the cached answers had cost when a model made them",
+    "Original cost of answers that came from the cache",
     {"kind": CACHE_KINDS},
 )
 CACHE_WRITES: Final = Metric(
     "llmops.cache.writes",
     "counter",
     "{entry}",
-    "Answers on their way into the store by what became of them",
+    "Cache writes by outcome",
     {"outcome": ("stored", "dropped", "failed")},
 )
 REQUESTS_IN_FLIGHT: Final = Metric(
     "llmops.requests.in_flight",
     "up_down_counter",
     "{request}",
-    "Requests being handled now, health routes aside",
+    "Requests in flight, without health routes",
 )
 AUTH_ATTEMPTS: Final = Metric(
     "llmops.auth.attempts",
     "counter",
     "{attempt}",
-    "Sign-ins by how they ended",
+    "Sign-ins by outcome",
     {"outcome": ("success", "wrong_credentials", "rate_limited")},
 )
 REQUESTS_REJECTED: Final = Metric(
     "llmops.requests.rejected",
     "counter",
     "{request}",
-    "Requests turned away before any work was done for them",
+    "Requests rejected before any work was done",
     {"reason": ("overloaded", "draining", "rate_limited", "too_large")},
 )
 HEALTH_STATUS: Final = Metric(
@@ -171,14 +172,14 @@ HEALTH_AGE: Final = Metric(
     "llmops.health.age",
     "gauge",
     "s",
-    "Time since a dependency was last checked",
+    "Time since the last check of a dependency",
     {"dependency": ("qdrant", "litellm", "mlflow")},
 )
 HEALTH_CHECK_DURATION: Final = Metric(
     "llmops.health.check.duration",
     "histogram",
     "s",
-    "How long the checks of a dependency took",
+    "Duration of the checks of a dependency",
     {"dependency": ("qdrant", "litellm", "mlflow")},
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
@@ -186,31 +187,31 @@ RECORDER_QUEUE: Final = Metric(
     "llmops.recorder.queue",
     "gauge",
     "{record}",
-    "Records of calls that MLflow does not have yet",
+    "Call records that have not been delivered to MLflow",
 )
 RECORDER_SPOOLED: Final = Metric(
     "llmops.recorder.spooled",
     "counter",
     "{record}",
-    "Records that had to wait because MLflow did not take them",
+    "Records spooled because MLflow did not accept them",
 )
 RECORDER_REPLAYED: Final = Metric(
     "llmops.recorder.replayed",
     "counter",
     "{record}",
-    "Records that MLflow got after they had waited, those of dead processes among them",
+    "Spooled records delivered to MLflow, including those of orphaned spools",
 )
 RECORDER_LOST: Final = Metric(
     "llmops.recorder.lost",
     "counter",
     "{record}",
-    "Records that nobody will get",
+    "Records lost",
 )
 EVENT_LOOP_LAG: Final = Metric(
     "llmops.event_loop.lag",
     "histogram",
     "s",
-    "How much later than asked for the event loop woke a sleeper",
+    "Delay between the scheduled and the actual wake-up of a timer on the event loop",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
 )
 
@@ -245,7 +246,7 @@ HTTP_DURATION_BUCKETS: Final = (
     *(0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75),
     *(1, 2.5, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120),
 )
-"""The standard's advice for ``http.server.request.duration`` ends at 10 s; model calls do not."""
+"""The standard buckets of ``http.server.request.duration`` end at 10 s; model calls take longer."""
 
 SPAN_LLM_CALL: Final = "llm call"
 SPAN_CACHE_LOOKUP: Final = "cache lookup"

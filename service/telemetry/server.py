@@ -1,11 +1,17 @@
-"""Server spans and HTTP metrics of the app, by the contrib instrumentation, with what it lacks put right."""
+"""Instruments the app with the contrib instrumentation: SERVER spans and the standard HTTP metrics.
 
-from typing import Any, cast
+The instrumentation offers no hook for the attributes of its metrics. ``_ServerMeterProvider`` therefore
+hands it a histogram that adds the error's name; ``tests/contract/test_vendor_internals.py`` checks the
+instruments that the instrumentation creates.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 from fastapi import FastAPI
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
-from opentelemetry.metrics import Histogram, Meter, MeterProvider
+from opentelemetry.metrics import Histogram, Meter, MeterProvider, NoOpMeter, NoOpMeterProvider, UpDownCounter
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.semconv.attributes.server_attributes import SERVER_ADDRESS
 from opentelemetry.semconv.attributes.url_attributes import URL_QUERY
@@ -23,13 +29,13 @@ REDACTED = "[redacted]"
 def instrument_server(app: FastAPI, telemetry: Telemetry) -> None:
     """Give each request of the app one SERVER span and the standard metrics.
 
-    No spans for single ASGI messages (a stream of four chunks would make nine), and no URL is left out by a
-    pattern from outside: a path that is not instrumented would have no request id.
+    There are no spans for single ASGI messages, which would be nine for a stream of four chunks. No URL is
+    excluded, whatever the environment says: a request without a span would have no request id.
     """
     FastAPIInstrumentor.instrument_app(
         app,
         tracer_provider=telemetry.tracer_provider,
-        meter_provider=cast("MeterProvider", _ErrorNames(telemetry.meter_provider)),
+        meter_provider=_ServerMeterProvider(telemetry.meter_provider),
         server_request_hook=_redact,
         excluded_urls="",
         exclude_spans=["send", "receive"],
@@ -37,39 +43,62 @@ def instrument_server(app: FastAPI, telemetry: Telemetry) -> None:
 
 
 def _redact(span: Span, scope: dict[str, Any]) -> None:
-    """Keep out the query string, where people put keys and prompts, and the caller's own words."""
+    """Remove the query string and the user agent, which may contain keys or prompts, from the span."""
     if scope.get("query_string"):
         span.set_attribute(URL_QUERY, REDACTED)
-    # What a caller writes there is theirs, too.
-    if any(name == b"user-agent" for name, _ in scope["headers"]):
-        span.set_attribute(USER_AGENT_ORIGINAL, REDACTED)
-    # The instrumentation puts the port behind the address.
+    for name, _ in scope["headers"]:
+        if name == b"user-agent":
+            span.set_attribute(USER_AGENT_ORIGINAL, REDACTED)
+            break
+    # The instrumentation appends the port to the address.
     if scope.get("server"):
         span.set_attribute(SERVER_ADDRESS, scope["server"][0])
 
 
-class _ErrorNames:
-    """A meter provider whose server duration carries the answer's error name as ``error.type``.
+class _ServerMeterProvider(NoOpMeterProvider):
+    """Creates the instrumentation's meter; instruments of other kinds than the two it uses record nothing."""
 
-    The instrumentation knows the status only, offers no hook for the attributes of its metrics, and one
-    status has several errors behind it (503: breaker, overload, draining).
-    """
-
-    def __init__(self, inner: MeterProvider | Meter) -> None:
+    def __init__(self, inner: MeterProvider) -> None:
         self._inner = inner
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._inner, name)
+    def get_meter(
+        self,
+        name: str,
+        version: str | None = None,
+        schema_url: str | None = None,
+        attributes: Attributes = None,
+    ) -> Meter:
+        return _ServerMeter(self._inner.get_meter(name, version, schema_url, attributes))
 
-    def get_meter(self, *args: Any, **kwargs: Any) -> "_ErrorNames":  # noqa: ANN401 - passed on unread
-        return _ErrorNames(cast("MeterProvider", self._inner).get_meter(*args, **kwargs))
 
-    def create_histogram(self, name: str, **kwargs: Any) -> "Histogram | _ErrorNamedHistogram":  # noqa: ANN401 - passed on unread
-        histogram = cast("Meter", self._inner).create_histogram(name, **kwargs)
-        return _ErrorNamedHistogram(histogram) if name == HTTP_SERVER_REQUEST_DURATION else histogram
+class _ServerMeter(NoOpMeter):
+    def __init__(self, inner: Meter) -> None:
+        super().__init__(inner.name, inner.version, inner.schema_url)
+        self._inner = inner
+
+    def create_up_down_counter(self, name: str, unit: str = "", description: str = "") -> UpDownCounter:
+        return self._inner.create_up_down_counter(name, unit, description)
+
+    def create_histogram(
+        self,
+        name: str,
+        unit: str = "",
+        description: str = "",
+        *,
+        explicit_bucket_boundaries_advisory: Sequence[float] | None = None,
+    ) -> Histogram:
+        histogram = self._inner.create_histogram(
+            name,
+            unit,
+            description,
+            explicit_bucket_boundaries_advisory=explicit_bucket_boundaries_advisory,
+        )
+        return _ErrorNameHistogram(histogram) if name == HTTP_SERVER_REQUEST_DURATION else histogram
 
 
-class _ErrorNamedHistogram:
+class _ErrorNameHistogram(Histogram):
+    """Sets ``error.type`` to the name of the answer's error; the status alone cannot tell errors apart."""
+
     def __init__(self, inner: Histogram) -> None:
         self._inner = inner
 

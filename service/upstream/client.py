@@ -176,7 +176,7 @@ class LlmClient:
     def _remember(self, model: str) -> None:
         if model not in self._known and len(self._known) < MAX_KNOWN_MODELS:
             self._known.add(model)
-            self._instruments.expect_model(model)
+            self._instruments.start_model_at_zero(model)
 
     async def _send(
         self, url: str, deadline: Deadline, request: LlmRequest | None = None, *, stream: bool = False

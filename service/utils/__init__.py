@@ -1,0 +1,5 @@
+"""Building blocks of a call that know nothing of models: deadline, retry, and cancellation on disconnect.
+
+Entry points: ``deadline.Deadline``, ``retry.retrying`` and ``disconnect.cancel_on_disconnect``. Nothing
+here performs I/O of its own.
+"""

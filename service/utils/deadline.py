@@ -1,4 +1,8 @@
-"""One moment by which a call is over, carried as a value through everything that spends time on it."""
+"""The deadline of a call, passed as a value to everything that spends time on the call.
+
+A module of its own, because routers, cache, retry and transport all import it and nothing else from each
+other.
+"""
 
 import time
 from collections.abc import Callable
@@ -8,12 +12,12 @@ from typing import Self
 
 @dataclass(frozen=True)
 class Deadline:
-    """A moment on a monotonic clock, in seconds.
+    """A time on a monotonic clock, in seconds.
 
     Args:
-        at: The moment.
-        limit_s: The whole time that there was; for messages.
-        clock: The clock that ``at`` is read from.
+        at: The time.
+        limit_s: The whole time limit, for messages.
+        clock: The clock that ``at`` refers to.
     """
 
     at: float
@@ -24,10 +28,10 @@ class Deadline:
     def after(
         cls, limit_s: float, *, since: float | None = None, clock: Callable[[], float] = time.monotonic
     ) -> Self:
-        """The deadline so many seconds after a moment on the clock; after now without one."""
+        """Return the deadline ``limit_s`` seconds after ``since``, by default after the present."""
         return cls((clock() if since is None else since) + limit_s, limit_s, clock)
 
     @property
     def left_s(self) -> float:
-        """Seconds until then; 0 when it has passed."""
+        """Seconds until the deadline; 0 after it."""
         return max(0.0, self.at - self.clock())

@@ -1,4 +1,7 @@
-"""Stops work that nobody waits for any more."""
+"""Cancels work when its caller disconnects.
+
+A module of its own, because it is the only code that reads ASGI messages below the routers.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -11,31 +14,40 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
-    """Await the work; when the caller closes the connection first, cancel it.
+    """Await the work, and cancel it when the caller closes the connection first.
+
+    The work runs in the current task, so that spans and context variables stay as they are. The task that
+    watches for the disconnect is created only when the work suspends.
 
     Args:
-        receive: The ASGI callable, with the request's body read already.
-        work: What the caller waits for. It runs in this task, so spans and context stay as they are.
+        receive: The ASGI callable, after the request's body has been read.
+        work: The work that the caller waits for.
 
     Raises:
-        CallerLeftError: The caller left, and the work was cancelled.
+        CallerLeftError: The caller closed the connection, and the work was cancelled.
     """
+    loop = asyncio.get_running_loop()
+    watchers: list[asyncio.Task[None]] = []
     try:
-        # A time limit without a limit is the standard library's way to cancel the current task and to know
-        # afterwards that it was us: the watcher pulls the limit to now.
-        async with asyncio.timeout(None) as scope:
-            watcher = asyncio.create_task(_expire_on_disconnect(receive, scope))
+        # A time limit without a deadline cancels the current task when the watcher reschedules it to the
+        # present, and turns exactly that cancellation into a TimeoutError.
+        async with asyncio.timeout(None) as limit:
+            start = loop.call_soon(
+                lambda: watchers.append(loop.create_task(_expire_on_disconnect(receive, limit)))
+            )
             try:
                 return await work
             finally:
-                watcher.cancel()
+                start.cancel()
+                for watcher in watchers:
+                    watcher.cancel()
     except TimeoutError:
-        if scope.expired():
+        if limit.expired():
             raise CallerLeftError from None
         raise
 
 
-async def _expire_on_disconnect(receive: Receive, scope: asyncio.Timeout) -> None:
+async def _expire_on_disconnect(receive: Receive, limit: asyncio.Timeout) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    scope.reschedule(asyncio.get_running_loop().time())
+    limit.reschedule(asyncio.get_running_loop().time())

@@ -1,7 +1,7 @@
-"""The one retry of this service: a decorator over tenacity, with every decision in one function.
+"""Retries with back-off: ``retrying`` decorates an attempt, within a deadline and a retry budget.
 
-tenacity runs the loop (attempt, wait, attempt); ``_Judge.retries`` decides after each attempt whether there
-is another one, and says so: one log line, one span event, one count.
+tenacity runs the loop of attempts and waits. ``_Decider.should_retry`` decides after each attempt whether
+there is another one, and reports the decision as a log line, a span event and a count.
 """
 
 import asyncio
@@ -24,70 +24,11 @@ from service.telemetry.events import emit
 from service.telemetry.instruments import Instruments
 from service.utils.deadline import Deadline
 
-SLICES = 10
-
-
-@dataclass(slots=True)
-class _Slice:
-    number: int
-    calls: int = 0
-    retries: int = 0
-
-
-class RetryBudget:
-    """A bucket that calls fill and retries empty, over a sliding window.
-
-    Within the window there are at most ``max(floor, ratio * calls)`` retries: the ratio bounds what a busy
-    process adds to an upstream's load, the floor lets a quiet one retry at all (the scheme of Finagle's
-    ``RetryBudget``). Counts are kept in ten slices of the window, so memory is bounded.
-
-    Args:
-        ratio: Retries for each call.
-        floor: Retries that are always allowed within a window.
-        window_s: Length of the window, in seconds.
-        clock: Monotonic, in seconds.
-    """
-
-    def __init__(
-        self, ratio: float, floor: int, window_s: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._ratio = ratio
-        self._floor = floor
-        self._slice_s = window_s / SLICES
-        self._clock = clock
-        self._slices: deque[_Slice] = deque(maxlen=SLICES)
-
-    def count_call(self) -> None:
-        """Count one call, which may be retried later."""
-        self._current().calls += 1
-
-    def take(self) -> bool:
-        """Take one retry; False, and nothing taken, when there is none left."""
-        current = self._current()
-        calls = sum(entry.calls for entry in self._slices)
-        retries = sum(entry.retries for entry in self._slices)
-        if retries + 1 > max(self._floor, self._ratio * calls):
-            return False
-        current.retries += 1
-        return True
-
-    def give_back(self) -> None:
-        """Give back a retry that was taken and not made after all."""
-        current = self._current()
-        current.retries = max(0, current.retries - 1)
-
-    def _current(self) -> _Slice:
-        number = int(self._clock() / self._slice_s)
-        while self._slices and self._slices[0].number <= number - SLICES:
-            self._slices.popleft()
-        if not self._slices or self._slices[-1].number != number:
-            self._slices.append(_Slice(number))
-        return self._slices[-1]
-
-
-OPEN = "the circuit breaker is open"
 MIN_ATTEMPT_S = 0.05
-"""An attempt with less time than this cannot finish, so it is not started."""
+"""Minimum time left for an attempt; with less than this it could not finish."""
+
+SLICES = 10
+BREAKER_OPEN = "the circuit breaker is open"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -97,23 +38,36 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """When there is another attempt.
+    """How often to retry, and the back-off before each retry.
 
-    ``max_retries`` after the first attempt; before the n-th of them a wait of ``base_delay_s * 2**(n-1)``
-    seconds, plus a random part of up to ``jitter`` times that.
+    The back-off before the n-th retry is ``base_delay_s * 2**(n-1)`` seconds, plus a random fraction of up to
+    ``jitter`` of it.
+
+    Args:
+        max_retries: Maximum number of retries after the first attempt.
+        base_delay_s: Back-off before the first retry, in seconds.
+        jitter: Maximum random addition, as a fraction of the back-off.
+        sleep: Waits for a number of seconds.
+        random_fraction: Returns a random number between 0 and 1.
     """
 
     max_retries: int = 3
     base_delay_s: float = 1.0
     jitter: float = 0.25
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    random_fraction: Callable[[], float] = random.random
 
 
 @dataclass
 class Progress:
-    """How far a call has come; filled in on the way.
+    """The progress of one call through its attempts.
 
-    ``attempts`` is counted by the attempt itself, when it goes out to the upstream; ``waited_s`` is the time
-    spent between attempts, ``ended`` why there was no further one (an outcome of ``llmops.retry.attempts``).
+    Args:
+        attempts: Attempts sent to the upstream; counted by the attempt itself.
+        waited_s: Time spent between attempts, in seconds.
+        ended: Why there was no further attempt: an outcome of ``llmops.retry.attempts``.
+        delay_s: The latest back-off, in seconds.
+        error: The latest attempt's error.
     """
 
     attempts: int = 0
@@ -131,46 +85,43 @@ def transient(error: BaseException) -> bool:
     return isinstance(error, (UpstreamFailure, RateLimitError)) and error.retryable and error.transient
 
 
-def retrying(  # noqa: PLR0913 - each is a seam or a part of the policy
+def retrying(
     operation: str,
     policy: RetryPolicy,
-    budget: RetryBudget,
+    budget: "RetryBudget",
     instruments: Instruments,
     *,
-    hopeless: Callable[[], bool] = lambda: False,
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    random_part: Callable[[], float] = random.random,
+    breaker_open: Callable[[], bool] = lambda: False,
 ) -> Callable[[Attempt[P, T]], Attempt[P, T]]:
     """Make a decorator that retries a coroutine function within a deadline and a budget.
 
-    The function's first two arguments are the call's ``Progress`` and its ``Deadline``. What comes out in the
-    end is the result, or the last attempt's own error. A cancelled attempt or wait is not retried.
+    The function's first two arguments are the call's ``Progress`` and its ``Deadline``. The decorated
+    function returns the result, or raises the error of the last attempt. A cancelled attempt or wait is not
+    retried.
 
     Args:
         operation: The value of ``operation`` on ``llmops.retry.attempts``.
-        policy: How often, and after which waits.
-        budget: The process's; shared by all that retry the same upstream.
-        instruments: Where attempts are counted.
-        hopeless: Whether another attempt would be turned away (an open breaker); asked before each wait.
-        sleep: Waits so many seconds.
-        random_part: Between 0 and 1.
+        policy: How often to retry, and the back-off.
+        budget: The retry budget, shared by all calls to the same upstream.
+        instruments: Counts the attempts.
+        breaker_open: Whether the circuit breaker would reject another attempt; called before each wait.
     """
-    judge = _Judge(operation, policy, budget, instruments, hopeless, random_part)
+    decider = _Decider(operation, policy, budget, instruments, breaker_open)
 
     def decorate(attempt: Attempt[P, T]) -> Attempt[P, T]:
         @functools.wraps(attempt)
         async def call(progress: Progress, deadline: Deadline, /, *args: P.args, **kwargs: P.kwargs) -> T:
             loop = AsyncRetrying(
-                retry=judge.retries,
+                retry=decider.should_retry,
                 wait=lambda state: state.args[0].delay_s,
                 stop=stop_never,
-                sleep=sleep,
+                sleep=policy.sleep,
                 reraise=True,
             )
             try:
                 return await loop(attempt, progress, deadline, *args, **kwargs)
             except CircuitOpenError:
-                # The breaker opened during this call, which ends with its own last error all the same.
+                # Where the breaker opened during this call, the call ends with its own last error.
                 if progress.error is not None:
                     raise progress.error from None
                 raise
@@ -180,70 +131,155 @@ def retrying(  # noqa: PLR0913 - each is a seam or a part of the policy
     return decorate
 
 
-class _Judge:
-    """Decides after each attempt, and says what was decided."""
+@dataclass
+class _Slice:
+    number: int
+    calls: int = 0
+    retries: int = 0
 
-    def __init__(  # noqa: PLR0913, PLR0917 - made in one place only
+
+class RetryBudget:
+    """Limits the retries of a process to a fraction of its calls, over a sliding window.
+
+    Within a window at most ``max(floor, ratio * calls)`` retries are allowed, as in Finagle's
+    ``RetryBudget``: the ratio bounds the additional load on an upstream, and the floor allows retries while
+    there are few calls. The counts are kept in ten slices of the window, so memory is bounded.
+
+    Args:
+        ratio: Retries per call.
+        floor: Retries that are always allowed within a window.
+        window_s: Length of the window, in seconds.
+        clock: Monotonic, in seconds.
+    """
+
+    def __init__(
+        self, ratio: float, floor: int, window_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._ratio = ratio
+        self._floor = floor
+        self._slice_s = window_s / SLICES
+        self._clock = clock
+        self._slices: deque[_Slice] = deque(maxlen=SLICES)
+
+    def count_call(self) -> None:
+        """Count one call."""
+        self._current().calls += 1
+
+    def take(self) -> bool:
+        """Take one retry from the budget; False where none is left."""
+        current = self._current()
+        calls = sum(entry.calls for entry in self._slices)
+        retries = sum(entry.retries for entry in self._slices)
+        if retries + 1 > max(self._floor, self._ratio * calls):
+            return False
+        current.retries += 1
+        return True
+
+    def give_back(self) -> None:
+        """Return a retry that was taken but not made."""
+        current = self._current()
+        current.retries = max(0, current.retries - 1)
+
+    def _current(self) -> _Slice:
+        number = int(self._clock() / self._slice_s)
+        while self._slices and self._slices[0].number <= number - SLICES:
+            self._slices.popleft()
+        if not self._slices or self._slices[-1].number != number:
+            self._slices.append(_Slice(number))
+        return self._slices[-1]
+
+
+class _Decider:
+    """Decides after each attempt whether there is another one, and reports the decision."""
+
+    def __init__(
         self,
         operation: str,
         policy: RetryPolicy,
         budget: RetryBudget,
         instruments: Instruments,
-        hopeless: Callable[[], bool],
-        random_part: Callable[[], float],
+        breaker_open: Callable[[], bool],
     ) -> None:
         self._operation = operation
         self._policy = policy
         self._budget = budget
         self._attempts = instruments.retry_attempts
-        self._hopeless = hopeless
-        self._random_part = random_part
+        self._breaker_open = breaker_open
 
-    def retries(self, state: RetryCallState) -> bool:
-        """Whether there is another attempt after this one; tenacity asks, after success too."""
+    def should_retry(self, state: RetryCallState) -> bool:
+        """Whether to make another attempt; tenacity calls this after each attempt, successful or not."""
         progress: Progress = state.args[0]
         deadline: Deadline = state.args[1]
+        number = state.attempt_number
         error = state.outcome.exception() if state.outcome else None
-        if state.attempt_number == 1 and not isinstance(error, CircuitOpenError):
-            # A call that the breaker turned away adds no load, so it earns no retry.
+        if number == 1 and not isinstance(error, CircuitOpenError):
+            # A call that the breaker rejected adds no load, so it earns no retries.
             self._budget.count_call()
         if error is None:
-            self._succeeded(state.attempt_number)
+            self._attempts.add(1, {"operation": self._operation, "outcome": "success"})
+            if number > 1:
+                emit(
+                    logger,
+                    names.EVENT_RETRY_SUCCEEDED,
+                    f"Attempt {number}: Success",
+                    {"attempts": number, "operation": self._operation},
+                )
             return False
         if not isinstance(error, Exception):
             return False
-        name = error.name if isinstance(error, ServiceError) else "InternalError"
         if isinstance(error, CircuitOpenError):
-            self._turned_away(state.attempt_number, deadline, progress)
+            self._rejected(number, deadline, progress)
             return False
-        outcome, reason = self._decide(state.attempt_number, error, deadline, progress)
+        outcome, reason = self._decide(number, error, deadline, progress)
         progress.ended = outcome
         progress.error = error
+        name, label = (error.name, error.label) if isinstance(error, ServiceError) else ("InternalError", "")
         self._attempts.add(1, {"operation": self._operation, "outcome": outcome, ERROR_TYPE: name})
-        if reason:
-            self._say(state.attempt_number, error, outcome, reason, deadline, progress)
-        return outcome == "retried"
+        if not reason:
+            return False
+        fields: dict[str, object] = {"attempt": number, "error": name}
+        if isinstance(error, ServiceError) and error.cause is not None:
+            fields[names.ATTR_UPSTREAM_CAUSE] = str(error.cause)
+        logger.warning("Attempt %d: %s", number, label, extra=fields)
+        if outcome != "retried":
+            ended = outcome if outcome != "not_retryable" else "circuit_open"
+            self._report_end(number, error, ended, reason, deadline)
+            return False
+        emit(
+            logger,
+            names.EVENT_RETRY_SCHEDULED,
+            f"Retrying in {progress.delay_s:.1f}s...",
+            {
+                ERROR_TYPE: name,
+                "operation": self._operation,
+                "attempt": number,
+                "delay_s": round(progress.delay_s, 3),
+                "remaining_s": round(deadline.left_s, 3),
+            },
+            level=logging.WARNING,
+        )
+        return True
 
-    def _turned_away(self, number: int, deadline: Deadline, progress: Progress) -> None:
-        """The breaker opened while this call waited: the retry was not made after all."""
+    def _rejected(self, number: int, deadline: Deadline, progress: Progress) -> None:
+        """Handle a retry that the breaker rejected, because it opened during the wait."""
         progress.ended = "not_retryable"
         if progress.error is not None:
             self._budget.give_back()
-            self._say_over(number - 1, progress.error, "circuit_open", OPEN, deadline)
+            self._report_end(number - 1, progress.error, "circuit_open", BREAKER_OPEN, deadline)
 
     def _decide(
         self, number: int, error: Exception, deadline: Deadline, progress: Progress
     ) -> tuple[str, str]:
-        """The outcome, and the reason in words; no reason where a retry was out of the question."""
+        """Return the outcome, and its reason for the log; no reason where the error is not transient."""
         if not transient(error):
             return "not_retryable", ""
-        if self._hopeless():
-            return "not_retryable", OPEN
+        if self._breaker_open():
+            return "not_retryable", BREAKER_OPEN
         if number > self._policy.max_retries:
             return "exhausted", "no retries left"
-        asked = getattr(error, "retry_after_s", None) or 0.0
-        delay_s = max(self._policy.base_delay_s * 2 ** (number - 1), asked)
-        progress.delay_s = delay_s * (1 + self._policy.jitter * self._random_part())
+        asked_s = (error.retry_after_s if isinstance(error, ServiceError) else None) or 0.0
+        delay_s = max(self._policy.base_delay_s * 2 ** (number - 1), asked_s)
+        progress.delay_s = delay_s * (1 + self._policy.jitter * self._policy.random_fraction())
         if progress.delay_s + MIN_ATTEMPT_S > deadline.left_s:
             return "deadline", "the deadline comes first"
         if not self._budget.take():
@@ -251,52 +287,7 @@ class _Judge:
         progress.waited_s += progress.delay_s
         return "retried", "retry"
 
-    def _succeeded(self, number: int) -> None:
-        self._attempts.add(1, {"operation": self._operation, "outcome": "success"})
-        if number > 1:
-            emit(
-                logger,
-                names.EVENT_RETRY_SUCCEEDED,
-                f"Attempt {number}: Success",
-                {"attempts": number, "operation": self._operation},
-            )
-
-    def _say(  # noqa: PLR0913, PLR0917 - one decision has so many sides
-        self,
-        number: int,
-        error: Exception,
-        outcome: str,
-        reason: str,
-        deadline: Deadline,
-        progress: Progress,
-    ) -> None:
-        name, label = (error.name, error.label) if isinstance(error, ServiceError) else ("InternalError", "")
-        cause = (
-            {names.ATTR_UPSTREAM_CAUSE: str(error.cause)}
-            if isinstance(error, ServiceError) and error.cause
-            else {}
-        )
-        logger.warning("Attempt %d: %s", number, label, extra={"attempt": number, "error": name, **cause})
-        left_s = round(deadline.left_s, 3)
-        if outcome == "retried":
-            emit(
-                logger,
-                names.EVENT_RETRY_SCHEDULED,
-                f"Retrying in {progress.delay_s:.1f}s...",
-                {
-                    ERROR_TYPE: name,
-                    "operation": self._operation,
-                    "attempt": number,
-                    "delay_s": round(progress.delay_s, 3),
-                    "remaining_s": left_s,
-                },
-                level=logging.WARNING,
-            )
-            return
-        ended = outcome if outcome != "not_retryable" else "circuit_open"
-        self._say_over(number, error, ended, reason, deadline)
-
-    def _say_over(self, number: int, error: Exception, ended: str, reason: str, deadline: Deadline) -> None:
+    def _report_end(self, number: int, error: Exception, ended: str, reason: str, deadline: Deadline) -> None:
         emit(
             logger,
             names.EVENT_RETRY_EXHAUSTED,

@@ -14,7 +14,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoi
 
 from service.config.settings import Settings
 from service.errors import AuthenticationError, RateLimitError
-from service.identity.tokens import COUNTER_SLOTS, HASHING_THREADS, Authenticator, _Failures
+from service.identity.tokens import COUNTER_SLOTS, HASHING_THREADS, Authenticator, _FailureLimiter
 from service.telemetry.providers import Exporters, build_telemetry
 from tests.harness import make_settings, new_secrets
 from tests.unit.conftest import Lines
@@ -247,7 +247,7 @@ def test_guesses_at_the_same_time_cannot_outrun_the_limit(desk: Open) -> None:
 
 
 def test_a_hundred_thousand_names_take_no_more_memory_than_the_counters(settings: Settings) -> None:
-    failures = _Failures(settings)
+    failures = _FailureLimiter(settings)
 
     async def main() -> None:
         for number in range(100_000):

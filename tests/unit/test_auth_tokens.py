@@ -14,7 +14,7 @@ import jwt
 import pytest
 
 from service.errors import AuthenticationError
-from service.identity.tokens import KNOWN_TOKENS, Authenticator
+from service.identity.tokens import MAX_CACHED_TOKENS, Authenticator
 from service.telemetry.providers import build_telemetry
 from tests.harness import make_settings, new_secrets
 
@@ -251,6 +251,6 @@ def test_a_remembered_token_helps_no_other_one(issuer: Issuer) -> None:
 
 
 def test_only_so_many_tokens_are_remembered(issuer: Issuer) -> None:
-    for _ in range(KNOWN_TOKENS + 10):
+    for _ in range(MAX_CACHED_TOKENS + 10):
         issuer.auth.identify(issuer.token())
-    assert len(issuer.auth._known) == KNOWN_TOKENS  # noqa: SLF001 - memory is what is bounded here
+    assert len(issuer.auth._verified) == MAX_CACHED_TOKENS  # noqa: SLF001 - memory is what is bounded here

@@ -1,4 +1,4 @@
-"""Work that nobody waits for any more is stopped; nothing else about the work changes."""
+"""Work is cancelled when its caller disconnects; nothing else about the work changes."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -80,6 +80,32 @@ def test_the_result_comes_back() -> None:
         assert await cancel_on_disconnect(caller.receive, work()) == "done"
 
     _run(main())
+
+
+def test_work_that_does_not_suspend_creates_no_task_and_reads_no_message() -> None:
+    async def main() -> None:
+        caller = Caller(REQUEST, DISCONNECT)
+        created: list[Any] = []
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(lambda loop, work, **options: _recorded(created, loop, work, options))
+
+        async def work() -> str:
+            return "done"
+
+        assert await cancel_on_disconnect(caller.receive, work()) == "done"
+        await asyncio.sleep(0)
+        loop.set_task_factory(None)
+        assert created == []
+        assert caller.taken == 0
+
+    _run(main())
+
+
+def _recorded(
+    created: list[Any], loop: asyncio.AbstractEventLoop, work: Any, options: dict[str, Any]
+) -> asyncio.Task[Any]:
+    created.append(work)
+    return asyncio.Task(work, loop=loop, **options)
 
 
 def test_a_caller_who_leaves_stops_the_work() -> None:

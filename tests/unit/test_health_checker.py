@@ -7,7 +7,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
 from service.errors import UpstreamError
-from service.services.health_checker import HealthChecker
+from service.services.health_checker import HealthChecker, HealthSchedule
 from tests.unit.resilience import Readable, readable
 
 
@@ -52,12 +52,9 @@ def make(metrics: Readable, dependency: Dependency, **numbers: float) -> HealthC
     settings = {"interval_s": 60.0, "timeout_s": 0.05, "ttl_s": 30.0, **numbers}
     return HealthChecker(
         {"litellm": dependency.ping},
-        interval_s=settings["interval_s"],
-        timeout_s=settings["timeout_s"],
-        ttl_s=settings["ttl_s"],
-        instruments=metrics.instruments,
-        tracer=TracerProvider(shutdown_on_exit=False).get_tracer("test"),
-        random_part=lambda: 0.5,
+        HealthSchedule(settings["interval_s"], settings["timeout_s"], settings["ttl_s"], jitter=lambda: 0.5),
+        metrics.instruments,
+        TracerProvider(shutdown_on_exit=False).get_tracer("test"),
     )
 
 
@@ -123,7 +120,7 @@ def test_a_ping_that_hangs_is_down_and_asked_one_at_a_time(metrics: Readable) ->
         task = asyncio.create_task(checker.run())
         await dependency.next_ping()
         for _ in range(100):
-            checker.look_again("litellm")
+            checker.check_now("litellm")
         await dependency.next_ping()
         assert dependency.most_at_once == 1
         health = checker.health()["litellm"]
@@ -141,11 +138,11 @@ def test_looking_again_does_not_wait_for_the_interval(metrics: Readable) -> None
         task = asyncio.create_task(checker.run())
         await dependency.next_ping()
         dependency.error = UpstreamError(label="Connection error")
-        checker.look_again("litellm")
+        checker.check_now("litellm")
         await dependency.next_ping()
         assert checker.health()["litellm"].error == "Connection error"
         assert dependency.pings == 2
-        checker.look_again("unknown")
+        checker.check_now("unknown")
         task.cancel()
         await asyncio.wait([task])
 
@@ -159,12 +156,9 @@ def test_an_old_result_is_not_believed(metrics: Readable) -> None:
         dependency = Dependency()
         checker = HealthChecker(
             {"litellm": dependency.ping},
-            interval_s=60.0,
-            timeout_s=1.0,
-            ttl_s=30.0,
-            instruments=metrics.instruments,
-            tracer=TracerProvider(shutdown_on_exit=False).get_tracer("test"),
-            clock=lambda: now,
+            HealthSchedule(interval_s=60.0, timeout_s=1.0, ttl_s=30.0, clock=lambda: now),
+            metrics.instruments,
+            TracerProvider(shutdown_on_exit=False).get_tracer("test"),
         )
         task = asyncio.create_task(checker.run())
         await dependency.next_ping()

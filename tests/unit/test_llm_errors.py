@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from service.errors import BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError
-from service.middleware.errors import answer
+from service.middleware.errors import error_response
 from service.upstream.errors import invalid_answer, retry_after, timed_out, translate
 from service.upstream.messages import read_object
 from tests.unit.llm_answers import failing, sdk_error, translated
@@ -176,7 +176,9 @@ def test_a_rate_limit_waits_as_asked_and_always_says_when(value: str | None, sec
     error = translated(429, headers={"Retry-After": value} if value is not None else None)
     assert isinstance(error, RateLimitError)
     assert error.retry_after_s == seconds
-    assert answer(error, {"path": "/llm/generate"}).headers["Retry-After"] == str(max(1, int(seconds or 0)))
+    assert error_response(error, {"path": "/llm/generate"}).headers["Retry-After"] == str(
+        max(1, int(seconds or 0))
+    )
 
 
 @pytest.mark.parametrize("content", [b'{"a": 1}', b"{}", '{"a": "ü"}'.encode()])

@@ -16,7 +16,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import format_span_id, format_trace_id
 
-from service.config.logging import MAX_TEXT, QUIET, timestamp
+from service.config.logging import MAX_TEXT_CHARS, REQUEST_LOGGERS, timestamp
 from service.context import RequestContext, current_request
 from tests.unit.conftest import Lines
 
@@ -107,8 +107,8 @@ def test_what_json_cannot_hold_is_named_by_its_type_and_not_shown(lines: Lines) 
 
 def test_very_long_texts_are_cut(lines: Lines) -> None:
     logger.info("x" * 50_000, extra={"long": "y" * 50_000, "short": "z"})
-    assert lines.one["message"] == "x" * MAX_TEXT
-    assert lines.one["long"] == "y" * MAX_TEXT
+    assert lines.one["message"] == "x" * MAX_TEXT_CHARS
+    assert lines.one["long"] == "y" * MAX_TEXT_CHARS
     assert lines.one["short"] == "z"
 
 
@@ -142,7 +142,7 @@ def test_a_requests_facts_are_in_each_of_its_lines(lines: Lines) -> None:
     assert not {"request_id", "user", "client_request_id"} & set(outside)
 
 
-@pytest.mark.parametrize("name", [name for name in QUIET if "." not in name])
+@pytest.mark.parametrize("name", [name for name in REQUEST_LOGGERS if "." not in name])
 def test_a_quiet_library_is_heard_from_warning_on(lines: Lines, name: str) -> None:
     for library in (logging.getLogger(name), logging.getLogger(f"{name}.inner")):
         level = library.level

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.config.logging import MAX_TEXT, exception_fields
+from service.config.logging import MAX_TEXT_CHARS, exception_fields
 from service.context import RequestContext, current_request
 from service.errors import UpstreamError
 from tests.unit.conftest import Lines
@@ -137,7 +137,7 @@ def test_a_very_long_trace_keeps_its_end() -> None:
         recurse(3)
     for with_messages in (True, False):
         trace = exception_fields(caught.value, with_messages=with_messages)["exception.stacktrace"]
-        assert len(trace) == MAX_TEXT
+        assert len(trace) == MAX_TEXT_CHARS
         assert "in _choke" in trace
 
 

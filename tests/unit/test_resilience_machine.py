@@ -129,11 +129,10 @@ class RetryMachine(RuleBasedStateMachine):
         self.calls = self.attempts = self.retries = 0
         self.run_call = retrying(
             "chat",
-            RetryPolicy(),
+            RetryPolicy(sleep=self.clock.sleep),
             RetryBudget(0.2, 10, 1e9, self.clock),
             self.metrics.instruments,
-            hopeless=lambda: self.breaker.state == "open",
-            sleep=self.clock.sleep,
+            breaker_open=lambda: self.breaker.state == "open",
         )(self._attempt)
 
     async def _attempt(self, progress: Progress, deadline: Deadline) -> None:

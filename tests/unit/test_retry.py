@@ -35,7 +35,7 @@ class Call:
         limit_s: float = 30.0,
         floor: int = 10,
         took_s: float = 0.0,
-        hopeless: bool = False,
+        breaker_open: bool = False,
         random: float = 0.0,
     ) -> None:
         self.clock = FakeClock()
@@ -45,12 +45,10 @@ class Call:
         self._took_s = took_s
         self.run = retrying(
             "chat",
-            RetryPolicy(),
+            RetryPolicy(sleep=self.clock.sleep, random_fraction=lambda: random),
             RetryBudget(0.2, floor, 10.0, self.clock),
             metrics.instruments,
-            hopeless=lambda: hopeless,
-            sleep=self.clock.sleep,
-            random_part=lambda: random,
+            breaker_open=lambda: breaker_open,
         )(self._attempt)
 
     async def _attempt(self, progress: Progress, _deadline: Deadline) -> str:
@@ -187,7 +185,7 @@ def test_the_budget_ends_the_call(metrics: Readable, caplog: pytest.LogCaptureFi
 
 
 def test_an_open_breaker_ends_the_call_without_a_wait(metrics: Readable) -> None:
-    call = Call(metrics, failure(), "never", hopeless=True)
+    call = Call(metrics, failure(), "never", breaker_open=True)
     with pytest.raises(UpstreamError):
         call()
     assert call.clock.slept == []
@@ -228,7 +226,7 @@ def test_nothing_is_retried_once_the_caller_has_left(metrics: Readable) -> None:
         raise failure()
 
     run = retrying(
-        "chat", RetryPolicy(), RetryBudget(0.2, 10, 10.0, clock), metrics.instruments, sleep=wait_for_ever
+        "chat", RetryPolicy(sleep=wait_for_ever), RetryBudget(0.2, 10, 10.0, clock), metrics.instruments
     )(attempt)
 
     async def scenario() -> None:

@@ -4,20 +4,21 @@ import asyncio
 import signal
 from types import FrameType
 
+import uvicorn
+
 from service.services.drain import STOP_SIGNALS, Drain, drain_on_signal
 
 
-class Server:
-    """As much of uvicorn's server as a signal meets."""
+class Server(uvicorn.Server):
+    """A server that is not running, and records the signals it handles."""
 
     def __init__(self) -> None:
-        self.should_exit = False
-        self.force_exit = False
+        super().__init__(uvicorn.Config("no.app:at_all"))
         self.stopped_by: list[int] = []
 
-    def handle_exit(self, number: int, _frame: FrameType | None) -> None:
-        self.stopped_by.append(number)
-        self.should_exit = True
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.stopped_by.append(sig)
+        super().handle_exit(sig, frame)
 
 
 def taken_over(server: Server, raised_inside: int = 0) -> Drain:

@@ -1,4 +1,4 @@
-"""A request's bytes are harmless before the instrumentation reads them."""
+"""A request's scope is sanitized before the instrumentation reads it."""
 
 from typing import Any
 
