@@ -1,6 +1,7 @@
 """Why an attempt failed below HTTP: the same word on its span, on its log line and in the health."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.harness import Answer, AppUnderTest, running_app
 from tests.http.support import attributes, eventually, trace_of
 
 CAUSE = "llmops.upstream.cause"
-SETTINGS = {
+SETTINGS: Mapping[str, Any] = {
     "retry_max": 1,
     "retry_base_delay_s": 0.01,
     "llm_timeout_s": 0.5,
@@ -72,9 +73,11 @@ def test_a_stream_that_breaks_says_why_on_its_span(
 
 
 def test_a_connection_that_cannot_be_made_says_why_on_every_surface() -> None:
+    # A resolver may take its time.
+    settings = {**SETTINGS, "llm_timeout_s": 60.0, "llm_connect_timeout_s": 60.0}
     with refusing_port() as port:
         for host, cause in ((f"127.0.0.1:{port}", "refused"), ("no-such-host.invalid", "dns")):
-            with running_app(litellm_url=f"http://{host}", **SETTINGS) as app:
+            with running_app(litellm_url=f"http://{host}", **settings) as app:
                 answer = ask(app)
                 assert answer.status == 504
                 assert set(on_spans(app, answer)) == set(on_lines(app, answer)) == {cause}
