@@ -3,16 +3,23 @@
 Each test fails when a library changes such a thing, and says where the service has to follow.
 """
 
+import asyncio
 import inspect
 import socket
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Self
 
+import aiohttp
+import httpx2
 import pytest
+from openai import AsyncOpenAI
 from qdrant_client import QdrantClient, models
 from qdrant_client.local.qdrant_local import QdrantLocal
 
 from service.cache.embedded import set_pragmas
+from service.upstream.transport import SDK_HEADERS
 
 
 def test_qdrant_local_storage(tmp_path: Path) -> None:
@@ -88,3 +95,145 @@ def test_mlflow() -> None:
     assert ours == theirs, f"mlflow changed the names of span attributes; {SEE_MLFLOW}"
     headers = (otlp.MLFLOW_EXPERIMENT_ID_HEADER, otlp.MLFLOW_RUN_ID_HEADER)
     assert headers == (mlflow.EXPERIMENT_HEADER, mlflow.RUN_HEADER), f"mlflow changed headers; {SEE_MLFLOW}"
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+TRANSPORT = "see service/upstream/transport.py"
+
+
+def test_aiohttp_connections() -> None:
+    see = f"{TRANSPORT}, _Connector and _ConnectionMonitor"
+
+    async def main() -> None:
+        async with _Server() as server, aiohttp.ClientSession(connector=_Recording()) as session:
+            answer = await session.get(server.url)
+            connector = session.connector
+            assert isinstance(connector, _Recording)
+            assert len(connector.protocols) == 1, f"aiohttp changed BaseConnector.connect; {see}"
+            protocol: Any = connector.protocols[0]
+            assert protocol is not None, f"aiohttp changed Connection.protocol; {see}"
+            offered: Any = None if answer.connection is None else answer.connection.protocol
+            assert offered is protocol, f"aiohttp changed ClientResponse.connection; {see}"
+            assert isinstance(protocol.closed, asyncio.Future), f"aiohttp changed protocol.closed; {see}"
+            await server.send(b"0\r\n\r\n")
+            await answer.read()
+            assert protocol.should_close is False, f"aiohttp changed protocol.should_close; {see}"
+            await server.send(HEAD + b"0\r\n\r\n")
+            await _until(lambda: protocol.should_close, f"aiohttp changed protocol.should_close; {see}")
+            answer = await session.get(server.url)
+            assert answer.status == 200
+            assert connector.protocols[1] is protocol, (
+                f"aiohttp changed the reuse of connections: it checks for unrequested bytes itself; {see}"
+            )
+            answer.close()
+
+    asyncio.run(main())
+
+
+def test_aiohttp_reads() -> None:
+    see = f"{TRANSPORT}, _ConnectionMonitor"
+
+    async def main() -> None:
+        async with _Server() as server, aiohttp.ClientSession(connector=_Recording()) as session:
+            answer = await session.get(server.url)
+            connector = session.connector
+            assert isinstance(connector, _Recording)
+            protocol = connector.protocols[0]
+            assert protocol is not None
+            closed = protocol.closed
+            assert closed is not None
+            reading = asyncio.create_task(answer.content.readany())
+            await server.send(b"no chunk\r\n")
+            await _until(closed.done, f"aiohttp changed what it does after invalid framing; {see}")
+            await asyncio.sleep(0)
+            assert not reading.done(), (
+                f"aiohttp changed reads after invalid framing: they fail by themselves now; {see}"
+            )
+            assert closed.exception() is None, f"aiohttp changed protocol.closed; {see}"
+            answer.content.set_exception(aiohttp.ClientPayloadError())
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await reading
+            answer.close()
+
+    asyncio.run(main())
+
+
+def test_openai_requests() -> None:
+    see = f"{TRANSPORT}, UpstreamClient.build_request"
+    seen: dict[str, Any] = {}
+
+    class Client(httpx2.AsyncClient):
+        def build_request(self, method: str, url: httpx2.URL | str, **given: Any) -> httpx2.Request:
+            seen.update(given)
+            return super().build_request(method, url, **given)
+
+    async def main() -> None:
+        http = Client(transport=httpx2.MockTransport(lambda _request: httpx2.Response(200, json={})))
+        async with AsyncOpenAI(api_key="key", base_url="http://upstream/v1", http_client=http) as sdk:
+            answer = await sdk.post("http://upstream/v1/x", cast_to=httpx2.Response, content=b"{}")
+            assert isinstance(answer, httpx2.Response), (
+                "openai changed cast_to; see service/upstream/client.py"
+            )
+
+    asyncio.run(main())
+    assert isinstance(seen.get("timeout"), httpx2.Timeout), f"openai changed the timeout it passes on; {see}"
+    assert seen.get("content") == b"{}", f"openai changed how content is passed on; {see}"
+    names = [name for name, _ in seen.get("headers", ())]
+    sent = {name for name in names if not name.startswith(SDK_HEADERS)}
+    assert sent == {"authorization", "accept", "content-type", "user-agent"}, (
+        f"openai changed the header fields that it sends; {see} and SDK_HEADERS"
+    )
+    assert len(sent) < len(names), (
+        f"openai changed the names of the fields about itself; {see} and SDK_HEADERS"
+    )
+
+
+class _Recording(aiohttp.TCPConnector):
+    """Keeps the protocols of the connections that it gives out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.protocols: list[Any] = []
+
+    async def connect(self, req: Any, traces: Any, timeout: Any) -> Any:  # noqa: ASYNC109 - as the base class
+        connection = await super().connect(req, traces, timeout)
+        self.protocols.append(getattr(connection, "protocol", None))
+        return connection
+
+
+class _Server:
+    """Answers each request with a head, and sends what it is told to."""
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._answer, "127.0.0.1", 0)
+        self._tasks: list[asyncio.Task[Any] | None] = []
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_exception: object) -> None:
+        self._server.close()
+        async with asyncio.timeout(5):
+            await asyncio.gather(*(task for task in self._tasks if task is not None))
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes on the only connection."""
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._tasks.append(asyncio.current_task())
+        self._writer = writer
+        while await reader.readline():
+            while (await reader.readline()) not in {b"\r\n", b""}:
+                pass
+            writer.write(HEAD)
+        writer.close()
+
+
+async def _until(condition: Callable[[], bool], otherwise: str) -> None:
+    try:
+        async with asyncio.timeout(5):
+            while not condition():  # noqa: ASYNC110 - nothing announces it
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        pytest.fail(otherwise)

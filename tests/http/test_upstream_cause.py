@@ -73,9 +73,11 @@ def test_a_stream_that_breaks_says_why_on_its_span(
 
 
 def test_a_connection_that_cannot_be_made_says_why_on_every_surface() -> None:
+    # A resolver may take its time.
+    settings = {**SETTINGS, "llm_timeout_s": 60.0, "llm_connect_timeout_s": 60.0}
     with refusing_port() as port:
         for host, cause in ((f"127.0.0.1:{port}", "refused"), ("no-such-host.invalid", "dns")):
-            with running_app(litellm_url=f"http://{host}", **SETTINGS) as app:
+            with running_app(litellm_url=f"http://{host}", **settings) as app:
                 answer = ask(app)
                 assert answer.status == 504
                 assert set(on_spans(app, answer)) == set(on_lines(app, answer)) == {cause}

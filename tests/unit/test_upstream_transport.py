@@ -5,8 +5,9 @@ import errno
 import gc
 import json
 import socket
-import ssl
+import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,12 +62,12 @@ class Segments:
             exchange.reset()
 
 
-def ask(url: str, *, times: int = 1, **fields: str) -> list[httpx2.Response]:
+def ask(url: str, *, times: int = 1, limits: httpx2.Timeout = LIMITS, **fields: str) -> list[httpx2.Response]:
     """Post to the upstream, one request after the other, over one transport."""
 
     async def main() -> list[httpx2.Response]:
         transport = UpstreamTransport(4, MAX_BYTES)
-        async with httpx2.AsyncClient(transport=transport, timeout=LIMITS, headers=fields) as client:
+        async with httpx2.AsyncClient(transport=transport, timeout=limits, headers=fields) as client:
             return [await client.post(f"{url}/v1/chat/completions", content=BODY) for _ in range(times)]
 
     return asyncio.run(main())
@@ -133,42 +134,50 @@ def test_a_host_that_cannot_be_reached_is_told_from_a_broken_connection(
 ) -> None:
     caplog.set_level("DEBUG", logger="service")
     with refusing_port() as port, pytest.raises(httpx2.ConnectError, match=r"^ConnectError$") as caught:
-        ask(f"http://{host}:{port}")
+        # A resolver may take its time.
+        ask(f"http://{host}:{port}", limits=httpx2.Timeout(60.0))
     assert cause_of(caught.value) is cause
     (record,) = caplog.records
     assert record.levelname == "DEBUG"
     assert text in record.getMessage()
 
 
-def _no_tls(_folder: Path) -> None:
-    return None
+def _with_tls(listener: socket.socket, folder: Path) -> None:
+    connection, _ = listener.accept()
+    with connection, suppress(OSError), self_signed(folder).wrap_socket(connection, server_side=True):
+        pass
 
 
-@pytest.mark.parametrize(
-    ("context", "serves"),
-    [(self_signed, False), (_no_tls, True), (_no_tls, False)],
-    ids=["self-signed", "no TLS", "reset in the handshake"],
-)
+def _without_tls(listener: socket.socket, _folder: Path) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        connection.recv(65_536)
+
+
+def _resetting(listener: socket.socket, _folder: Path) -> None:
+    connection, _ = listener.accept()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+@pytest.mark.parametrize("serve", [_with_tls, _without_tls, _resetting])
 def test_a_failed_handshake_is_told_from_a_refused_connection(
-    tmp_path: Path, context: Callable[[Path], ssl.SSLContext | None], *, serves: bool
+    tmp_path: Path, serve: Callable[[socket.socket, Path], None]
 ) -> None:
-    async def main() -> None:
-        async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            if serves:
-                writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-            writer.close()
-
-        server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context(tmp_path))
+    async def main(listener: socket.socket) -> None:
+        serving = asyncio.create_task(asyncio.to_thread(serve, listener, tmp_path))
         transport = UpstreamTransport(4, MAX_BYTES)
-        url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+        url = f"https://localhost:{listener.getsockname()[1]}"
         request = httpx2.Request("POST", url, extensions={"timeout": httpx2.Timeout(5.0).as_dict()})
         with pytest.raises(httpx2.ConnectError) as caught:
             await transport.handle_async_request(request)
         assert cause_of(caught.value) is Cause.TLS
         await transport.aclose()
-        server.close()
+        await serving
 
-    asyncio.run(main())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        asyncio.run(main(listener))
 
 
 @pytest.mark.parametrize(
@@ -232,6 +241,9 @@ def test_what_cannot_be_sent_is_our_own_fault(upstream: FakeUpstream) -> None:
         ask(upstream.url, Beta="a\r\nInjected: b")
     assert cause_of(caught.value) is Cause.PROTOCOL
     assert not upstream.requests
+    # The fake must have accepted and closed the connection before it is stopped.
+    upstream.wait_for(lambda fake: fake.connections == 1)
+    asyncio.run(none_is_open(upstream))
 
 
 def test_it_sends_what_it_is_given_and_nothing_else(upstream: FakeUpstream) -> None:
