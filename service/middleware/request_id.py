@@ -143,8 +143,12 @@ def sanitize_scope(scope: Scope, *, trust_traceparent: bool) -> None:
     if not scope["query_string"].isascii():
         scope["query_string"] = _as_utf8(scope["query_string"])
     headers = scope["headers"]
-    if trust_traceparent and b"".join([value for _, value in headers]).isascii():
-        return
+    if trust_traceparent:
+        for _, value in headers:
+            if not value.isascii():
+                break
+        else:
+            return
     scope["headers"] = [
         (name, _as_utf8(value))
         for name, value in headers
