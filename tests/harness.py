@@ -254,12 +254,12 @@ def memory_log_exporter() -> InMemoryLogRecordExporter:
     return InMemoryLogRecordExporter()  # type: ignore[no-untyped-call]  # the SDK left it untyped
 
 
-def _wait_until(condition: Any, what: str, limit_s: float = START_LIMIT_S) -> None:
+def _wait_until(condition: Any, what: str, limit_s: float = START_LIMIT_S, *, poll_s: float = 0.01) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(f"waited {limit_s} s for {what}")
-        time.sleep(0.01)
+        time.sleep(poll_s)
 
 
 class ServiceProcess(Client):
@@ -311,7 +311,8 @@ class ServiceProcess(Client):
 
     def wait_ready(self) -> Self:
         """Wait until ``/health`` answers."""
-        _wait_until(self._answers, "the service to answer /health")
+        # Asked more often, it would have less of the processor for its start.
+        _wait_until(self._answers, "the service to answer /health", poll_s=0.05)
         return self
 
     def _answers(self) -> bool:
