@@ -17,6 +17,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, Self
 
+import argon2
 import uvicorn
 from fastapi import FastAPI
 from opentelemetry.sdk._logs import ReadableLogRecord
@@ -25,6 +26,7 @@ from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricR
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import format_trace_id
+from pydantic import SecretStr
 
 from deploy.ports import unused_port
 from service.app import create_app
@@ -188,6 +190,21 @@ class AppUnderTest(Client):
         return total
 
 
+def _with_cheap_hashes(settings: Settings) -> tuple[Settings, dict[str, str]]:
+    """The settings with the passwords' hashes in their place, and the passwords.
+
+    A hash brings its own parameters, and these cost nothing: with the service's own, an app spends more time
+    on hashing than on all the rest of its start. `ServiceProcess` gives its passwords in plain.
+    """
+    passwords = {
+        "admin": settings.auth_admin_password.get_secret_value(),
+        "user": settings.auth_user_password.get_secret_value(),
+    }
+    hasher = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+    hashes = {f"auth_{user}_password": SecretStr(hasher.hash(word)) for user, word in passwords.items()}
+    return settings.model_copy(update=hashes), passwords
+
+
 @contextmanager
 def running_app(
     app_setup: Any = None, protocol: type[Protocol] = Protocol, **values: Any
@@ -199,7 +216,7 @@ def running_app(
         protocol: The HTTP protocol, where a test changes its time limit.
         values: Settings.
     """
-    settings = make_settings(**values)
+    settings, passwords = _with_cheap_hashes(make_settings(**values))
     spans, metrics, logs = InMemorySpanExporter(), InMemoryMetricReader(), memory_log_exporter()
     telemetry = build_telemetry(settings, Exporters(spans, metrics, logs))
     stdout = io.StringIO()
@@ -224,10 +241,6 @@ def running_app(
     try:
         _wait_until(lambda: server.started or not thread.is_alive(), "the app to start")
         port = server.servers[0].sockets[0].getsockname()[1]
-        passwords = {
-            "admin": settings.auth_admin_password.get_secret_value(),
-            "user": settings.auth_user_password.get_secret_value(),
-        }
         yield AppUnderTest(
             app, settings, telemetry, spans, metrics, logs, stdout, port=port, passwords=passwords
         )
@@ -241,12 +254,12 @@ def memory_log_exporter() -> InMemoryLogRecordExporter:
     return InMemoryLogRecordExporter()  # type: ignore[no-untyped-call]  # the SDK left it untyped
 
 
-def _wait_until(condition: Any, what: str, limit_s: float = START_LIMIT_S) -> None:
+def _wait_until(condition: Any, what: str, limit_s: float = START_LIMIT_S, *, poll_s: float = 0.01) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(f"waited {limit_s} s for {what}")
-        time.sleep(0.01)
+        time.sleep(poll_s)
 
 
 class ServiceProcess(Client):
@@ -298,7 +311,8 @@ class ServiceProcess(Client):
 
     def wait_ready(self) -> Self:
         """Wait until ``/health`` answers."""
-        _wait_until(self._answers, "the service to answer /health")
+        # Asked more often, it would have less of the processor for its start.
+        _wait_until(self._answers, "the service to answer /health", poll_s=0.05)
         return self
 
     def _answers(self) -> bool:
