@@ -11,7 +11,7 @@ import socket
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import aiohttp
 import httpx2
@@ -250,10 +250,6 @@ async def _until(condition: Callable[[], bool], otherwise: str) -> None:
                 await asyncio.sleep(0.01)
     except TimeoutError:
         pytest.fail(otherwise)
-
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def _changed(library: str, what: str, where: str) -> str:
