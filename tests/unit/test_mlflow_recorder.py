@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -226,9 +227,27 @@ def test_records_in_memory_are_lost_once_when_mlflow_hangs_at_the_end(make: Make
     with pytest.raises(TimeoutError):
         recording.finish(limit_s=0.3)
     assert (recording.value("lost"), recording.value("queue")) == (3, 0)
-    # Records that come later are lost, too.
+    # Records that come later are lost, too, and the thread counts nothing again when it ends.
     recording.record(4)
+    recording.tracker.error = TrackerError("Timeout")
+    recording.tracker.let_go.set()
+    until(lambda: "mlflow recorder" not in {thread.name for thread in threading.enumerate()}, "its end")
     assert recording.value("lost") == 4
+
+
+def test_an_end_while_mlflow_hangs_is_saved_for_the_next_process(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    recording = make()
+    recording.tracker.hangs = True
+    recording.start()
+    recording.record(1, 2)
+    recording.tracker.asked.wait(LIMIT_S)
+    with pytest.raises(TimeoutError):
+        recording.finish(limit_s=0.3)
+    assert (recording.saved_run.status, recording.saved_run.totals["calls"]) == ("FINISHED", 2)
+    assert recording.on_disk == [1, 2]
+    assert "MLflow was not done with in time; the next start goes on" in caplog.messages
 
 
 def test_a_bug_does_not_end_the_thread(make: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -278,6 +297,17 @@ def test_totals_are_sent_every_ten_seconds(make: Make) -> None:
     until(lambda: recording.tracker.runs["run-1"].totals["calls"] == 2, "the next totals")
     # If the process is killed now, whoever replays its spool knows them, too.
     assert recording.saved_run.totals["calls"] == 2
+
+
+def test_totals_are_sent_while_records_keep_arriving_in_memory(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    recording = make(tmp_path / "file")
+    coming = iter(range(1, 100_000))
+    recording.tracker.on_send = lambda: recording.record(next(coming))
+    recording.record(0)
+    recording.start()
+    until(lambda: recording.tracker.runs and recording.tracker.runs["run-1"].totals, "the totals")
+    recording.tracker.on_send = lambda: None
 
 
 def test_orphaned_spools_are_sent_at_the_start_and_every_thirty_seconds(make: Make) -> None:

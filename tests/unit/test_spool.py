@@ -58,6 +58,14 @@ def test_a_file_is_limited_in_bytes(opened: Opened) -> None:
     assert opened.spool.files == 2
 
 
+def test_files_that_were_sent_make_room(tmp_path: Path) -> None:
+    opened = Opened(tmp_path, max_bytes=LINE_BYTES * 20)
+    for first in range(100, 500, 20):
+        opened.write(*range(first, first + 20))
+        assert opened.take_all() == [list(range(first, first + 20))]
+    assert opened.lost.said == []
+
+
 def test_a_line_larger_than_the_limit_drops_no_other(tmp_path: Path) -> None:
     opened = Opened(tmp_path, max_bytes=LINE_BYTES * 2)
     opened.write(10)
