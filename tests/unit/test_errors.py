@@ -5,7 +5,7 @@ import re
 import pytest
 
 from service import errors
-from service.errors import PUBLIC_ERRORS, AuthenticationError, CallerLeftError, ServiceError
+from service.errors import PUBLIC_ERRORS, CallerLeftError, ServiceError
 
 TABLE = {
     "ValidationError": (422, False),
@@ -56,22 +56,9 @@ def test_each_error_speaks_for_itself_in_whole_sentences(kind: type[ServiceError
     assert (error.retry_after_s, error.details) == (None, ())
 
 
-def test_only_a_missing_token_has_a_challenge() -> None:
-    challenged = {kind: kind().headers.get("WWW-Authenticate") for kind in PUBLIC_ERRORS}
-    assert {kind: value for kind, value in challenged.items() if value} == {AuthenticationError: "Bearer"}
-
-
 def test_an_unread_body_closes_the_connection() -> None:
     closing = {kind.__name__ for kind in PUBLIC_ERRORS if kind().headers.get("Connection") == "close"}
     assert closing - {"ShuttingDownError"} == {"RequestTimeoutError", "PayloadTooLargeError"}
-
-
-def test_what_is_given_goes_before_the_classs_own() -> None:
-    error = errors.UpstreamError(
-        "Mine.", retry_after_s=2.5, retryable=False, details=[{"field": "a"}], headers={"X": "y"}
-    )
-    assert (error.message, error.retry_after_s, error.retryable) == ("Mine.", 2.5, False)
-    assert (error.details, error.headers) == (({"field": "a"},), {"X": "y"})
 
 
 def test_two_errors_share_nothing() -> None:
