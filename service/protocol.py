@@ -35,6 +35,9 @@ of one byte passes, one that is all framing does not."""
 
 CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 TRAILER_LINE: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*")
+METHOD: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}(?: |\Z)|\Z")
+"""The start of a head, complete or not; bytes that cannot become a method are refused at once."""
+
 CRLF: Final = b"\r\n"
 HEAD_END: Final = b"\r\n\r\n"
 
@@ -231,7 +234,7 @@ class Protocol(HttpToolsProtocol):
             del received[: len(CRLF)]
         end = received.find(HEAD_END, max(0, self._scanned - len(HEAD_END)))
         if end < 0:
-            if len(received) > MAX_HEAD_BYTES:
+            if len(received) > MAX_HEAD_BYTES or not METHOD.match(received):
                 raise MalformedError
             self._scanned = len(received)
             if received:

@@ -81,7 +81,7 @@ def _attributes(record: CallRecord) -> dict[str, object]:
     return {
         SPAN_TYPE: SPAN_TYPES.get(record.operation, "LLM"),
         gen_ai.GEN_AI_OPERATION_NAME: record.operation,
-        gen_ai.GEN_AI_PROVIDER_NAME: names.GEN_AI_PROVIDER,
+        gen_ai.GEN_AI_PROVIDER_NAME: names.LLM_PROVIDER,
         gen_ai.GEN_AI_REQUEST_MODEL: record.model,
         gen_ai.GEN_AI_RESPONSE_MODEL: record.response_model,
         gen_ai.GEN_AI_USAGE_INPUT_TOKENS: record.prompt_tokens,

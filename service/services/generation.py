@@ -19,7 +19,7 @@ from service.cache.control import NO_DIRECTIVES
 from service.cache.entries import Assembler, Entry, tokens_of
 from service.cache.response_cache import AnswerCache, Lookup
 from service.config.settings import Settings
-from service.errors import UNREACHABLE, ServiceError, UpstreamTimeoutError
+from service.errors import UNREACHABLE, Cause, ServiceError, UpstreamTimeoutError
 from service.recording.recorder import CallRecorder
 from service.services.call_report import CallOutcome, CallReport, CallSpec, Outcome
 from service.services.circuit_breaker import CircuitBreaker
@@ -279,7 +279,9 @@ class Generation:
 
     def _silence(self) -> UpstreamTimeoutError:
         return UpstreamTimeoutError(
-            f"The model said nothing for {self._silence_s:g} s. Try again.", label="Silence"
+            f"The model said nothing for {self._silence_s:g} s. Try again.",
+            label="Silence",
+            cause=Cause.READ_TIMEOUT,
         )
 
     @asynccontextmanager

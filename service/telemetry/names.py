@@ -276,7 +276,6 @@ ATTR_CACHE_RESULT: Final = "llmops.cache.result"
 ATTR_CACHE_SAVED_COST: Final = "llmops.cache.saved_cost"
 ATTR_UPSTREAM_CAUSE: Final = "llmops.upstream.cause"
 """Why an attempt failed below HTTP: one of the words of ``service.errors.Cause``."""
-GEN_AI_PROVIDER: Final = "litellm"
 ATTR_RECORDS: Final = "llmops.recorder.records"
 
 EVENT_CACHE_ERROR: Final = "llmops.cache.error"

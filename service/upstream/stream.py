@@ -2,15 +2,14 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import httpx2
 
-from service.config.settings import Settings
-from service.errors import Cause, ServiceError, UpstreamError, UpstreamTimeoutError
+from service.errors import ServiceError, UpstreamError
 from service.upstream.errors import from_event, from_transport, invalid_answer
 from service.upstream.messages import (
     MAX_CHOICES,
@@ -268,64 +267,3 @@ def _has_content(choice: object) -> bool:
     delta = choice.get("delta")
     content = any(delta.values()) if isinstance(delta, dict) else bool(delta)
     return content or any(value for name, value in choice.items() if name not in {"index", "delta"})
-
-
-Relay = Callable[[StreamEvent], Awaitable[None]]
-"""Passes one event on to the caller; the next one is not read before it returns."""
-
-
-@dataclass(frozen=True)
-class StreamLimits:
-    """The time limits of one stream.
-
-    Args:
-        silence_s: Seconds between two events, without the time that the caller takes to read one.
-        whole_s: Seconds from the call's start to the stream's end.
-    """
-
-    silence_s: float
-    whole_s: float
-
-    @classmethod
-    def from_settings(cls, settings: Settings) -> Self:
-        """The limits of the settings; the whole is never shorter than the wait for the first event."""
-        return cls(settings.stream_chunk_timeout_s, max(settings.stream_timeout_s, settings.llm_timeout_s))
-
-    async def hand_on(self, events: AsyncIterator[StreamEvent], relay: Relay, spent_s: float) -> None:
-        """Pass each event on as it arrives.
-
-        Backpressure: the next event is read when the relay has returned, so a slow client slows the upstream.
-
-        Args:
-            events: The events.
-            relay: Passes one on.
-            spent_s: Seconds since the call's start.
-
-        Raises:
-            UpstreamTimeoutError: A limit was reached.
-            ServiceError: As iterating the events does.
-        """
-        now = asyncio.get_running_loop().time
-        end = now() + self.whole_s - spent_s
-        try:
-            async with asyncio.timeout_at(end) as limit:
-                async for event in events:
-                    limit.reschedule(end)
-                    await relay(event)
-                    limit.reschedule(min(end, now() + self.silence_s))
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            # A timer may fire a little early, so the clock cannot tell which limit it was.
-            if limit.when() == end:
-                # The upstream was still answering: no cause, and no advice to try again.
-                raise UpstreamTimeoutError(
-                    f"The answer was not complete within {self.whole_s:g} s.",
-                    retryable=False,
-                    label="Stream too long",
-                ) from None
-            raise UpstreamTimeoutError(
-                f"The model said nothing for {self.silence_s:g} s. Try again.",
-                label="Silence",
-                cause=Cause.READ_TIMEOUT,
-            ) from None

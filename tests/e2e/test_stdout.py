@@ -59,7 +59,7 @@ def one(lines: list[dict[str, Any]], message: str) -> dict[str, Any]:
 def test_what_breaks_outside_a_request_is_one_line_too() -> None:
     code = (
         "import sys; sys.argv = ['x', 'check'];"
-        "from service.config.logging import configure_logging; configure_logging;"
+        "from service.config.logging import configure_logging; configure_logging();"
         "import warnings; warnings.warn('early');"
         "raise SystemError('not caught\\nby anybody')"
     )
