@@ -202,6 +202,9 @@ class ResponseCache:
         in_flight: Callable[[str], bool],
     ) -> Lookup:
         """Look in memory, then in the store, then by meaning where that is on; as ``AnswerCache`` says."""
+        if request.operation != "chat":
+            # Embeddings are not looked up: they count as no look-up, not as a bypassed one.
+            return Lookup()
         slot = self._slot(request, user, control)
         if slot is None or not control.read:
             self._instruments.cache_lookups.add(1, {"kind": "exact", "result": "bypass"})
@@ -240,11 +243,11 @@ class ResponseCache:
         return found
 
     def _slot(self, request: LlmRequest, user: str, control: CacheControl) -> Slot | None:
-        """Where the answer is stored; None for embeddings, sampled answers and requests nested too deeply."""
+        """Where the answer is stored; None for sampled answers and requests nested too deeply."""
         temperature = request.body.get("temperature")
         # An absent temperature is 1.
         sampled = temperature is None or temperature != 0
-        if request.operation != "chat" or (sampled and not self._settings.cache_sampled):
+        if sampled and not self._settings.cache_sampled:
             return None
         try:
             key = key_of(self.tenant(user), request.model, request.body, request.headers)

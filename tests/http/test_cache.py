@@ -257,6 +257,16 @@ def test_stats_and_clearing(app: AppUnderTest, upstream: FakeUpstream) -> None:
     assert len(upstream.chat_requests) == 5
 
 
+def test_embeddings_count_as_no_look_up(app: AppUnderTest) -> None:
+    token = app.token()
+    before = app.value("llmops.cache.lookups")
+    body = {"model": "demo", "input": "What is a trace?"}
+    answer = app.call("POST", "/v1/embeddings", body=body, token=token)
+    assert (answer.status, answer.headers["x-cache"]) == (200, "BYPASS")
+    assert app.value("llmops.cache.lookups") == before
+    assert app.call("GET", "/llm/cache/stats", token=token).json["bypassed"] == 0
+
+
 def test_where_the_cache_is_off_nothing_is_looked_up(service: AppUnderTest, upstream: FakeUpstream) -> None:
     token = service.token()
     answers = [ask(service, token) for _ in range(2)]
