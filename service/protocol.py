@@ -19,8 +19,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from service.middleware.request_limits import MALFORMED
 
 MAX_HEAD_BYTES: Final = 65_536
-"""Largest request head; the same number of bytes of a pipelined request is held while an answer is under
-way."""
+"""Largest request head. During an answer, reading pauses when more than this of what follows has arrived."""
 
 MAX_FIELDS: Final = 100
 """Most header fields of a request, as in Apache httpd (LimitRequestFields)."""
@@ -35,7 +34,7 @@ of one byte passes, one that is all framing does not."""
 
 CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 TRAILER_LINE: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*")
-METHOD: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}(?: |\Z)|\Z")
+METHOD: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}(?: |\Z)|\r?\Z")
 """The start of a head, complete or not; bytes that cannot become a method are refused at once."""
 
 CRLF: Final = b"\r\n"

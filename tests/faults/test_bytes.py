@@ -117,6 +117,11 @@ def test_a_body_behind_an_offer_to_upgrade_is_never_a_request(service: Service, 
     assert service.answers(first, smuggled, head("GET", "/auth/me", service.user, close=True)) == [422, 200]
 
 
+def test_an_empty_line_before_a_request_may_come_in_pieces(service: Service) -> None:
+    request = head("GET", "/auth/me", service.user, close=True)
+    assert service.answers(b"\r", b"\n", request) == service.answers(b"\r\n" + request) == [200]
+
+
 def test_pipelined_requests_get_their_answers_in_order(service: Service) -> None:
     post = head("POST", "/llm/generate", service.user, (f"Content-Length: {len(PROMPT)}",)) + PROMPT
     get = head("GET", "/nothing", service.user)
