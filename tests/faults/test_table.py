@@ -99,7 +99,6 @@ def test_with_the_breaker_open_no_fault_is_met(open_bench: OpenBench, fault: Fau
     answer = outcome.answer
 
     assert (answer.status, answer.json["error"], outcome.seen) == (503, "CircuitOpenError", 0)
-    assert answer.seconds < 0.5
     assert answer.headers["x-llm-attempts"] == "0"
     until_open = int(answer.headers["retry-after"])
     least = open_bench.opened_after + BREAKER_TIMEOUT_S - time.monotonic()

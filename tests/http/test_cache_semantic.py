@@ -135,7 +135,6 @@ def test_a_failing_embedding_is_a_miss(upstream: FakeUpstream, qdrant: FakeQdran
         answers = [ask(app, prompt, token) for prompt in (FIRST, SAME, OTHER, "Another?")]
 
         assert {answer.headers["x-cache"] for answer in answers} == {"MISS"}
-        assert all(answer.seconds < 5 for answer in answers)
         assert app.value("llmops.cache.lookups", kind="semantic", result="error") == 4
         assert embeddings(upstream) == 3, "then its breaker is open"
         assert ask(app, FIRST, token).headers["x-cache"] == "HIT"

@@ -153,7 +153,7 @@ def assert_failed(app: AppUnderTest, answer: Answer, expected: Expected) -> None
     assert expected.message in answer.json["message"]
     assert answer.headers.get("retry-after") == expected.retry_after
     if expected is TIMED_OUT:
-        assert LIMIT_S * 0.9 < answer.seconds < 10 * LIMIT_S
+        assert answer.seconds > LIMIT_S * 0.9
 
 
 def test_an_unknown_model_is_the_callers_and_is_called_other_on_every_metric(
