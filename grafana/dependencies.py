@@ -122,20 +122,21 @@ def dependencies() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
     ]
-    breaker = by(names.BREAKER_STATE, "breaker")
+    breaker = by(names.BREAKER_STATE, "breaker", "model")
     state_open = value(names.BREAKER_STATE, state="open")
     half_open = value(names.BREAKER_STATE, state="half_open")
     states = [
         timeline(
             PanelText(
                 "Breakers",
-                "The state of each breaker, in the worst process: closed, half-open (one probe), open.",
+                "The state of each breaker, in the worst process: closed, half-open (one probe), open. "
+                "“litellm” is the connection for all models; “model” is one model, for everybody.",
                 "an open breaker's dependency failed several times in a row: look at its health below, "
                 "then at its logs.",
             ),
             Query(
                 f"max by ({breaker}) (2 * {state_open} + ignoring (state) {half_open})",
-                "{{breaker}}",
+                "{{breaker}} {{model}}",
             ),
             [(0, "closed", "green"), (1, "half open", "orange"), (2, "open", "red")],
             links=[SERVICE_PAGE],
@@ -167,6 +168,25 @@ def dependencies() -> dashboard.Dashboard:
                         f" (increase({value(names.BREAKER_TRANSITIONS)}[$__rate_interval]))"
                     ),
                     "{{breaker}} → {{to}}",
+                )
+            ],
+            unit="short",
+            links=[SERVICE_PAGE],
+        ),
+        graph(
+            PanelText(
+                "Callers turned away from a model",
+                "Callers whose own circuit for the model is open, because their calls kept failing.",
+                "one caller: look at what they send; two at the same time open the model's circuit for "
+                "everybody.",
+            ),
+            [
+                Query(
+                    zeroed(
+                        f"sum by ({by(names.BREAKER_OPEN_CALLERS, 'model')})"
+                        f" ({value(names.BREAKER_OPEN_CALLERS)})"
+                    ),
+                    "{{model}}",
                 )
             ],
             unit="short",

@@ -1,4 +1,4 @@
-"""A circuit breaker around each attempt: purgatory's state model, with time, probes and epochs added.
+"""A circuit breaker: purgatory's state model, with time, probes and epochs added.
 
 purgatory counts the failures and decides the transitions. This module adds a monotonic clock (purgatory
 uses the wall clock) and a limit of one probe at a time (purgatory lets every waiting call through). It
@@ -10,18 +10,28 @@ ignores the results of calls that began in an earlier state, and results that sa
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final, Literal
 
 from purgatory.domain.model import Context
 
-from service.errors import CircuitOpenError, UpstreamFailure
+from service.errors import (
+    UNREACHABLE,
+    BadRequestError,
+    CircuitOpenError,
+    RateLimitError,
+    UpstreamError,
+    UpstreamFailure,
+)
 from service.telemetry import names
 from service.telemetry.events import emit
 from service.telemetry.instruments import Instruments
 
 State = Literal["closed", "open", "half_open"]
+Verdict = Literal["success", "failure", "answered", "unknown"]
+"""What the end of a call says about the upstream. ``answered``: it refused the request, so it is there; this
+settles a probe and counts for nothing else. ``unknown`` says nothing, and gives a probe's place back."""
 
 STATES: Final[dict[str, State]] = {"closed": "closed", "opened": "open", "half-opened": "half_open"}
 PROBE_RETRY_AFTER_S = 1.0
@@ -30,11 +40,162 @@ PROBE_RETRY_AFTER_S = 1.0
 logger = logging.getLogger(__name__)
 
 
-class CircuitBreaker:
+def verdict_on_call(error: BaseException | None) -> Verdict:
+    """What the end of a call says about the upstream that should have answered it.
+
+    A caller who left, refused credentials of ours and bugs say nothing.
+    """
+    match error:
+        case None:
+            return "success"
+        case UpstreamFailure():
+            return "failure" if error.retryable else "unknown"
+        case BadRequestError() | RateLimitError():
+            return "answered"
+        case _:
+            return "unknown"
+
+
+def verdict_on_connection(error: BaseException | None) -> Verdict:
+    """What the end of an attempt says about the network: whether there was a connection at all."""
+    match error:
+        case None | BadRequestError() | RateLimitError():
+            return "success"
+        case UpstreamFailure():
+            return "failure" if error.cause in UNREACHABLE else "success"
+        case _:
+            return "unknown"
+
+
+class Circuit:
     """Opens after a number of consecutive failures, and lets one probe through after a timeout.
 
     All methods run on the event loop without suspending, so no lock is needed. ``state`` may be read from any
     thread.
+
+    Args:
+        labels: The attributes on metrics and events; ``breaker`` at least.
+        threshold: Consecutive failures that open the circuit.
+        timeout_s: Seconds until an open circuit becomes half-open.
+        instruments: Counts transitions and rejections.
+        clock: Monotonic, in seconds.
+    """
+
+    verdict: Callable[[BaseException | None], Verdict] = staticmethod(verdict_on_call)
+
+    def __init__(
+        self,
+        labels: Mapping[str, str],
+        threshold: int,
+        timeout_s: float,
+        instruments: Instruments,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.labels = dict(labels)
+        self._threshold = threshold
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._transitions = instruments.breaker_transitions
+        self._rejections = instruments.breaker_rejections
+        # With this TTL purgatory's own timeout is always over, so that only the one measured here counts.
+        self._model = Context(labels["breaker"], threshold, ttl=float("-inf"))
+        self._opened_at = 0.0
+        self._probing = False
+        self.epoch = 0
+        """The number of state changes so far; a call's result counts in the state in which it began."""
+
+    @property
+    def state(self) -> State:
+        """The current state. It becomes half-open when the timeout is over, without a call."""
+        state = STATES[self._model.state]
+        if state == "open" and self._clock() >= self._opened_at + self._timeout_s:
+            return "half_open"
+        return state
+
+    @property
+    def rejects(self) -> bool:
+        """Whether a call would be rejected now; for callers that have an alternative."""
+        state = self.state
+        return state == "open" or (state == "half_open" and self._probing)
+
+    def check(self) -> None:
+        """Raise ``CircuitOpenError`` where a call would be rejected; ``retry_after_s`` says for how long."""
+        if not self.rejects:
+            return
+        left_s = self._opened_at + self._timeout_s - self._clock()
+        retry_after_s = left_s if self.state == "open" else PROBE_RETRY_AFTER_S
+        self._rejections.add(1, self.labels)
+        emit(
+            logger,
+            names.EVENT_BREAKER_REJECTED,
+            "Circuit breaker open: the upstream is not asked",
+            level=logging.WARNING,
+            fields={**self.labels, "retry_after_s": round(retry_after_s, 3)},
+        )
+        raise CircuitOpenError(retry_after_s=retry_after_s)
+
+    def enter(self) -> bool:
+        """Begin a call that ``check`` permits; whether it is the probe of a half-open circuit."""
+        if self.state != "half_open":
+            return False
+        self._apply(self._model.handle_new_request)
+        self._probing = True
+        return True
+
+    def leave(self, epoch: int, error: BaseException | None) -> None:
+        """Count the result of a call; ``epoch`` is the circuit's when the call began."""
+        # A call that began in an earlier state says nothing about the current one.
+        if epoch != self.epoch:
+            return
+        verdict = self.verdict(error)
+        probing, self._probing = self._probing, False
+        if error is not None and verdict == "failure":
+            failure = error
+            self._apply(lambda: self._model.handle_exception(failure))
+        elif verdict == "success" or (verdict == "answered" and probing):
+            self._apply(self._model.handle_end_request)
+
+    def open(self) -> None:
+        """Open a closed circuit, whatever its number of failures."""
+        if self.state == "closed":
+            for _ in range(self._threshold):
+                self._apply(lambda: self._model.handle_exception(UpstreamError()))
+
+    def close(self) -> None:
+        """Close the circuit without a probe, because another one has shown that the upstream is there."""
+
+        def begin_again() -> None:
+            self._model = Context(self.labels["breaker"], self._threshold, ttl=float("-inf"))
+
+        self._apply(begin_again)
+
+    def _apply(self, change: Callable[[], object]) -> None:
+        """Apply a change to purgatory's model, and report a change of its state."""
+        before = STATES[self._model.state]
+        change()
+        # The model collects messages for purgatory's message bus, which is not in use.
+        self._model.messages.clear()
+        after = STATES[self._model.state]
+        if after == before:
+            return
+        self.epoch += 1
+        self._probing = False
+        failures = 0
+        if after == "open":
+            self._opened_at = self._clock()
+            failures = self._model.threshold if before == "closed" else 1
+        self._transitions.add(1, {**self.labels, "to": after})
+        emit(
+            logger,
+            names.EVENT_BREAKER_STATE_CHANGED,
+            f"Circuit breaker {before} -> {after}",
+            level=logging.INFO if after == "closed" else logging.WARNING,
+            fields={**self.labels, "from": before, "to": after, "failures": failures},
+        )
+
+
+class CircuitBreaker(Circuit):
+    """A circuit around each call to a dependency, whose state is observed as a gauge.
 
     Args:
         name: The value of ``breaker`` on metrics and events.
@@ -52,31 +213,8 @@ class CircuitBreaker:
         instruments: Instruments,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.name = name
-        self._timeout_s = timeout_s
-        self._clock = clock
-        self._transitions = instruments.breaker_transitions
-        self._rejections = instruments.breaker_rejections
-        # With this TTL purgatory's own timeout is always over, so that only the one measured here counts.
-        self._model = Context(name, threshold, ttl=float("-inf"))
-        self._opened_at = 0.0
-        self._epoch = 0
-        self._probing = False
-        instruments.observe_breaker(name, lambda: self.state)
-
-    @property
-    def state(self) -> State:
-        """The current state. It becomes half-open when the timeout is over, without a call."""
-        state = STATES[self._model.state]
-        if state == "open" and self._clock() >= self._opened_at + self._timeout_s:
-            return "half_open"
-        return state
-
-    @property
-    def rejects(self) -> bool:
-        """Whether a call would be rejected now; for callers that have an alternative."""
-        state = self.state
-        return state == "open" or (state == "half_open" and self._probing)
+        super().__init__({"breaker": name}, threshold, timeout_s, instruments, clock)
+        instruments.observe_breaker(self.labels, lambda: self.state)
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -85,68 +223,18 @@ class CircuitBreaker:
         Raises:
             CircuitOpenError: The breaker is open; ``retry_after_s`` says for how long.
         """
-        match self.state:
-            case "open":
-                raise self._rejection(self._opened_at + self._timeout_s - self._clock())
-            case "half_open" if self._probing:
-                raise self._rejection(PROBE_RETRY_AFTER_S)
-            case "half_open":
-                self._apply(self._model.handle_new_request)
-                self._probing = True
-        epoch = self._epoch
+        self.check()
+        self.enter()
+        epoch = self.epoch
         try:
             yield
         except BaseException as error:
-            if epoch == self._epoch:
-                self._probing = False
-                if _is_failure(error):
-                    failure = error
-                    self._apply(lambda: self._model.handle_exception(failure))
+            self.leave(epoch, error)
             raise
-        # A call that began in an earlier state says nothing about the current one.
-        if epoch == self._epoch:
-            self._probing = False
-            self._apply(self._model.handle_end_request)
-
-    def _rejection(self, retry_after_s: float) -> CircuitOpenError:
-        self._rejections.add(1, {"breaker": self.name})
-        emit(
-            logger,
-            names.EVENT_BREAKER_REJECTED,
-            "Circuit breaker open: the upstream is not asked",
-            level=logging.WARNING,
-            fields={"breaker": self.name, "retry_after_s": round(retry_after_s, 3)},
-        )
-        return CircuitOpenError(retry_after_s=retry_after_s)
-
-    def _apply(self, change: Callable[[], object]) -> None:
-        """Apply a change to purgatory's model, and report a change of its state."""
-        before = STATES[self._model.state]
-        change()
-        # The model collects messages for purgatory's message bus, which is not in use.
-        self._model.messages.clear()
-        after = STATES[self._model.state]
-        if after == before:
-            return
-        self._epoch += 1
-        self._probing = False
-        failures = 0
-        if after == "open":
-            self._opened_at = self._clock()
-            failures = self._model.threshold if before == "closed" else 1
-        self._transitions.add(1, {"breaker": self.name, "to": after})
-        emit(
-            logger,
-            names.EVENT_BREAKER_STATE_CHANGED,
-            f"Circuit breaker {before} -> {after}",
-            level=logging.INFO if after == "closed" else logging.WARNING,
-            fields={"breaker": self.name, "from": before, "to": after, "failures": failures},
-        )
+        self.leave(epoch, None)
 
 
-def _is_failure(error: BaseException) -> bool:
-    """Whether an error counts as a failure of the upstream.
+class ConnectionBreaker(CircuitBreaker):
+    """A breaker that counts connections which could not be made, and nothing that came after one was."""
 
-    Callers' own errors (4xx), a disconnected caller, refused credentials of ours, and bugs do not.
-    """
-    return isinstance(error, UpstreamFailure) and error.retryable
+    verdict = staticmethod(verdict_on_connection)

@@ -22,7 +22,8 @@ from service.config.settings import Settings
 from service.errors import UNREACHABLE, Cause, ServiceError, UpstreamTimeoutError
 from service.recording.recorder import CallRecorder
 from service.services.call_report import CallOutcome, CallReport, CallSpec, Outcome
-from service.services.circuit_breaker import CircuitBreaker
+from service.services.circuit_breaker import ConnectionBreaker
+from service.services.circuits import Circuits, Passage
 from service.telemetry import names
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
@@ -103,6 +104,7 @@ class _Call:
     started_ns: int
     started_s: float
     lookup: Lookup = field(default_factory=Lookup)
+    passage: Passage | None = None
     progress: Progress = field(default_factory=Progress)
     cached_from: Completion | None = None
     completion: Completion | None = None
@@ -184,9 +186,9 @@ class Generation:
         # Never shorter than the wait for the first piece.
         self._stream_s = max(settings.stream_timeout_s, settings.llm_timeout_s)
         self._tracer = telemetry.tracer_provider.get_tracer(SCOPE)
-        self._breaker = CircuitBreaker(
-            BREAKER, settings.breaker_failure_threshold, settings.breaker_timeout_s, instruments
-        )
+        opens = settings.breaker_failure_threshold, settings.breaker_timeout_s
+        self._connections = ConnectionBreaker(BREAKER, *opens, instruments)
+        self._circuits = Circuits(*opens, instruments, llm.known, time.monotonic)
         policy = RetryPolicy(settings.retry_max, settings.retry_base_delay_s, settings.retry_jitter)
         # One budget for all operations: they ask the same upstream.
         budget = RetryBudget(
@@ -199,8 +201,8 @@ class Generation:
         self._whole = {operation: retried(operation, self._attempt) for operation in PATHS}
         self._open = retried("chat", self._attempt_stream)
 
-    def _breaker_open(self) -> bool:
-        return self._breaker.state == "open"
+    def _breaker_open(self, call: _Call, *_held: object) -> bool:
+        return self._connections.state == "open" or (call.passage is not None and call.passage.last_attempt)
 
     async def models(self) -> ModelList:
         """List the models on offer; raises as ``LlmClient.models`` does."""
@@ -249,7 +251,11 @@ class Generation:
                 call.cached_from = entry.completion
                 events = _StoredStream(entry)
             else:
+                passage = call.passage = held.enter_context(
+                    self._circuits.call(spec.request.model, spec.user)
+                )
                 events = await self._open(call.progress, spec.deadline, call, held)
+                passage.answered()
             call.first_chunk_s = round(self._clock() - call.started_s, 6)
             self._report.answering(spec, call.outcome())
             end_s = asyncio.get_running_loop().time() + self._stream_s - (self._clock() - call.started_s)
@@ -319,13 +325,14 @@ class Generation:
     async def _ask(self, call: _Call, span: Span) -> Reply:
         """Ask the model for a whole answer, with retries, and store it."""
         spec = call.spec
-        reply = await self._whole[spec.request.operation](call.progress, spec.deadline, call)
+        with self._circuits.call(spec.request.model, spec.user) as call.passage:
+            reply = await self._whole[spec.request.operation](call.progress, spec.deadline, call)
         self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())
         return reply
 
     async def _attempt(self, progress: Progress, deadline: Deadline, call: _Call) -> Reply:
         """Make one attempt at a whole answer."""
-        with self._breaker.attempt(), self._timed(progress, call):
+        with self._connections.attempt(), self._timed(progress, call):
             return await self._llm.ask(call.spec.request, deadline)
 
     async def _attempt_stream(
@@ -333,7 +340,7 @@ class Generation:
     ) -> LlmStream:
         """Make one attempt, up to the first piece; ``held`` keeps it open, and decides how it ended."""
         async with AsyncExitStack() as attempt:
-            attempt.enter_context(self._breaker.attempt())
+            attempt.enter_context(self._connections.attempt())
             with self._timed(progress, call):
                 events = await attempt.enter_async_context(self._llm.stream(call.spec.request, deadline))
             await held.enter_async_context(attempt.pop_all())

@@ -14,7 +14,7 @@ class Instruments:
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._breakers: dict[str, Callable[[], str]] = {}
+        self._breakers: dict[frozenset[tuple[str, str]], Callable[[], str]] = {}
         self.llm_calls = _counter(meter, names.LLM_CALLS)
         self.llm_cost = _counter(meter, names.LLM_COST)
         self.llm_first_chunk = _histogram(meter, names.LLM_FIRST_CHUNK)
@@ -52,7 +52,7 @@ class Instruments:
             _start_at_zero(counter, metric)
         self.requests_in_flight.add(0)
 
-    def observe_breaker(self, breaker: str, state: Callable[[], str]) -> None:
+    def observe_breaker(self, labels: Mapping[str, str], state: Callable[[], str]) -> None:
         """Observe a breaker's state: one series per state, 1 for the current state and 0 for the others."""
         # One gauge for all breakers: of two gauges with the same name the SDK reads only one.
         if not self._breakers:
@@ -60,13 +60,29 @@ class Instruments:
             self._meter.create_observable_gauge(
                 metric.name, [self._breaker_states], metric.unit, metric.description
             )
-        self._breakers[breaker] = state
+        self._breakers[frozenset(labels.items())] = state
 
     def _breaker_states(self, _options: CallbackOptions) -> Iterator[Observation]:
-        for breaker, state in list(self._breakers.items()):
+        for labels, state in list(self._breakers.items()):
             current = state()
             for value in names.BREAKER_STATE.attributes["state"]:
-                yield Observation(int(value == current), {"breaker": breaker, "state": value})
+                yield Observation(int(value == current), {**dict(labels), "state": value})
+
+    def start_circuit_at_zero(self, labels: Mapping[str, str]) -> None:
+        """Start the series of a model's circuit at 0, so that ``rate()`` includes its first opening."""
+        self.breaker_rejections.add(0, dict(labels))
+        for state in names.BREAKER_TRANSITIONS.attributes["to"]:
+            self.breaker_transitions.add(0, {**labels, "to": state})
+
+    def observe_open_callers(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Observe for each model how many callers' own circuits are open."""
+        metric = names.BREAKER_OPEN_CALLERS
+
+        def observe(_options: CallbackOptions) -> Iterator[Observation]:
+            for model, number in counts().items():
+                yield Observation(number, {"model": model})
+
+        self._meter.create_observable_gauge(metric.name, [observe], metric.unit, metric.description)
 
     def observe_health(self, statuses: Callable[[], Mapping[str, tuple[bool, float | None]]]) -> None:
         """Observe each dependency's status and the age of its latest result, None before the first result."""
@@ -106,7 +122,10 @@ def _start_at_zero(counter: Counter, metric: names.Metric) -> None:
         if not isinstance(values, str) and name != ERROR_TYPE
     }
     for values in itertools.product(*closed.values()):
-        counter.add(0, dict(zip(closed, values, strict=True)))
+        attributes = dict(zip(closed, values, strict=True))
+        # A model's circuit has its series from its first failure on.
+        if attributes.get("breaker") != names.MODEL_BREAKER:
+            counter.add(0, attributes)
 
 
 def _up_down_counter(meter: Meter, metric: names.Metric) -> UpDownCounter:

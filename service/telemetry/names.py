@@ -35,7 +35,11 @@ LLM_PROVIDER: Final = "litellm"
 
 UPSTREAM_LISTED: Final = "models that the upstream lists, otherwise other"
 ERROR_NAMES: Final = tuple(error.__name__ for error in PUBLIC_ERRORS)
-BREAKERS: Final = ("litellm", "qdrant", "qdrant_search", "embeddings")
+MODEL_BREAKER: Final = "model"
+"""Value of ``breaker`` for a circuit of one model; ``model`` says which."""
+
+BREAKERS: Final = ("litellm", MODEL_BREAKER, "qdrant", "qdrant_search", "embeddings")
+BREAKER_MODEL: Final = f"with breaker {MODEL_BREAKER} only: {UPSTREAM_LISTED}"
 CACHE_KINDS: Final = ("exact", "semantic")
 
 
@@ -81,21 +85,28 @@ BREAKER_STATE: Final = Metric(
     "gauge",
     "1",
     "1 for the breaker's current state, 0 for the other states",
-    {"breaker": BREAKERS, "state": ("closed", "open", "half_open")},
+    {"breaker": BREAKERS, "model": BREAKER_MODEL, "state": ("closed", "open", "half_open")},
 )
 BREAKER_TRANSITIONS: Final = Metric(
     "llmops.circuit_breaker.transitions",
     "counter",
     "{transition}",
     "State changes of the breaker",
-    {"breaker": BREAKERS, "to": ("closed", "open", "half_open")},
+    {"breaker": BREAKERS, "model": BREAKER_MODEL, "to": ("closed", "open", "half_open")},
 )
 BREAKER_REJECTIONS: Final = Metric(
     "llmops.circuit_breaker.rejections",
     "counter",
     "{call}",
     "Attempts that the breaker rejected",
-    {"breaker": BREAKERS},
+    {"breaker": BREAKERS, "model": BREAKER_MODEL},
+)
+BREAKER_OPEN_CALLERS: Final = Metric(
+    "llmops.circuit_breaker.open_callers",
+    "gauge",
+    "{caller}",
+    "Callers whose own circuit for the model is open",
+    {"model": UPSTREAM_LISTED},
 )
 CACHE_LOOKUPS: Final = Metric(
     "llmops.cache.lookups",
@@ -223,6 +234,7 @@ METRICS: Final = (
     BREAKER_STATE,
     BREAKER_TRANSITIONS,
     BREAKER_REJECTIONS,
+    BREAKER_OPEN_CALLERS,
     CACHE_LOOKUPS,
     CACHE_LOOKUP_DURATION,
     CACHE_SIMILARITY,

@@ -91,7 +91,7 @@ def retrying(
     budget: "RetryBudget",
     instruments: Instruments,
     *,
-    breaker_open: Callable[[], bool] = lambda: False,
+    breaker_open: Callable[..., bool] = lambda *_: False,
 ) -> Callable[[Attempt[P, T]], Attempt[P, T]]:
     """Make a decorator that retries a coroutine function within a deadline and a budget.
 
@@ -104,7 +104,8 @@ def retrying(
         policy: How often to retry, and the back-off.
         budget: The retry budget, shared by all calls to the same upstream.
         instruments: Counts the attempts.
-        breaker_open: Whether the circuit breaker would reject another attempt; called before each wait.
+        breaker_open: Whether the circuit breaker would reject another attempt; called before each wait, with
+            the function's own arguments.
     """
     decider = _Decider(operation, policy, budget, instruments, breaker_open)
 
@@ -198,7 +199,7 @@ class _Decider:
         policy: RetryPolicy,
         budget: RetryBudget,
         instruments: Instruments,
-        breaker_open: Callable[[], bool],
+        breaker_open: Callable[..., bool],
     ) -> None:
         self._operation = operation
         self._policy = policy
@@ -230,7 +231,7 @@ class _Decider:
         if isinstance(error, CircuitOpenError):
             self._rejected(number, deadline, progress)
             return False
-        outcome, reason = self._decide(number, error, deadline, progress)
+        outcome, reason = self._decide(state, error)
         progress.ended = outcome
         progress.error = error
         name, label = (error.name, error.label) if isinstance(error, ServiceError) else ("InternalError", "")
@@ -267,13 +268,14 @@ class _Decider:
             self._budget.give_back()
             self._report_end(number - 1, progress.error, "circuit_open", BREAKER_OPEN, deadline)
 
-    def _decide(
-        self, number: int, error: Exception, deadline: Deadline, progress: Progress
-    ) -> tuple[str, str]:
+    def _decide(self, state: RetryCallState, error: Exception) -> tuple[str, str]:
         """Return the outcome, and its reason for the log; no reason where the error is not transient."""
+        progress: Progress = state.args[0]
+        deadline: Deadline = state.args[1]
+        number = state.attempt_number
         if not transient(error):
             return "not_retryable", ""
-        if self._breaker_open():
+        if self._breaker_open(*state.args[2:]):
             return "not_retryable", BREAKER_OPEN
         if number > self._policy.max_retries:
             return "exhausted", "no retries left"

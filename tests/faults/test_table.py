@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.fakes.otlp import OtlpReceiver
-from tests.fakes.upstream import Drip, Endless, Silent, Status
+from tests.fakes.upstream import Drip, Endless, Silent
 from tests.faults.bench import Bench, changed, differences, timings_ms
 from tests.faults.table import FAULTS, VARIABLES, Fault
 from tests.faults.traces import (
@@ -54,11 +54,11 @@ def open_bench() -> Iterator[OpenBench]:
         "BREAKER_TIMEOUT_S": f"{BREAKER_TIMEOUT_S}",
     }
     with OtlpReceiver() as receiver, Bench(variables, receiver) as bench:
-        bench.upstream.script(Status(500))
         before = time.monotonic()
-        answer = bench.generate()
+        with bench.stopped("refusing"):
+            answer = bench.generate()
         # The call during which it opens ends with its own error.
-        assert (answer.status, answer.json["error"]) == (502, "UpstreamError")
+        assert (answer.status, answer.json["error"]) == (504, "UpstreamTimeoutError")
         assert "Giving up after attempt 1: the circuit breaker is open" in bench.messages(answer.request_id)
         yield OpenBench(bench, before, time.monotonic())
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -10,7 +11,7 @@ from opentelemetry.trace import SpanKind
 from tests.fakes.upstream import Answer, FakeUpstream, Silent, Status
 from tests.harness import Answer as Reply
 from tests.harness import AppUnderTest, running_app
-from tests.http.support import trace_of
+from tests.http.support import eventually, trace_of
 
 
 @pytest.fixture
@@ -115,33 +116,76 @@ def test_server_timing_can_be_switched_off(upstream: FakeUpstream) -> None:
     assert "server-timing" not in answer.headers
 
 
-def test_the_fifth_failure_opens_the_breaker_and_the_call_keeps_its_own_error(
+def test_the_fifth_failed_call_opens_the_callers_circuit_and_nobody_elses(
     resilient: AppUnderTest, upstream: FakeUpstream
 ) -> None:
     token = resilient.token()
     upstream.default = Status(500)
-    first, second, third = (ask(resilient, token) for _ in range(3))
+    *failed, third = (ask(resilient, token) for _ in range(6))
 
-    assert [answer.status for answer in (first, second, third)] == [502, 502, 503]
-    assert [answer.headers["x-llm-attempts"] for answer in (first, second, third)] == ["4", "1", "0"]
-    assert len(upstream.chat_requests) == 5
+    assert [answer.status for answer in (*failed, third)] == [502] * 5 + [503]
+    assert [answer.headers["x-llm-attempts"] for answer in (*failed, third)] == ["4"] * 5 + ["0"]
+    assert len(upstream.chat_requests) == 20
     assert third.json["error"] == "CircuitOpenError"
     assert 55 <= int(third.headers["retry-after"]) <= 60
 
-    (call,) = named(trace_of(resilient, second.request_id), "llm call")
-    assert [event.name for event in call.events] == [
-        "llmops.circuit_breaker.state_changed",
+    (call,) = named(trace_of(resilient, failed[-1].request_id), "llm call")
+    assert [event.name for event in call.events][-2:] == [
         "llmops.retry.exhausted",
+        "llmops.circuit_breaker.state_changed",
     ]
-    changed = dict(call.events[0].attributes or {})
-    assert changed == {"breaker": "litellm", "from": "closed", "to": "open", "failures": 5}
+    changed = dict(call.events[-1].attributes or {})
+    assert changed == {"breaker": "model", "model": "demo", "from": "closed", "to": "open", "failures": 5}
     spans = trace_of(resilient, third.request_id)
     assert named(spans, "chat demo") == []
     (call,) = named(spans, "llm call")
     assert [event.name for event in call.events] == ["llmops.circuit_breaker.rejected"]
-    assert resilient.value("llmops.circuit_breaker.state", state="open") == 1
-    assert resilient.value("llmops.circuit_breaker.rejections") == 1
+    assert resilient.value("llmops.circuit_breaker.open_callers", model="demo") == 1
+    assert resilient.value("llmops.circuit_breaker.state", state="open") == 0
+    assert resilient.value("llmops.circuit_breaker.rejections", breaker="model", model="demo") == 1
     assert resilient.value("llmops.llm.calls", outcome="error", error__type="CircuitOpenError") == 1
+
+    upstream.default = Answer()
+    assert ask(resilient, resilient.token("admin")).status == 200
+    other = {"prompt": "What is a retry?", "model": "other-model"}
+    assert resilient.call("POST", "/llm/generate", body=other, token=token).status == 200
+
+
+def test_two_callers_open_circuits_open_the_models_for_everybody(upstream: FakeUpstream) -> None:
+    upstream.default = Status(500)
+    policy: dict[str, Any] = {"retry_max": 0, "breaker_failure_threshold": 1, "breaker_timeout_s": 1.0}
+    with running_app(litellm_url=upstream.url, **policy) as app:
+        tokens = app.token(), app.token("admin")
+        assert [ask(app, token).status for token in tokens] == [502, 502]
+        assert app.value("llmops.circuit_breaker.state", breaker="model", model="demo", state="open") == 1
+        assert app.value("llmops.circuit_breaker.open_callers", model="demo") == 2
+        other = {"prompt": "What is a retry?", "model": "other-model"}
+        upstream.default = Answer()
+        assert app.call("POST", "/llm/generate", body=other, token=tokens[0]).status == 200
+
+        eventually(
+            lambda: app.value("llmops.circuit_breaker.state", model="demo", state="half_open") == 1,
+            "the time-out",
+        )
+        # One probe, whose success closes every caller's circuit for the model.
+        assert [ask(app, token).status for token in tokens] == [200, 200]
+        assert app.value("llmops.circuit_breaker.state", model="demo", state="closed") == 1
+        assert app.value("llmops.circuit_breaker.open_callers", model="demo") == 0
+
+
+@pytest.mark.parametrize("status", [400, 422, 429])
+def test_a_refusal_neither_counts_nor_keeps_a_circuit_open(upstream: FakeUpstream, status: int) -> None:
+    policy: dict[str, Any] = {"retry_max": 0, "breaker_failure_threshold": 2, "breaker_timeout_s": 0.3}
+    with running_app(litellm_url=upstream.url, **policy) as app:
+        token = app.token()
+        upstream.default = Status(status)
+        for _ in range(4):
+            assert ask(app, token).status in {400, 429}
+        upstream.default = Status(500)
+        assert [ask(app, token).status for _ in range(3)] == [502, 502, 503]
+        upstream.default = Status(status)
+        eventually(lambda: ask(app, token).status != 503, "the probe")
+        assert app.value("llmops.circuit_breaker.open_callers", model="demo") == 0
 
 
 def test_the_deadline_covers_attempts_and_waits_together(upstream: FakeUpstream) -> None:

@@ -119,8 +119,8 @@ def test_a_row(row: Row, path: str, upstream: FakeUpstream) -> None:
             assert _error_of(answer.json)["name"] == row.error
             assert answer.headers["content-type"] == "application/json"
         _check_telemetry(row, app, answer)
-        state = "open" if row.opens else "closed"
-        assert app.value("llmops.circuit_breaker.state", state=state) == 1
+        assert app.value("llmops.circuit_breaker.state", breaker="litellm", state="closed") == 1
+        assert app.value("llmops.circuit_breaker.open_callers", model="demo") == int(row.opens)
         assert_nothing_left(app, tasks)
         # Whoever is still at it is told to stop.
         if isinstance(row.behaviour, (Silent, EndlessStream)) or (

@@ -202,7 +202,8 @@ def assert_left(app: AppUnderTest, request_id: str, status: int, tokens: int | N
     eventually(
         lambda: app.value("http.server.request.duration", error__type="CallerLeftError") == 1, "the metric"
     )
-    assert app.value("llmops.circuit_breaker.state", state="closed") == 1
+    assert app.value("llmops.circuit_breaker.state", breaker="litellm", state="closed") == 1
+    assert app.value("llmops.circuit_breaker.open_callers") == 0
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -125,7 +125,7 @@ def test_a_failed_probe_opens_again_for_the_whole_time(breaker: CircuitBreaker, 
     assert state(breaker) == "closed"
 
 
-@pytest.mark.parametrize("error", [asyncio.CancelledError(), BadRequestError(), KeyError("a bug")])
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), KeyError("a bug")])
 def test_a_probe_that_says_nothing_gives_its_place_back(
     breaker: CircuitBreaker, clock: FakeClock, error: BaseException
 ) -> None:
@@ -134,6 +134,16 @@ def test_a_probe_that_says_nothing_gives_its_place_back(
     run(breaker, error)
     assert state(breaker) == "half_open"
     run(breaker)
+    assert state(breaker) == "closed"
+
+
+@pytest.mark.parametrize("error", [BadRequestError(), RateLimitError()])
+def test_a_probe_that_the_upstream_refuses_shows_that_it_is_there(
+    breaker: CircuitBreaker, clock: FakeClock, error: BaseException
+) -> None:
+    fail(breaker, 5)
+    clock.advance(30.0)
+    run(breaker, error)
     assert state(breaker) == "closed"
 
 

@@ -55,7 +55,8 @@ def _after_use() -> dict[str, Metric]:
                 instrument.record(1)
             case _:
                 assert name.startswith("_"), f"this test does not know how to use {name}"
-    instruments.observe_breaker("litellm", lambda: "open")
+    instruments.observe_breaker({"breaker": "litellm"}, lambda: "open")
+    instruments.observe_open_callers(lambda: {"demo": 1})
     instruments.observe_health(lambda: {"qdrant": (True, 1.0)})
     instruments.observe_recorder_queue(lambda: 1)
     return _metrics(reader)
@@ -112,7 +113,7 @@ def test_a_model_exists_at_zero_from_when_it_is_known() -> None:
 def test_a_breaker_is_shown_in_exactly_one_state_that_is_read_each_time() -> None:
     instruments, reader = _instruments()
     now = "closed"
-    instruments.observe_breaker("litellm", lambda: now)
+    instruments.observe_breaker({"breaker": "litellm"}, lambda: now)
     for now in ("closed", "open", "half_open"):
         assert _series(_metrics(reader)["llmops.circuit_breaker.state"]) == {
             frozenset({("breaker", "litellm"), ("state", state)}): int(state == now)

@@ -132,7 +132,7 @@ class RetryMachine(RuleBasedStateMachine):
             RetryPolicy(sleep=self.clock.sleep),
             RetryBudget(0.2, 10, 1e9, self.clock),
             self.metrics.instruments,
-            breaker_open=lambda: self.breaker.state == "open",
+            breaker_open=lambda *_: self.breaker.state == "open",
         )(self._attempt)
 
     async def _attempt(self, progress: Progress, deadline: Deadline) -> None:
