@@ -29,6 +29,19 @@ bearer = HTTPBearer(auto_error=False, bearerFormat="JWT", description="The token
 
 
 @dataclass(frozen=True, slots=True)
+class StreamTimes:
+    """The time limits of the caller's side of a stream.
+
+    Args:
+        keep_alive_s: Seconds of silence after which a comment is sent.
+        write_timeout_s: Seconds after which a caller who takes nothing is disconnected.
+    """
+
+    keep_alive_s: float
+    write_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class AppServices:
     """The process's services, made once by the lifespan.
 
@@ -40,7 +53,8 @@ class AppServices:
         drain: Requests in flight, and the state of the stop.
         health: The state of the dependencies.
         health_required: Dependencies without which the process is not ready.
-        stream_keep_alive_s: Seconds of silence after which a stream gets a comment.
+        stream_times: The time limits of the caller's side of a stream.
+        pass_litellm_fields: Fields of LiteLLM's own that callers may send.
     """
 
     auth: Authenticator
@@ -50,7 +64,8 @@ class AppServices:
     drain: Drain
     health: HealthChecker
     health_required: frozenset[str]
-    stream_keep_alive_s: float
+    stream_times: StreamTimes
+    pass_litellm_fields: frozenset[str]
 
 
 def services_of(scope: Scope) -> AppServices:

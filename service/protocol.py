@@ -9,14 +9,17 @@ against 9, measured on the two parsers alone), a tenth of what a request takes h
 
 import asyncio
 import re
+import socket
+import sys
 from collections.abc import Iterable
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 
 import httptools
 from starlette.types import Message
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.middleware.request_limits import MALFORMED
+from service.utils.disconnect import ABORT
 
 MAX_HEAD_BYTES: Final = 65_536
 """Largest request head. During an answer, reading pauses when more than this of what follows has arrived."""
@@ -31,6 +34,13 @@ MAX_CHUNK_LINE_BYTES: Final = 256
 FRAMING_PER_PAYLOAD: Final = 8
 """Bytes of chunk lines permitted for each byte of payload, beyond the first 64 kB of them: a body in chunks
 of one byte passes, one that is all framing does not."""
+
+TCP_NOTSENT_LOWAT: Final = 25
+"""Linux's number of the socket option (tcp(7)); Python names it from 3.12 on."""
+
+MAX_UNSENT_BYTES: Final = 131_072
+"""Bytes of an answer that the kernel holds beyond those under way to the client; without a limit it takes
+megabytes for a client that does not read."""
 
 CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
 TRAILER_LINE: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*")
@@ -167,6 +177,9 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request's head."""
         super().connection_made(transport)
+        connection = transport.get_extra_info("socket")
+        if connection is not None and sys.platform == "linux":
+            connection.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
         self._received = bytearray()
         self._start_head_timer()
 
@@ -194,6 +207,7 @@ class Protocol(HttpToolsProtocol):
         """Decide how the body is framed, then hand the request to the app; llhttp calls it."""
         self._body = body_of(self.headers, self.parser.get_http_version())
         super().on_headers_complete()
+        cast("dict[str, Any]", self.scope)[ABORT] = self.transport.abort
 
     def on_message_complete(self) -> None:
         """Do nothing: llhttp calls it after a head without a body; where a message ends is decided here."""

@@ -17,7 +17,7 @@ from service.cache.coalescing import Coalescing, NoCoalescing
 from service.cache.response_cache import BREAKER_FAILURES, BREAKER_S, open_cache, open_store
 from service.config.logging import detach_bridge, drain_lines
 from service.config.settings import Settings
-from service.dependencies import AppServices
+from service.dependencies import AppServices, StreamTimes
 from service.identity.tokens import Authenticator
 from service.recording.recorder import open_recorder
 from service.services.circuit_breaker import CircuitBreaker
@@ -134,7 +134,8 @@ async def _open_services(
         drain=drain,
         health=health,
         health_required=frozenset(settings.health_required),
-        stream_keep_alive_s=keep_alive_s(settings),
+        stream_times=StreamTimes(keep_alive_s(settings), settings.stream_write_timeout_s),
+        pass_litellm_fields=frozenset(settings.pass_litellm_fields),
     )
 
 

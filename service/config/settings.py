@@ -58,6 +58,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(1_048_576, ge=1, le=104_857_600)
     request_body_timeout_s: float = Field(10.0, gt=0, le=3_600)
     max_in_flight: int = Field(200, ge=1, le=10_000)
+    max_in_flight_per_user: int = Field(0, ge=0, le=10_000)
     rate_limit: str = "6000/minute"
     server_timing: bool = True
     shutdown_timeout_s: float = Field(30.0, ge=0, le=3_600)
@@ -94,6 +95,8 @@ class Settings(BaseSettings):
     stream_chunk_timeout_s: float = Field(60.0, gt=0, le=3_600)
     stream_timeout_s: float = Field(600.0, gt=0, le=86_400)
     stream_keep_alive_s: float = Field(15.0, gt=0, le=3_600)
+    stream_write_timeout_s: float = Field(30.0, gt=0, le=3_600)
+    pass_litellm_fields: Annotated[tuple[str, ...], NoDecode] = ()
     models_ttl_s: float = Field(300.0, ge=1, le=86_400)
 
     # Resilience
@@ -165,11 +168,16 @@ class Settings(BaseSettings):
     otel_exporter_otlp_logs_protocol: OtlpProtocol | None = None
 
     @property
+    def in_flight_per_user(self) -> int:
+        """How many of the requests in flight one user can have: as set, or half of them."""
+        return min(self.max_in_flight_per_user or max(1, self.max_in_flight // 2), self.max_in_flight)
+
+    @property
     def captures_content(self) -> bool:
         """Whether prompts and answers are recorded in MLflow."""
         return self.otel_instrumentation_genai_capture_message_content == "SPAN_ONLY"
 
-    @field_validator("cors_origins", "health_required", mode="before")
+    @field_validator("cors_origins", "health_required", "pass_litellm_fields", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         if isinstance(value, str):

@@ -1,14 +1,15 @@
 """Authenticates the two built-in users: verifies passwords, and issues and verifies tokens."""
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import secrets
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import anyio.to_thread
 import argon2
@@ -21,17 +22,27 @@ from limits.aio.strategies import MovingWindowRateLimiter
 
 from service.config.settings import Settings
 from service.context import current_request
-from service.errors import AuthenticationError, RateLimitError
+from service.errors import AuthenticationError, OverloadedError, RateLimitError
 from service.telemetry.instruments import Instruments
 
 ALGORITHM = "HS256"
-REQUIRED_CLAIMS = ["exp", "iat", "iss", "aud", "sub", "jti"]
+REQUIRED_CLAIMS = ["exp", "iat", "iss", "aud", "sub", "jti", "pwd"]
+FINGERPRINT_CHARS = 32
 MAX_TOKEN_CHARS = 4_096
 HASHING_THREADS = 2
 """Maximum number of passwords that are hashed at the same time; each takes a core and 19 MiB."""
 
+MAX_WAITING = 16
+"""Maximum number of sign-ins that wait for a thread; further ones are refused before any work is done."""
+
+DELAY_S = 1.0
+"""Delay of a sign-in to a name that had too many failures, from an address that has not signed in to it."""
+
+MAX_REVOKED = 1_000
+"""Maximum number of signed-out tokens that are remembered for each user; beyond it all of the user's are."""
+
 COUNTER_SLOTS = 4_096
-"""Number of counters that user names, and addresses, are mapped to, so that memory is bounded."""
+"""Number of counters that names and addresses are mapped to, so that memory is bounded."""
 
 MAX_CACHED_TOKENS = 4_096
 """Maximum number of verified tokens that are cached, by their hash, until they expire."""
@@ -64,31 +75,50 @@ class Authenticator:
     Hashes are argon2id with OWASP's first recommended parameters (19 MiB, 2 passes, 1 lane). A plain password
     in the settings is hashed when the process starts.
 
+    A token is bound to its user's password: after a change, tokens that were issued before are refused. A
+    token that was signed out is refused by this process until it expires.
+
     Args:
-        settings: The users' passwords, the signing key, the lifetime of tokens, the limits on failed
-        sign-ins. instruments: Counts sign-ins. now: Unix time in seconds.
+        settings: The users' passwords, the signing key, the lifetime of tokens, the limits on sign-ins.
+        instruments: Counts sign-ins.
+        now: Unix time in seconds.
+        sleep: Waits for a number of seconds.
     """
 
     def __init__(
-        self, settings: Settings, instruments: Instruments, now: Callable[[], float] = time.time
+        self,
+        settings: Settings,
+        instruments: Instruments,
+        now: Callable[[], float] = time.time,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._settings = settings
         self._attempts = instruments.auth_attempts
         self._now = now
         self._key = settings.jwt_secret_key.get_secret_value()
         self._hasher = argon2.PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)
-        self._users = {
-            user.username: (user, self._hash(password.get_secret_value()))
-            for user, password in (
-                (User("admin", "admin"), settings.auth_admin_password),
-                (User("user", "user"), settings.auth_user_password),
-            )
+        passwords = (
+            (User("admin", "admin"), settings.auth_admin_password.get_secret_value()),
+            (User("user", "user"), settings.auth_user_password.get_secret_value()),
+        )
+        self._users = {user.username: (user, self._hash(password)) for user, password in passwords}
+        # Of the configured value: the hash of a plain password is another one in each process.
+        self._fingerprints = {
+            user.username: self._fingerprint(user, password) for user, password in passwords
         }
         self._verified: cachetools.LRUCache[bytes, tuple[float, User]] = cachetools.LRUCache(
             MAX_CACHED_TOKENS
         )
         self._threads = CapacityLimiter(HASHING_THREADS)
-        self._failures = _FailureLimiter(settings)
+        self._sleep = sleep
+        self._waiting = 0
+        self._attempts_limit = _AttemptsLimit(settings)
+        self._revoked: dict[str, dict[str, float]] = {}
+        self._valid_from: dict[str, int] = {}
+
+    def _fingerprint(self, user: User, password: str) -> str:
+        said = f"{user.username}\0{password}".encode()
+        return hmac.new(self._key.encode(), said, hashlib.sha256).hexdigest()[:FINGERPRINT_CHARS]
 
     def _hash(self, password: str) -> str:
         return password if password.startswith("$argon2") else self._hasher.hash(password)
@@ -96,43 +126,70 @@ class Authenticator:
     async def login(self, username: str, password: str, address: str) -> Session:
         """Sign in with a user name and a password.
 
-        The time does not depend on the name: the password is always verified against every user's hash. Only
-        failures count towards the limits.
+        The time does not depend on the name: the password is always verified against every user's hash.
 
         Args:
             username: The name in the request.
             password: The password in the request.
-            address: The client's address.
+            address: The client's address, or its network.
 
         Raises:
             AuthenticationError: The name or the password is wrong.
-            RateLimitError: Too many failures for this name or from this address.
+            OverloadedError: Too many sign-ins are waiting.
+            RateLimitError: Too many attempts from this address, or failures for this name from it.
         """
-        # The limits are checked after a thread has been acquired, so that parallel attempts can exceed them
-        # by at most one per thread.
-        async with self._threads:
-            wait_s = await self._failures.wait_s(username, address)
-            if wait_s is not None:
-                self._attempts.add(1, {"outcome": "rate_limited"})
-                logger.warning("login_rate_limited")
-                raise RateLimitError(
-                    "Too many failed sign-ins. Wait for the seconds in Retry-After, then try again.",
-                    retry_after_s=wait_s,
-                )
-            user = await anyio.to_thread.run_sync(self._matching_user, username, password)
-            if user is None:
-                await self._failures.count(username, address)
+        wait_s = await self._attempts_limit.wait_s(username, address)
+        if wait_s is not None:
+            self._attempts.add(1, {"outcome": "rate_limited"})
+            logger.warning("login_rate_limited")
+            raise RateLimitError(
+                "Too many sign-ins. Wait for the seconds in Retry-After, then try again.",
+                retry_after_s=wait_s,
+            )
+        if self._waiting >= MAX_WAITING:
+            self._attempts.add(1, {"outcome": "overloaded"})
+            raise OverloadedError("Too many sign-ins are waiting. Try again later.")
+        self._waiting += 1
+        try:
+            delay_s = await self._attempts_limit.delay_s(username, address)
+            if delay_s:
+                await self._sleep(delay_s)
+            async with self._threads:
+                user = await anyio.to_thread.run_sync(self._matching_user, username, password)
+        finally:
+            self._waiting -= 1
         if user is None:
+            await self._attempts_limit.failed(username, address)
             self._attempts.add(1, {"outcome": "wrong_credentials"})
             # The name is not logged: users sometimes type the password into the wrong field.
             logger.warning("login_failed")
             raise AuthenticationError("The user name or the password is wrong.")
+        self._attempts_limit.succeeded(username, address)
         self._attempts.add(1, {"outcome": "success"})
         request = current_request.get()
         if request is not None:
             request.user = user.username
         logger.info("login_succeeded", extra={"user": user.username})
         return self._session(user)
+
+    def logout(self, token: str) -> None:
+        """Refuse a token from now on; other tokens of the user stay valid.
+
+        Raises:
+            AuthenticationError: The token is not valid.
+        """
+        until_s, user, claims = self._verify(token)
+        now_s = self._now()
+        revoked = self._revoked.setdefault(user.username, {})
+        for jti in [jti for jti, ended_s in revoked.items() if ended_s < now_s]:
+            del revoked[jti]
+        if len(revoked) >= MAX_REVOKED:
+            # What cannot be remembered one by one is refused as a whole.
+            self._valid_from[user.username] = int(now_s) + 1
+            revoked.clear()
+        revoked[claims["jti"]] = until_s
+        self._verified.clear()
+        logger.info("logout_succeeded", extra={"user": user.username})
 
     def _matching_user(self, username: str, password: str) -> User | None:
         found = None
@@ -158,6 +215,7 @@ class Authenticator:
                 "iss": self._settings.jwt_issuer,
                 "aud": self._settings.jwt_audience,
                 "jti": uuid.uuid4().hex,
+                "pwd": self._fingerprints[user.username],
             },
             self._key,
             algorithm=ALGORITHM,
@@ -168,7 +226,7 @@ class Authenticator:
         """Verify a token and return its user.
 
         The role is the user's current one; the token's claim is not used. A verified token is cached until it
-        expires, because nothing else about its validity can change while the process runs.
+        expires or any token is signed out; nothing else about its validity can change while the process runs.
 
         Raises:
             AuthenticationError: The token is not valid.
@@ -180,12 +238,12 @@ class Authenticator:
         # The JWT library compares with this clock too.
         if user is not None and time.time() < until_s:
             return user
-        until_s, user = self._verify(token)
+        until_s, user, _claims = self._verify(token)
         self._verified[digest] = until_s, user
         return user
 
-    def _verify(self, token: str) -> tuple[float, User]:
-        """Return the time when a token expires, leeway included, and its user."""
+    def _verify(self, token: str) -> tuple[float, User, dict[str, Any]]:
+        """Return the time when a token expires, leeway included, its user and its claims."""
         try:
             claims = jwt.decode(
                 token,
@@ -203,14 +261,24 @@ class Authenticator:
         entry = self._users.get(claims["sub"])
         if entry is None:
             raise AuthenticationError("The token's user does not exist. Sign in at POST /auth/login.")
-        return int(claims["exp"]) + self._settings.jwt_leeway_s, entry[0]
+        user = entry[0]
+        if not hmac.compare_digest(str(claims["pwd"]), self._fingerprints[user.username]):
+            raise AuthenticationError("The password has changed. Sign in again at POST /auth/login.")
+        signed_out = claims["jti"] in self._revoked.get(user.username, ())
+        if signed_out or int(claims["iat"]) < self._valid_from.get(user.username, 0):
+            raise AuthenticationError("The token was signed out. Sign in again at POST /auth/login.")
+        return int(claims["exp"]) + self._settings.jwt_leeway_s, user, claims
 
 
-class _FailureLimiter:
-    """Limits failed sign-ins per user name and per address, with a fixed number of counters.
+class _AttemptsLimit:
+    """Limits sign-ins so that a stranger slows down their own address, and not the owner of a name.
 
-    Names that share a counter share its limit. The mapping depends on a random key of the process, so that an
-    attacker cannot choose a name that blocks another one.
+    Every attempt counts for its address. Failures count for the name and the address together: beyond the
+    limit that address waits, unless it has signed in to that name before. Failures for a name from all
+    addresses together only delay the next attempts from addresses that have not.
+
+    The number of counters is fixed. Keys that share a counter share its limit; the mapping depends on a
+    random key of the process, so that an attacker cannot choose one that blocks another.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -218,24 +286,42 @@ class _FailureLimiter:
         self._per_name = parse_limit(settings.login_failures_per_name)
         self._per_address = parse_limit(settings.login_failures_per_address)
         self._key = secrets.token_bytes(16)
+        self._proven: cachetools.LRUCache[str, bool] = cachetools.LRUCache(COUNTER_SLOTS)
 
-    def _slot(self, value: str) -> str:
-        digest = hashlib.blake2b(value.encode(), key=self._key, digest_size=8).digest()
-        return str(int.from_bytes(digest) % COUNTER_SLOTS)
+    def _digest(self, *values: str) -> bytes:
+        return hashlib.blake2b("\0".join(values).encode(), key=self._key, digest_size=16).digest()
+
+    def _slot(self, *values: str) -> str:
+        return str(int.from_bytes(self._digest(*values)[:8]) % COUNTER_SLOTS)
+
+    def _is_proven(self, username: str, address: str) -> bool:
+        return self._digest(username, address).hex() in self._proven
 
     async def wait_s(self, username: str, address: str) -> float | None:
-        """Return the seconds until another attempt is allowed; None if one is allowed now."""
+        """Count an attempt; return the seconds until one is allowed, None where this one is."""
         waits = []
-        for limit, kind, value in (
-            (self._per_name, "name", username),
-            (self._per_address, "address", address),
+        both = self._slot(username, address)
+        if not self._is_proven(username, address) and not await self._limiter.test(
+            self._per_name, "both", both
         ):
-            if not await self._limiter.test(limit, kind, self._slot(value)):
-                stats = await self._limiter.get_window_stats(limit, kind, self._slot(value))
-                waits.append(max(1.0, stats.reset_time - time.time()))
+            stats = await self._limiter.get_window_stats(self._per_name, "both", both)
+            waits.append(max(1.0, stats.reset_time - time.time()))
+        if not await self._limiter.hit(self._per_address, "address", self._slot(address)):
+            stats = await self._limiter.get_window_stats(self._per_address, "address", self._slot(address))
+            waits.append(max(1.0, stats.reset_time - time.time()))
         return max(waits, default=None)
 
-    async def count(self, username: str, address: str) -> None:
+    async def delay_s(self, username: str, address: str) -> float:
+        """The seconds by which an attempt is delayed, because the name is under attack."""
+        if self._is_proven(username, address):
+            return 0.0
+        return 0.0 if await self._limiter.test(self._per_name, "name", self._slot(username)) else DELAY_S
+
+    async def failed(self, username: str, address: str) -> None:
         """Count a failed sign-in."""
+        await self._limiter.hit(self._per_name, "both", self._slot(username, address))
         await self._limiter.hit(self._per_name, "name", self._slot(username))
-        await self._limiter.hit(self._per_address, "address", self._slot(address))
+
+    def succeeded(self, username: str, address: str) -> None:
+        """Remember that this address knows the password of this name."""
+        self._proven[self._digest(username, address).hex()] = True

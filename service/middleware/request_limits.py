@@ -1,18 +1,31 @@
-"""Limits requests: valid HTTP only, the size and time of a body, and the number of requests in flight.
+"""Limits requests: valid HTTP only, the size and time of a body, and the number in all and per caller.
 
 A declared size over the limit is refused here; a chunked body is counted by Starlette's middleware as it
-arrives. Requests whose body is still arriving are bounded separately from requests in flight: otherwise
-clients that announce a body and never send it could use up the capacity.
+arrives. The caller is known before a byte of a body is read, so that nobody can use up what belongs to
+others: a caller has a share of the places, and strangers have none of them. Requests whose body is still
+arriving are bounded separately from requests in flight: otherwise clients that announce a body and never send
+it could use up the capacity.
 """
 
 import asyncio
+from collections import Counter
+from ipaddress import IPv6Address, ip_address
+from typing import Final
 
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.config.settings import Settings
-from service.errors import BadRequestError, OverloadedError, PayloadTooLargeError, RequestTimeoutError
+from service.dependencies import services_of
+from service.errors import (
+    AuthenticationError,
+    BadRequestError,
+    OverloadedError,
+    PayloadTooLargeError,
+    RequestTimeoutError,
+    ServiceError,
+)
 from service.middleware.errors import error_response
 from service.telemetry.instruments import Instruments
 from service.telemetry.providers import PROBES
@@ -20,8 +33,24 @@ from service.telemetry.providers import PROBES
 MALFORMED = "llmops.malformed"
 """Key that ``service.protocol`` sets in the scope of a request that is not valid HTTP."""
 
-ARRIVING_PER_IN_FLIGHT = 4
+LOGIN: Final = "/auth/login"
+LOGIN_BODY_BYTES: Final = 8_192
+"""Largest body of a sign-in: a name of 256 and a password of 1,024 characters, with room for escapes."""
+
+WITHOUT_BODY: Final = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
+"""Methods whose body no route reads; such a request is complete with its head."""
+
+ARRIVING_PER_IN_FLIGHT: Final = 4
 """Maximum number of requests whose body is arriving, for each request that may be in flight."""
+
+SHORT_PER_IN_FLIGHT: Final = 0.25
+MIN_SHORT: Final = 16
+"""Places for requests without a model call, beside those of MAX_IN_FLIGHT: sign-in, lists, statistics."""
+
+STRANGERS_PER_ADDRESS: Final = 16
+STRANGERS: Final = 256
+"""How many requests without a valid token there may be at the same time, from one address and in all;
+sign-ins and all others are counted apart."""
 
 LINGER_BYTES = 262_144
 LINGER_S = 1.0
@@ -40,10 +69,14 @@ class RequestLimitsMiddleware:
 
     def __init__(self, app: ASGIApp, settings: Settings, instruments: Instruments) -> None:
         self._app = app
-        self._size_limited_app = RequestBodyLimitMiddleware(app, settings.max_body_bytes)
+        self._body_limits = {LOGIN: min(LOGIN_BODY_BYTES, settings.max_body_bytes)}
         self._max_body_bytes = settings.max_body_bytes
+        self._size_limited = {
+            limit: RequestBodyLimitMiddleware(app, limit)
+            for limit in {settings.max_body_bytes, *self._body_limits.values()}
+        }
         self._body_timeout_s = settings.request_body_timeout_s
-        self._capacity = _Capacity(settings.max_in_flight, instruments)
+        self._capacity = _Capacity(settings, instruments)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -57,43 +90,88 @@ class RequestLimitsMiddleware:
             return
         if MALFORMED in scope:
             raise BadRequestError("This is not a valid HTTP request.")
-        if capacity.arriving >= ARRIVING_PER_IN_FLIGHT * capacity.max_in_flight:
-            capacity.rejected.add(1, {"reason": "overloaded"})
-            raise OverloadedError
-        capacity.arriving += 1
+        max_bytes = self._body_limits.get(scope["path"], self._max_body_bytes)
+        if exchange.declared_bytes > max_bytes:
+            error = PayloadTooLargeError(
+                f"The request's body is {exchange.declared_bytes} bytes long; the limit is {max_bytes}."
+            )
+            # Starlette's middleware would answer a declared size in a format of its own.
+            await error_response(error, scope)(scope, receive, exchange.send)
+            return
         try:
-            if not exchange.body_pending:
-                exchange.admit()
-            if exchange.declared_bytes > self._max_body_bytes:
-                error = PayloadTooLargeError(
-                    f"The request's body is {exchange.declared_bytes} bytes long; "
-                    f"the limit is {self._max_body_bytes}."
-                )
-                # Starlette's middleware would answer a declared size in a format of its own.
-                await error_response(error, scope)(scope, receive, exchange.send)
-            else:
-                await self._size_limited_app(scope, exchange.receive, exchange.send)
+            exchange.arrive()
+        except ServiceError as error:
+            await error_response(error, scope)(scope, receive, exchange.send)
+            return
+        try:
+            await self._size_limited[max_bytes](scope, exchange.receive, exchange.send)
         finally:
-            if exchange.admitted:
-                capacity.in_flight -= 1
-                capacity.gauge.add(-1)
-            else:
-                capacity.arriving -= 1
+            exchange.leave()
 
 
 class _Capacity:
-    """The numbers of requests in flight and of requests whose body is arriving."""
+    """The numbers of requests in flight and of requests whose body is arriving, in all and by caller."""
 
-    def __init__(self, max_in_flight: int, instruments: Instruments) -> None:
-        self.max_in_flight = max_in_flight
-        self.in_flight = 0
-        self.arriving = 0
+    def __init__(self, settings: Settings, instruments: Instruments) -> None:
+        self.calls = _Places(settings.max_in_flight, settings.in_flight_per_user)
+        self.short = _Places(
+            max(MIN_SHORT, int(settings.max_in_flight * SHORT_PER_IN_FLIGHT)), settings.in_flight_per_user
+        )
+        self.arriving = _Places(
+            settings.max_in_flight * ARRIVING_PER_IN_FLIGHT,
+            settings.in_flight_per_user * ARRIVING_PER_IN_FLIGHT,
+        )
+        self.signing_in = _Places(STRANGERS, STRANGERS_PER_ADDRESS)
+        self.public = _Places(STRANGERS, STRANGERS_PER_ADDRESS)
         self.gauge = instruments.requests_in_flight
         self.rejected = instruments.requests_rejected
 
 
+class _Places:
+    """A number of places, of which each holder can have a smaller number.
+
+    Args:
+        total: Places in all.
+        each: Places that one holder can have.
+    """
+
+    def __init__(self, total: int, each: int) -> None:
+        self._total = total
+        self._each = each
+        self._taken = 0
+        self._by_holder: Counter[str] = Counter()
+
+    def take(self, holder: str) -> bool:
+        """Take a place; False where none is left, for all or for this holder."""
+        if self._taken >= self._total or self._by_holder[holder] >= self._each:
+            return False
+        self._taken += 1
+        self._by_holder[holder] += 1
+        return True
+
+    def give_back(self, holder: str) -> None:
+        """Give a place back."""
+        self._taken -= 1
+        self._by_holder[holder] -= 1
+        if not self._by_holder[holder]:
+            del self._by_holder[holder]
+
+
+def address_of(scope: Scope) -> str:
+    """The client's address; of IPv6 the network of 64 bits, all of which one client can have."""
+    host: str = scope["client"][0] if scope.get("client") else ""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host
+    if isinstance(address, IPv6Address):
+        mapped = address.ipv4_mapped
+        return str(mapped) if mapped is not None else f"{IPv6Address(int(address) >> 64 << 64)}/64"
+    return host
+
+
 class _Exchange:
-    """The ASGI ``receive`` and ``send`` of one request.
+    """The ASGI ``receive`` and ``send`` of one request, and the places that it holds.
 
     ``receive`` limits the time of the body, but not of the messages after it, and admits the request when its
     body is complete. ``send`` closes the connection after an answer that is sent before the body was read,
@@ -110,35 +188,76 @@ class _Exchange:
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, capacity: _Capacity, body_timeout_s: float
     ) -> None:
+        self._scope = scope
         self._receive = receive
         self._send = send
         self._capacity = capacity
         self._body_until_s = asyncio.get_running_loop().time() + body_timeout_s
         self._closes = False
-        self.admitted = False
-        length, chunked = b"0", False
+        self._holder = ""
+        self._place: _Places | None = None
+        self._in_flight = False
+        length, chunked, token = b"0", False, b""
         for name, value in scope["headers"]:
             if name == b"content-length":
                 length = value
             elif name == b"transfer-encoding":
                 chunked = True
+            elif name == b"authorization":
+                token = value
+        self._token = token
         self.declared_bytes = int(length) if length.isdigit() else 0
         self.body_pending = chunked or length != b"0"
 
-    def admit(self) -> None:
-        """Count a request whose body is complete as in flight.
+    def arrive(self) -> None:
+        """Count the request: as arriving while its body is, else as in flight.
 
         Raises:
-            OverloadedError: Too many requests are in flight.
+            AuthenticationError: The request has a body, no valid token, and does not sign in.
+            OverloadedError: Too many requests of the caller, or in all.
         """
-        capacity = self._capacity
-        if capacity.in_flight >= capacity.max_in_flight:
-            capacity.rejected.add(1, {"reason": "overloaded"})
+        scope, capacity = self._scope, self._capacity
+        user = None
+        scheme, _, token = self._token.decode("latin-1").partition(" ")
+        if scheme.lower() == "bearer":
+            try:
+                user = services_of(scope).auth.identify(token.strip()).username
+            except AuthenticationError:
+                user = None
+        self._holder = f"user {user}" if user is not None else f"address {address_of(scope)}"
+        if scope["method"] in WITHOUT_BODY or not self.body_pending:
+            self._admit(capacity.short if user is not None else capacity.public)
+        elif scope["path"] == LOGIN:
+            self._take(capacity.signing_in)
+        elif user is None:
+            raise AuthenticationError
+        else:
+            self._take(capacity.arriving)
+
+    def _take(self, places: _Places) -> None:
+        if not places.take(self._holder):
+            self._capacity.rejected.add(1, {"reason": "overloaded"})
             raise OverloadedError
-        capacity.arriving -= 1
-        capacity.in_flight += 1
-        capacity.gauge.add(1)
-        self.admitted = True
+        self._place = places
+
+    def _admit(self, places: _Places) -> None:
+        """Count the request as in flight; raises ``OverloadedError`` where it is one too many."""
+        self._give_back()
+        self._take(places)
+        self._in_flight = True
+        self._capacity.gauge.add(1)
+
+    def _give_back(self) -> None:
+        if self._place is not None:
+            self._place.give_back(self._holder)
+            self._place = None
+
+    def leave(self) -> None:
+        """Give back the request's place."""
+        self._give_back()
+        if self._in_flight:
+            self._in_flight = False
+            self._capacity.gauge.add(-1)
 
     async def receive(self) -> Message:
         """Receive a message; raises ``RequestTimeoutError`` where the body takes too long."""
@@ -151,7 +270,12 @@ class _Exchange:
             raise RequestTimeoutError from None
         self.body_pending = message.get("more_body", False)
         if not self.body_pending and message["type"] == "http.request":
-            self.admit()
+            # Sign-ins have a queue of their own, behind the limit of those that may arrive.
+            if self._place is not self._capacity.signing_in:
+                self._admit(self._capacity.calls)
+            else:
+                self._in_flight = True
+                self._capacity.gauge.add(1)
         return message
 
     async def send(self, message: Message) -> None:

@@ -1,8 +1,11 @@
 """Sign-in with name and password, and the identity behind a token."""
 
-from fastapi import APIRouter, Request
+from typing import Annotated
 
-from service.dependencies import CurrentUser, ServicesDep
+from fastapi import APIRouter, Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials
+
+from service.dependencies import CurrentUser, ServicesDep, bearer
 from service.errors import (
     AuthenticationError,
     OverloadedError,
@@ -11,9 +14,11 @@ from service.errors import (
     RequestTimeoutError,
     ValidationError,
 )
+from service.middleware.request_limits import address_of
+from service.routers.bodies import JsonRoute
 from service.routers.schemas import LoginRequest, LoginResponse, UserBody, errors
 
-router = APIRouter(prefix="/auth", tags=["auth"])
+router = APIRouter(prefix="/auth", tags=["auth"], route_class=JsonRoute)
 
 
 @router.post(
@@ -29,13 +34,24 @@ router = APIRouter(prefix="/auth", tags=["auth"])
 )
 async def login(body: LoginRequest, request: Request, services: ServicesDep) -> LoginResponse:
     """Sign in with name and password; the token goes into `Authorization: Bearer …`."""
-    address = request.client.host if request.client else ""
-    session = await services.auth.login(body.username, body.password.get_secret_value(), address)
+    session = await services.auth.login(
+        body.username, body.password.get_secret_value(), address_of(request.scope)
+    )
     return LoginResponse(
         access_token=session.token,
         expires_in=session.expires_in_s,
         user=UserBody(username=session.user.username, role=session.user.role),
     )
+
+
+@router.post("/logout", status_code=204, responses=errors(AuthenticationError, OverloadedError))
+async def logout(
+    _user: CurrentUser,
+    services: ServicesDep,
+    credentials: Annotated[HTTPAuthorizationCredentials, Depends(bearer)],
+) -> None:
+    """Sign the token out; it is refused from then on."""
+    services.auth.logout(credentials.credentials)
 
 
 @router.get("/me", responses=errors(AuthenticationError, OverloadedError))

@@ -21,6 +21,7 @@ from service.errors import (
     ValidationError,
 )
 from service.middleware.errors import error_body
+from service.routers.bodies import JsonRoute
 from service.routers.schemas import (
     GENERATED,
     DoneEvent,
@@ -35,7 +36,7 @@ from service.upstream.messages import Completion
 from service.upstream.stream import StreamEvent, event
 from service.utils.disconnect import cancel_on_disconnect
 
-router = APIRouter(prefix="/llm", tags=["llm"])
+router = APIRouter(prefix="/llm", tags=["llm"], route_class=JsonRoute)
 
 UPSTREAM_ERRORS = (BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError)
 BODY_ERRORS = (RequestTimeoutError, PayloadTooLargeError, ValidationError)
@@ -86,7 +87,7 @@ async def generate(
     spec = call.spec(body.as_request(generation.default_model), streamed=body.stream)
     if body.stream:
         return EventStream(
-            generation.stream(spec), GenerateFormat(call.request_id), call.services.stream_keep_alive_s
+            generation.stream(spec), GenerateFormat(call.request_id), call.services.stream_times
         )
     answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
     completion = answer.reply.completion

@@ -1,11 +1,11 @@
 """OpenAI's protocol under ``/v1``: its clients need this base URL, and the token as their API key."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -27,6 +27,7 @@ from service.errors import (
     ValidationError,
 )
 from service.middleware.errors import OPENAI_PREFIX, openai_error_body
+from service.routers.bodies import read_json, refuse
 from service.routers.schemas import (
     CHAT_ANSWER,
     CHAT_REQUEST,
@@ -39,12 +40,30 @@ from service.routers.schemas import (
 )
 from service.routers.streaming import EventStream
 from service.services.call_report import CallOutcome
+from service.upstream.control_fields import control_field
 from service.upstream.messages import Completion, LlmRequest, Operation, with_fields
 from service.upstream.stream import StreamEvent, event
 from service.utils.disconnect import cancel_on_disconnect
 
-MAX_DEPTH = 100
-"""Deepest permitted nesting of a request; the JSON schema of a tool needs a few dozen."""
+NUMBER: Final = (int, float)
+CHAT_FIELDS: Final[Mapping[str, tuple[type | tuple[type, ...], str]]] = {
+    "stream": (bool, "must be true or false"),
+    "stream_options": (dict, "must be an object"),
+    "tools": (list, "must be a list"),
+    "functions": (list, "must be a list"),
+    "tool_choice": ((str, dict), "must be a text or an object"),
+    "response_format": (dict, "must be an object"),
+    "logit_bias": (dict, "must be an object"),
+    "stop": ((str, list), "must be a text or a list"),
+    "n": (int, "must be a whole number"),
+    "max_tokens": (NUMBER, "must be a number"),
+    "max_completion_tokens": (NUMBER, "must be a number"),
+    "temperature": (NUMBER, "must be a number"),
+    "top_p": (NUMBER, "must be a number"),
+    "frequency_penalty": (NUMBER, "must be a number"),
+    "presence_penalty": (NUMBER, "must be a number"),
+}
+"""The types of fields that make LiteLLM fail with 500 when they have another one, as tried with it."""
 
 _MODEL_NAME = re.compile(MODEL_NAME)
 
@@ -75,78 +94,59 @@ class JsonBody:
         return isinstance(options, dict) and options.get("include_usage") is True
 
 
-def read_chat(content: bytes) -> JsonBody:
-    """A chat completion's request; ``ValidationError`` where it cannot be one."""
-    body = _read(content)
+def read_chat(content: bytes, passed: AbstractSet[str]) -> JsonBody:
+    """A chat completion's request; ``ValidationError`` where it cannot be one.
+
+    Args:
+        content: The body.
+        passed: Fields of LiteLLM's own that may be sent.
+    """
+    body = _read(content, passed)
     messages = body.fields.get("messages")
     if not isinstance(messages, list) or not messages:
-        _refuse("messages", "must be a list with at least one message")
+        refuse("messages", "must be a list with at least one message")
     if not all(isinstance(message, dict) for message in messages):
-        _refuse("messages", "must be a list of objects")
-    if not isinstance(body.fields.get("stream"), bool | None):
-        _refuse("stream", "must be true or false")
+        refuse("messages", "must be a list of objects")
+    for number, message in enumerate(messages):
+        # LiteLLM answers these with 500, as if it had failed itself.
+        if not isinstance(message.get("content"), str | list | None):
+            refuse(f"messages.{number}.content", "must be a text or a list of parts")
+        if not isinstance(message.get("tool_calls"), list | None):
+            refuse(f"messages.{number}.tool_calls", "must be a list")
+    for name, (kind, problem) in CHAT_FIELDS.items():
+        value = body.fields.get(name)
+        if value is not None and (
+            not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool)
+        ):
+            refuse(name, problem)
     options = body.fields.get("stream_options")
-    if not isinstance(options, dict | None):
-        _refuse("stream_options", "must be an object")
     if options is not None and not isinstance(options.get("include_usage"), bool | None):
-        _refuse("stream_options.include_usage", "must be true or false")
+        refuse("stream_options.include_usage", "must be true or false")
     return body
 
 
-def read_embeddings(content: bytes) -> JsonBody:
-    """An embeddings request; ``ValidationError`` where it cannot be one."""
-    body = _read(content)
+def read_embeddings(content: bytes, passed: AbstractSet[str]) -> JsonBody:
+    """An embeddings request; ``ValidationError`` where it cannot be one. Arguments as ``read_chat``'s."""
+    body = _read(content, passed)
     if body.fields.get("model") is None:
-        _refuse("model", "must name a model")
+        refuse("model", "must name a model")
     given = body.fields.get("input")
     if not isinstance(given, (str, list)) or not given:
-        _refuse("input", "must be a text, or a list that is not empty")
+        refuse("input", "must be a text, or a list that is not empty")
     return body
 
 
-def _read(content: bytes) -> JsonBody:
-    try:
-        fields = json.loads(content.decode(), parse_constant=_no_number, parse_float=_finite)
-    except (ValueError, RecursionError):
-        _refuse("body", "cannot be read as JSON", kind="json_invalid")
+def _read(content: bytes, passed: AbstractSet[str]) -> JsonBody:
+    fields = read_json(content)
     if not isinstance(fields, dict):
-        _refuse("body", "must be a JSON object")
-    if _too_deep(content, fields):
-        _refuse("body", f"must not be nested more than {MAX_DEPTH} deep")
+        refuse("body", "must be a JSON object")
+    field = control_field(fields.keys(), passed)
+    if field is not None:
+        refuse(field[:100], "is LiteLLM's own, and not permitted here")
     model = fields.get("model")
     if model is not None and not (isinstance(model, str) and _MODEL_NAME.fullmatch(model)):
-        _refuse("model", "must be the name of a model: up to 200 printable ASCII characters")
+        refuse("model", "must be the name of one model: up to 200 printable ASCII characters, no comma")
     return JsonBody(content, fields)
-
-
-def _no_number(text: str) -> NoReturn:
-    """Refuse NaN and Infinity, which Python's parser accepts and JSON does not have."""
-    raise ValueError(text)
-
-
-def _finite(text: str) -> float:
-    """Parse a number; refuse one that overflows to infinity."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
-
-
-def _too_deep(content: bytes, value: object) -> bool:
-    if content.count(b"[") + content.count(b"{") <= MAX_DEPTH:
-        return False
-    level: list[object] = [value]
-    for _ in range(MAX_DEPTH):
-        inner = [item for item in level if isinstance(item, (dict, list))]
-        level = [child for item in inner for child in (item.values() if isinstance(item, dict) else item)]
-        if not level:
-            return False
-    return any(isinstance(item, (dict, list)) for item in level)
-
-
-def _refuse(field: str, problem: str, kind: str = "value_error") -> NoReturn:
-    message = f"The request is not valid: {field}: {problem}"
-    raise ValidationError(message, details=[{"field": field, "message": problem, "type": kind}])
 
 
 router = APIRouter(prefix=OPENAI_PREFIX, tags=["openai"])
@@ -202,7 +202,7 @@ async def chat_completions(request: Request, call: ModelCallDep) -> Response:
     `[DONE]` follows it.
     """
     generation = call.services.generation
-    body = read_chat(await request.body())
+    body = read_chat(await request.body(), call.services.pass_litellm_fields)
     spec = call.spec(
         body.as_request("chat", generation.default_model, _passed_headers(request)), streamed=body.stream
     )
@@ -210,7 +210,7 @@ async def chat_completions(request: Request, call: ModelCallDep) -> Response:
         return EventStream(
             generation.stream(spec),
             OpenAiFormat(show_usage=body.wants_usage),
-            call.services.stream_keep_alive_s,
+            call.services.stream_times,
         )
     answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
     return Response(answer.reply.content, media_type=JSON)
@@ -225,7 +225,7 @@ async def chat_completions(request: Request, call: ModelCallDep) -> Response:
 async def embeddings(request: Request, call: ModelCallDep) -> Response:
     """OpenAI's embeddings; the model must be named, since the default one chats."""
     generation = call.services.generation
-    body = read_embeddings(await request.body())
+    body = read_embeddings(await request.body(), call.services.pass_litellm_fields)
     spec = call.spec(body.as_request("embeddings", generation.default_model, _passed_headers(request)))
     answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
     return Response(answer.reply.content, media_type=JSON)

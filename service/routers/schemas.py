@@ -21,8 +21,9 @@ from service.errors import InternalError, MethodNotAllowedError, ServiceError
 from service.services.call_report import CallOutcome
 from service.upstream.messages import Completion, LlmRequest, to_json
 
-MODEL_NAME = r"^[!-~]([ -~]{0,198}[!-~])?$"
-"""A model's name: it stands in span names, log lines and messages, so nothing odd is in it."""
+MODEL_NAME = r"^[!-+\--~]([ -+\--~]{0,198}[!-+\--~])?$"
+"""A model's name: it stands in span names, log lines and messages, so nothing odd is in it. LiteLLM reads a
+comma as a list of models, each of which it calls."""
 
 
 def _encodable(value: dict[str, Any]) -> dict[str, Any]:

@@ -6,15 +6,16 @@ from contextlib import AbstractAsyncContextManager, suppress
 from typing import Final, Protocol
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from service.dependencies import StreamTimes
 from service.errors import CallerLeftError, ServiceError, ShuttingDownError
 from service.middleware.errors import record_late_error
 from service.services.call_report import CallOutcome
 from service.services.generation import AnswerStream
 from service.upstream.messages import Completion
 from service.upstream.stream import StreamEvent, comment
-from service.utils.disconnect import cancel_on_disconnect
+from service.utils.disconnect import abort_connection, cancel_on_disconnect
 
 KEEP_ALIVE: Final = comment("keep-alive")
 FINAL_EVENT_TIMEOUT_S: Final = 0.4
@@ -50,7 +51,7 @@ class EventStream(Response):
     Args:
         stream: The call, not begun yet.
         stream_format: The protocol.
-        keep_alive_s: Seconds of silence after which a comment is sent.
+        times: When a comment is sent, and when a caller who does not read is given up.
     """
 
     media_type = "text/event-stream"
@@ -59,7 +60,7 @@ class EventStream(Response):
         self,
         stream: AbstractAsyncContextManager[AnswerStream],
         stream_format: StreamFormat,
-        keep_alive_s: float,
+        times: StreamTimes,
     ) -> None:
         super().__init__(headers=HEADERS)
         # The length is not known, and the encoding is always UTF-8.
@@ -67,18 +68,19 @@ class EventStream(Response):
         self.headers["Content-Type"] = self.media_type
         self._stream = stream
         self._format = stream_format
-        self._keep_alive_s = keep_alive_s
+        self._times = times
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the whole answer."""
-        del scope
-        sender = _Sender(send, self, self._keep_alive_s)
+        sender = _Sender(send, self, self._times)
         try:
             done = await cancel_on_disconnect(receive, self._send_pieces(sender))
         except CallerLeftError as error:
             if not sender.started:
                 raise
             record_late_error(error)
+            # One who does not read would keep what is written, and the connection, for ever.
+            abort_connection(scope)
         except asyncio.CancelledError:
             # Only the end of the process cancels a request. The caller is told, and the cancellation goes on.
             if sender.started:
@@ -105,14 +107,15 @@ class EventStream(Response):
 class _Sender:
     """Sends the head with the first piece, and a comment after each interval of silence."""
 
-    def __init__(self, send: Send, response: Response, keep_alive_s: float) -> None:
-        self._send = send
+    def __init__(self, send: Send, response: Response, times: StreamTimes) -> None:
+        self._send_unlimited = send
+        self._write_timeout_s = times.write_timeout_s
         self._head = {
             "type": "http.response.start",
             "status": response.status_code,
             "headers": response.raw_headers,
         }
-        self._keep_alive_s = keep_alive_s
+        self._keep_alive_s = times.keep_alive_s
         self._keeping_alive: asyncio.Task[None] | None = None
         self._sending = False
         self._last_s = time.monotonic()
@@ -129,6 +132,16 @@ class _Sender:
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
             self._sending = False
             self._last_s = time.monotonic()
+
+    async def _send(self, message: Message) -> None:
+        """Send a message; raises ``CallerLeftError`` where the caller takes nothing for too long."""
+        try:
+            async with asyncio.timeout(self._write_timeout_s) as limit:
+                await self._send_unlimited(message)
+        except TimeoutError:
+            if limit.expired():
+                raise CallerLeftError("The caller did not read its answer.") from None
+            raise
 
     async def end(self, data: bytes) -> None:
         """Send the last piece."""
@@ -150,6 +163,11 @@ class _Sender:
             self._keeping_alive = None
 
     async def _keep_alive(self) -> None:
+        # What the next piece meets as well ends the stream there.
+        with suppress(CallerLeftError):
+            await self._send_comments()
+
+    async def _send_comments(self) -> None:
         while True:
             idle_s = time.monotonic() - self._last_s
             # A client that does not read gets no comments either.

@@ -19,7 +19,7 @@ from service.cache.control import NO_DIRECTIVES
 from service.cache.entries import Assembler, Entry, tokens_of
 from service.cache.response_cache import AnswerCache, Lookup
 from service.config.settings import Settings
-from service.errors import UNREACHABLE, Cause, ServiceError, UpstreamTimeoutError
+from service.errors import UNREACHABLE, CallerLeftError, Cause, ServiceError, UpstreamTimeoutError
 from service.recording.recorder import CallRecorder
 from service.services.call_report import CallOutcome, CallReport, CallSpec, Outcome
 from service.services.circuit_breaker import ConnectionBreaker
@@ -116,7 +116,7 @@ class _Call:
         cached = self.cached_from
         outcome: Outcome = "success" if cached is None else "cached"
         name = reason = None
-        if isinstance(error, asyncio.CancelledError):
+        if isinstance(error, (asyncio.CancelledError, CallerLeftError)):
             outcome = "cancelled"
         elif error is not None:
             outcome, name, reason = "error", "InternalError", "Bug"

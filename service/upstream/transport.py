@@ -32,6 +32,10 @@ NO_AUTO_HEADERS: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Age
 SDK_HEADERS: Final = "x-stainless-"
 """Prefix of the header fields in which the SDK describes this machine and itself; they are not sent."""
 
+STAYS_INSIDE: Final = frozenset({"baggage", "tracestate"})
+"""Header fields of the caller's trace context that the model's provider has no business with; ``traceparent``
+goes on."""
+
 MAX_CACHED_URLS: Final = 64
 KEEP_ALIVE_S: Final = 4.0
 """Idle connections are closed after this time. LiteLLM's server, uvicorn, closes them after 5 s, and a
@@ -94,7 +98,7 @@ class UpstreamTransport(httpx2.AsyncBaseTransport):
             answer = await session.request(
                 request.method,
                 _yarl_url(str(request.url)),
-                headers=request.headers.multi_items(),
+                headers=[item for item in request.headers.multi_items() if item[0] not in STAYS_INSIDE],
                 data=_chunks(content) if len(content) > MAX_UNCHUNKED_BYTES else content or None,
                 allow_redirects=False,
                 # The limit on connecting includes the resolution of the name.

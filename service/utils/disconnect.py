@@ -5,12 +5,25 @@ A module of its own, because it is the only code that reads ASGI messages below 
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
+
+from starlette.types import Scope
 
 from service.errors import CallerLeftError
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+ABORT: Final = "llmops.abort"
+"""Key in the scope under which the server's protocol leaves the function that ends the connection at once."""
+
+
+def abort_connection(scope: Scope) -> None:
+    """End the request's connection without waiting until what was written has been read."""
+    abort: Callable[[], None] | None = scope.get(ABORT)
+    if abort is not None:
+        abort()
 
 
 async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
