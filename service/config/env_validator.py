@@ -1,7 +1,7 @@
 """Reads and validates the configuration, and reports all of its problems at once.
 
 ``read_settings`` returns the settings or the problems. The rules for secrets refuse values that are published
-as defaults or examples, too short, or damaged by the quoting of a shell.
+as defaults or examples, too short, guessable, or damaged by the quoting of a shell.
 """
 
 import re
@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from pydantic import ValidationError as PydanticError
 from rapidfuzz.distance import OSA
 
+from service.config.secret_strength import is_guessable
 from service.config.settings import PASSED_THROUGH, Settings, variable_names
 
 REQUIRED = ("JWT_SECRET_KEY", "AUTH_ADMIN_PASSWORD", "AUTH_USER_PASSWORD")
@@ -28,6 +29,8 @@ JWT_PROBLEM = "JWT_SECRET_KEY must be set and different from default"
 MIN_SECRET_BYTES = 32
 MIN_SECRET_DISTINCT = 8
 MIN_PASSWORD_CHARS = 8
+MAX_REPEATS_CHARS = 1_024
+"""Number of characters in which a repetition is looked for, which takes quadratic time."""
 
 PUBLISHED_SECRETS = frozenset(
     {
@@ -135,6 +138,7 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
     yield from _signing_key_problems(settings.jwt_secret_key)
     yield from _password_problems("AUTH_ADMIN_PASSWORD", settings.auth_admin_password)
     yield from _password_problems("AUTH_USER_PASSWORD", settings.auth_user_password)
+    yield from _equal_passwords(settings)
     if not re.fullmatch(r"[\x21-\x7e]*", settings.litellm_api_key.get_secret_value()):
         yield (
             "LITELLM_API_KEY",
@@ -218,6 +222,8 @@ def _signing_key_problems(secret: SecretStr) -> Iterator[tuple[str, str]]:
         reason = f"it is {size} bytes long and needs at least {MIN_SECRET_BYTES}"
     elif _repeats(value) or len(set(value)) < MIN_SECRET_DISTINCT:
         reason = "it repeats one pattern"
+    elif is_guessable(value):
+        reason = "it consists of words or patterns that can be guessed"
     if reason:
         yield "JWT_SECRET_KEY", f"{JWT_PROBLEM}: {reason}. {how}"
 
@@ -228,6 +234,7 @@ def _normalized(value: str) -> str:
 
 def _repeats(value: str) -> bool:
     """Whether the value repeats a shorter string; the last repetition may be incomplete."""
+    value = value[:MAX_REPEATS_CHARS]
     return any(
         value == (value[:size] * (len(value) // size + 1))[: len(value)]
         for size in range(1, len(value) // 2 + 1)
@@ -257,6 +264,32 @@ def _password_problems(name: str, secret: SecretStr) -> Iterator[tuple[str, str]
         yield name, f"{name} must be different from published defaults: choose a password of your own."
     elif len(value) < MIN_PASSWORD_CHARS:
         yield name, f"{name} is too short: it needs at least {MIN_PASSWORD_CHARS} characters."
+
+
+def _equal_passwords(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Check that the users have different passwords.
+
+    Two hashes of one password differ by their salt, so that only the comparison with a plain one is complete.
+    """
+    admin = settings.auth_admin_password.get_secret_value()
+    user = settings.auth_user_password.get_secret_value()
+    if admin.strip() and _is_utf8(admin) and _is_utf8(user) and _same_password(admin, user):
+        yield (
+            "AUTH_USER_PASSWORD",
+            "AUTH_USER_PASSWORD must be different from AUTH_ADMIN_PASSWORD: give each user one of their own.",
+        )
+
+
+def _same_password(first: str, second: str) -> bool:
+    if first == second:
+        return True
+    for hashed, plain in ((first, second), (second, first)):
+        if _is_hash(hashed) and not plain.startswith("$argon2"):
+            try:
+                return argon2.PasswordHasher().verify(hashed, plain)
+            except argon2.exceptions.VerificationError:
+                return False
+    return False
 
 
 def _store_problems(settings: Settings) -> Iterator[tuple[str, str]]:
