@@ -4,6 +4,7 @@
 as defaults or examples, too short, guessable, or damaged by the quoting of a shell.
 """
 
+import ipaddress
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ JWT_PROBLEM = "JWT_SECRET_KEY must be set and different from default"
 MIN_SECRET_BYTES = 32
 MIN_SECRET_DISTINCT = 8
 MIN_PASSWORD_CHARS = 8
+NARROWEST_WARNED = {4: 24, 6: 64}
+"""Length of the prefix, by the version of IP, below which a trusted network is warned about."""
+
 MAX_REPEATS_CHARS = 1_024
 """Number of characters in which a repetition is looked for, which takes quadratic time."""
 
@@ -104,7 +108,7 @@ def read_settings() -> Report:
     """Read and validate the configuration. An invalid configuration is reported, not raised."""
     try:
         settings, refused, errors = _read()
-        warnings = tuple(_near_misses(variable_names()))
+        warnings = (*_near_misses(variable_names()), *_risks(settings))
     except (OSError, UnicodeDecodeError) as error:
         return Report(None, (f".env cannot be read: {type(error).__name__}. Make it a UTF-8 file.",), ())
     errors += [message for name, message in problems(settings) if name not in refused]
@@ -148,6 +152,14 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
             ),
         )
     yield from _origin_problems(settings.cors_origins)
+    if "*" in _proxies(settings):
+        yield (
+            "FORWARDED_ALLOW_IPS",
+            (
+                "FORWARDED_ALLOW_IPS must not contain '*': every client could then choose the address that it "
+                "is limited and logged by. List the addresses of your proxies, separated by commas."
+            ),
+        )
     for name, value in (
         ("LITELLM_URL", settings.litellm_url),
         ("QDRANT_URL", settings.qdrant_url),
@@ -338,6 +350,24 @@ def _stream_problems(settings: Settings) -> Iterator[tuple[str, str]]:
     ):
         if not fits and name in settings.model_fields_set:
             yield name.upper(), f"{name.upper()} ({value:g}) must be {rule}."
+
+
+def _proxies(settings: Settings) -> list[str]:
+    return [entry.strip() for entry in settings.forwarded_allow_ips.split(",")]
+
+
+def _risks(settings: Settings) -> Iterator[str]:
+    """Yield a sentence for each value that is allowed, and that may do what the operator does not expect."""
+    for entry in _proxies(settings):
+        try:
+            network = ipaddress.ip_network(entry, strict=False)
+        except ValueError:
+            continue
+        if network.prefixlen < NARROWEST_WARNED[network.version]:
+            yield (
+                f"FORWARDED_ALLOW_IPS trusts {entry[:80]}, {network.num_addresses:,} addresses: each of them can "
+                "choose the client address that is limited and logged. List the addresses of your proxies."
+            )
 
 
 def _origin_problems(origins: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -65,6 +65,11 @@ def test_every_variable_that_is_listed_is_passed_on_or_fixed_for_a_reason() -> N
         assert COMPOSE["x-settings"][name], name
 
 
+def test_no_proxy_is_trusted_where_there_is_none() -> None:
+    assert COMPOSE["x-settings"]["FORWARDED_ALLOW_IPS"] is None
+    assert SHOWN["FORWARDED_ALLOW_IPS"]["value"] == ""
+
+
 def test_no_password_has_a_default() -> None:
     for name in env_file.COMPOSE:
         if name != "COMPOSE_PROFILES":

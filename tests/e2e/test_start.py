@@ -74,6 +74,17 @@ def test_a_misspelt_variable_is_pointed_out(tmp_path: Path) -> None:
     assert warnings == ["Warning: LITELM_URL is not a setting. Did you mean LITELLM_URL?"]
 
 
+@pytest.mark.parametrize("arguments", [("-m", "service"), ("-m", "service", "check")])
+def test_trust_in_every_proxy_is_refused(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    port = unused_port()
+    ended = run(tmp_path, {**COMPLETE, "FORWARDED_ALLOW_IPS": "*", "PORT": str(port)}, *arguments)
+
+    assert ended.returncode == 1
+    (line,) = decoded(ended.stdout)
+    assert line["message"].startswith("Error: FORWARDED_ALLOW_IPS must not contain '*': ")
+    assert not listens(port)
+
+
 @pytest.mark.parametrize(("argument", "status"), [("swerve", 2), ("--swerve", 2), ("--help", 0)])
 def test_the_command_line_speaks_json_too(tmp_path: Path, argument: str, status: int) -> None:
     ended = run(tmp_path, EMPTY, "-m", "service", argument)

@@ -177,6 +177,30 @@ def test_good_origins_are_accepted(read: Read) -> None:
     assert settings.cors_origins == origins
 
 
+@pytest.mark.parametrize("value", ["*", " * ", "127.0.0.1,*", "*, 10.0.0.1"])
+def test_trust_in_every_address_is_refused(read: Read, value: str) -> None:
+    (error,) = read(FORWARDED_ALLOW_IPS=value).errors
+    assert error.startswith("FORWARDED_ALLOW_IPS must not contain '*': ")
+
+
+@pytest.mark.parametrize(
+    "network", ["0.0.0.0/0", "::/0", "10.0.0.0/8", "10.1.2.0/23", "fd00::/63", "9.9.9.9/1"]
+)
+def test_trust_in_a_wide_network_is_warned_about(read: Read, network: str) -> None:
+    report = read(FORWARDED_ALLOW_IPS=f"127.0.0.1, {network}")
+    assert report.settings is not None
+    (warning,) = report.warnings
+    assert warning.startswith(f"FORWARDED_ALLOW_IPS trusts {network}, ")
+
+
+@pytest.mark.parametrize(
+    "value", ["", "127.0.0.1", "10.1.2.0/24,fd00::/64", "::1", "proxy.example", "not/a/network"]
+)
+def test_trust_in_a_proxy_is_not_warned_about(read: Read, value: str) -> None:
+    report = read(FORWARDED_ALLOW_IPS=value)
+    assert (report.errors, report.warnings) == ((), ())
+
+
 URLS = [
     "LITELLM_URL",
     "QDRANT_URL",
