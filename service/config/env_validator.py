@@ -89,6 +89,13 @@ PUBLISHED_PASSWORDS = frozenset(
         "1234567890",
     }
 )
+PER_PROCESS = (
+    *("MAX_IN_FLIGHT", "RATE_LIMIT", "LOGIN_FAILURES_PER_NAME", "LOGIN_FAILURES_PER_ADDRESS"),
+    *("RETRY_BUDGET_RATIO", "RETRY_BUDGET_FLOOR", "BREAKER_FAILURE_THRESHOLD"),
+    *("CACHE_MEMORY_BYTES", "CACHE_QUEUE_BYTES", "SPOOL_MAX_BYTES"),
+)
+"""Limits that each worker process counts by itself."""
+
 ARGON2_HASH = re.compile(r"\$argon2(id|i|d)\$v=\d+\$m=\d+,t=\d+,p=\d+\$[A-Za-z0-9+/]+\$[A-Za-z0-9+/]+")
 ARGON2_HASH_SIZES = frozenset({16, 20, 24, 32, 48, 64})
 STRIPPED_HASH = re.compile(r"=\d+=\d+,t=\d+,p=\d+")
@@ -156,8 +163,8 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
         yield (
             "FORWARDED_ALLOW_IPS",
             (
-                "FORWARDED_ALLOW_IPS must not contain '*': every client could then choose the address that it "
-                "is limited and logged by. List the addresses of your proxies, separated by commas."
+                "FORWARDED_ALLOW_IPS must not contain '*': every client could choose the address that is "
+                "limited and logged. List the addresses of your proxies, separated by commas."
             ),
         )
     for name, value in (
@@ -365,9 +372,14 @@ def _risks(settings: Settings) -> Iterator[str]:
             continue
         if network.prefixlen < NARROWEST_WARNED[network.version]:
             yield (
-                f"FORWARDED_ALLOW_IPS trusts {entry[:80]}, {network.num_addresses:,} addresses: each of them can "
+                f"FORWARDED_ALLOW_IPS trusts {entry[:80]}, {network.num_addresses:,} addresses. Each can "
                 "choose the client address that is limited and logged. List the addresses of your proxies."
             )
+    if settings.workers > 1 and settings.qdrant_url:
+        yield (
+            f"WORKERS={settings.workers} processes count by themselves. All together allow up to "
+            f"{settings.workers} times as much as these say: {', '.join(PER_PROCESS)}."
+        )
 
 
 def _origin_problems(origins: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -276,6 +276,18 @@ def test_several_workers_need_a_qdrant_server(read: Read) -> None:
     assert read(WORKERS="2", QDRANT_URL="http://qdrant:6333").errors == ()
 
 
+def test_several_workers_are_told_which_limits_each_of_them_counts(read: Read) -> None:
+    (warning,) = read(WORKERS="3", QDRANT_URL="http://qdrant:6333").warnings
+    assert warning.startswith("WORKERS=3 ")
+    assert "3 times" in warning
+    for name in (
+        *("RATE_LIMIT", "MAX_IN_FLIGHT", "LOGIN_FAILURES_PER_NAME", "LOGIN_FAILURES_PER_ADDRESS"),
+        *("BREAKER_FAILURE_THRESHOLD", "RETRY_BUDGET_FLOOR", "CACHE_MEMORY_BYTES"),
+    ):
+        assert name in warning
+    assert read(WORKERS="1").warnings == ()
+
+
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
