@@ -5,9 +5,12 @@ as defaults or examples, too short, guessable, or damaged by the quoting of a sh
 """
 
 import ipaddress
+import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import argon2
@@ -30,6 +33,7 @@ JWT_PROBLEM = "JWT_SECRET_KEY must be set and different from default"
 MIN_SECRET_BYTES = 32
 MIN_SECRET_DISTINCT = 8
 MIN_PASSWORD_CHARS = 8
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 NARROWEST_WARNED = {4: 24, 6: 64}
 """Length of the prefix, by the version of IP, below which a trusted network is warned about."""
 
@@ -159,14 +163,7 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
             ),
         )
     yield from _origin_problems(settings.cors_origins)
-    if "*" in _proxies(settings):
-        yield (
-            "FORWARDED_ALLOW_IPS",
-            (
-                "FORWARDED_ALLOW_IPS must not contain '*': every client could choose the address that is "
-                "limited and logged. List the addresses of your proxies, separated by commas."
-            ),
-        )
+    yield from _proxy_problems(settings)
     for name, value in (
         ("LITELLM_URL", settings.litellm_url),
         ("QDRANT_URL", settings.qdrant_url),
@@ -212,6 +209,7 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
             ),
         )
     yield from _store_problems(settings)
+    yield from _spool_problems(settings)
 
 
 def _is_utf8(text: str) -> bool:
@@ -328,6 +326,36 @@ def _store_problems(settings: Settings) -> Iterator[tuple[str, str]]:
         )
 
 
+def _spool_problems(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Check that nobody else can write to the spool: its records are sent to MLflow as the service's own.
+
+    A folder that does not exist is created with the right mode, and one that cannot be looked at cannot be
+    used either, which the recorder reports.
+    """
+    if not settings.mlflow_tracking_uri:
+        return
+    try:
+        found = Path(settings.spool_path).stat()
+    except (OSError, ValueError):
+        return
+    if found.st_uid != os.geteuid():
+        yield (
+            "SPOOL_PATH",
+            (
+                f"SPOOL_PATH belongs to another user ({found.st_uid}), who can write to it: give it to the user "
+                f"of this process ({os.geteuid()}), or choose another folder."
+            ),
+        )
+    elif found.st_mode & WRITABLE_BY_OTHERS:
+        yield (
+            "SPOOL_PATH",
+            (
+                f"SPOOL_PATH can be written to by others (mode {stat.S_IMODE(found.st_mode):04o}): "
+                "run chmod 700 on the folder."
+            ),
+        )
+
+
 def _stream_problems(settings: Settings) -> Iterator[tuple[str, str]]:
     """Check the limits of a streamed answer against each other.
 
@@ -357,6 +385,17 @@ def _stream_problems(settings: Settings) -> Iterator[tuple[str, str]]:
     ):
         if not fits and name in settings.model_fields_set:
             yield name.upper(), f"{name.upper()} ({value:g}) must be {rule}."
+
+
+def _proxy_problems(settings: Settings) -> Iterator[tuple[str, str]]:
+    if "*" in _proxies(settings):
+        yield (
+            "FORWARDED_ALLOW_IPS",
+            (
+                "FORWARDED_ALLOW_IPS must not contain '*': every client could choose the address that is "
+                "limited and logged. List the addresses of your proxies, separated by commas."
+            ),
+        )
 
 
 def _proxies(settings: Settings) -> list[str]:

@@ -1,7 +1,9 @@
 """What the validator refuses, value by value, and what its sentence tells the operator to do."""
 
+import os
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -326,3 +328,17 @@ def test_limits_of_a_stream_must_agree(read: Read, variables: dict[str, str], se
 )
 def test_a_default_limit_of_a_stream_gives_way(read: Read, variables: dict[str, str]) -> None:
     assert read(**variables).errors == ()
+
+
+def test_a_spool_of_another_user_is_refused(
+    read: Read, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o700)
+    owner = tmp_path.stat().st_uid
+    given = {"SPOOL_PATH": str(tmp_path), "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    assert read(**given).errors == ()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    (error,) = read(**given).errors
+    assert error.startswith(f"SPOOL_PATH belongs to another user ({owner}), ")
+    # Without MLflow nothing is written there.
+    assert read(**{**given, "MLFLOW_TRACKING_URI": None}).errors == ()
