@@ -342,8 +342,8 @@ def _spool_problems(settings: Settings) -> Iterator[tuple[str, str]]:
         yield (
             "SPOOL_PATH",
             (
-                f"SPOOL_PATH belongs to another user ({found.st_uid}), who can write to it: give it to the user "
-                f"of this process ({os.geteuid()}), or choose another folder."
+                f"SPOOL_PATH belongs to another user ({found.st_uid}), who can write to it: give it to user "
+                f"{os.geteuid()} of this process, or choose another folder."
             ),
         )
     elif found.st_mode & WRITABLE_BY_OTHERS:
