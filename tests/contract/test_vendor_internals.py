@@ -18,6 +18,7 @@ import httpx2
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from limits.aio.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
 from openai import AsyncOpenAI
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.instrumentation.logging import handler as otel_logging_handler
@@ -358,6 +359,17 @@ def test_uvicorn_signal_handlers() -> None:
     assert server.should_exit, message
     handler(signal.SIGINT, None)
     assert server.force_exit, message
+
+
+def test_limits_read_the_systems_time_in_one_place() -> None:
+    """``utils.rates`` has a storage with a clock of its own; only the storage may read another."""
+    message = _changed("limits", "where its strategies read the time", "service/utils/rates.py")
+    assert "time" not in inspect.getsource(MovingWindowRateLimiter).replace("reset_time", "").replace(
+        "reset time", ""
+    ), message
+    counters = inspect.getsource(SlidingWindowCounterRateLimiter)
+    assert counters.count("time.time()") == 1, message
+    assert "now = time.time()" in inspect.getsource(SlidingWindowCounterRateLimiter.get_window_stats), message
 
 
 def test_purgatory_state_model() -> None:
