@@ -20,8 +20,8 @@ from service.telemetry.instruments import Instruments
 MAX_JITTER = 0.1
 MAX_REASON_CHARS = 200
 FRESH_S = 1.0
-"""Age up to which a result is served to those who ask; an older one is renewed. Many who ask therefore cause at
-most one check a second."""
+"""Age up to which a result is served to those who ask; an older one is renewed. Many who ask therefore cause
+at most one check a second."""
 
 
 Ping = Callable[[], Awaitable[None]]
@@ -122,8 +122,7 @@ class HealthChecker:
     async def refresh(self, awaited: Collection[str]) -> None:
         """Check again each dependency whose result is older than ``FRESH_S``, and wait for the results.
 
-        Those who ask at the same time wait for the same check. The wait ends after the time limit of a check,
-
+        Those who ask at the same time wait for the same check. The wait ends after the time limit of a check.
 
         Args:
             awaited: The dependencies whose results are waited for; a slow one among the others delays nobody.

@@ -30,6 +30,8 @@ from purgatory.domain.model import Context
 from qdrant_client import QdrantClient, models
 from qdrant_client.local.qdrant_local import QdrantLocal
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.supervisors import Multiprocess
+from uvicorn.supervisors.multiprocess import Process
 
 from service.cache.embedded import set_pragmas
 from service.config.logging import BRIDGE_LOGGER, HEADER_PARSER
@@ -359,6 +361,18 @@ def test_uvicorn_signal_handlers() -> None:
     assert server.should_exit, message
     handler(signal.SIGINT, None)
     assert server.force_exit, message
+
+
+def test_uvicorn_parent_process() -> None:
+    """``service.server`` waits for the workers itself, and passes stop signals on to them meanwhile."""
+    message = _changed("uvicorn", "Multiprocess", "service/server.py")
+    run = inspect.getsource(Multiprocess.run)
+    assert "self.terminate_all()\n        self.join_all()" in run, message
+    assert "self.processes" in inspect.getsource(Multiprocess.join_all), message
+    handlers = inspect.getsource(Multiprocess.__init__)
+    assert "signal.signal(sig, lambda sig, frame: self.signal_queue.append(sig))" in handlers, message
+    assert {"handle_hup", "handle_term"} <= set(vars(Multiprocess)), message
+    assert {"exitcode", "terminate"} <= set(vars(Process)), message
 
 
 def test_limits_read_the_systems_time_in_one_place() -> None:
