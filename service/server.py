@@ -63,7 +63,8 @@ def serve(settings: Settings) -> int:
     """Serve until a stop signal and return the process's exit status.
 
     SIGTERM, SIGINT and SIGHUP stop it. uvicorn raises the stop signal again after it has stopped. The
-    handlers set here turn that into exit status 0, because a completed shutdown is a success for an orchestrator.
+    handlers set here turn that into exit status 0, because a completed shutdown is a success for an
+    orchestrator.
     """
     configure_logging(settings.log_level)
     signal.signal(signal.SIGTERM, _exit_zero)
