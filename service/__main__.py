@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from types import TracebackType
@@ -16,6 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     0 is success, 1 a refused configuration or records that could not be replayed, 2 a wrong command.
     """
+    # Before any file is created: the store and the spool hold prompts and answers, for this user only.
+    os.umask(0o077)
     # Before any other import, so that a failing import is logged as JSON too.
     configure_early_logging()
     parser = JsonParser(prog="python -m service", description=__doc__)

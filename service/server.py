@@ -10,7 +10,10 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
+from contextvars import Context
+from functools import partial
 from types import FrameType
 from typing import Any, cast
 
@@ -34,6 +37,18 @@ LISTENERS_PER_SOCKET = 32
 descriptor and iteration; with 60 requests in flight an iteration takes 30 ms, so that the last of 60 clients
 that connect at the same time would wait for two seconds."""
 
+IGNORED_SIGNALS = (
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF),
+    *(signal.SIGWINCH, signal.SIGTTIN, signal.SIGTTOU),
+    *(getattr(signal, name) for name in ("SIGIO", "SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
+    *(range(signal.SIGRTMIN, signal.SIGRTMAX + 1) if hasattr(signal, "SIGRTMIN") else ()),
+)
+"""Signals that would end or stop the process, or make uvicorn change the number of workers. Those that report
+an error of the process itself, or a limit of the system, keep their meaning."""
+
+JOIN_INTERVAL_S = 0.1
+"""Interval at which the parent process looks for signals while its workers stop."""
+
 STARTUP_FAILURE = 3
 """uvicorn's exit status when the app does not start."""
 
@@ -47,12 +62,14 @@ class TelemetryVariablesError(Exception):
 def serve(settings: Settings) -> int:
     """Serve until a stop signal and return the process's exit status.
 
-    uvicorn raises the stop signal again after it has stopped. The handlers set here turn that into exit
-    status 0, because a completed shutdown is a success for an orchestrator.
+    SIGTERM, SIGINT and SIGHUP stop it. uvicorn raises the stop signal again after it has stopped. The
+    handlers set here turn that into exit status 0, because a completed shutdown is a success for an
+    orchestrator.
     """
     configure_logging(settings.log_level)
     signal.signal(signal.SIGTERM, _exit_zero)
     signal.signal(signal.SIGINT, _exit_zero)
+    handle_other_signals()
     config = uvicorn.Config(
         "service.server:build",
         factory=True,
@@ -74,7 +91,7 @@ def serve(settings: Settings) -> int:
         reset_contextvars=True,
     )
     if settings.workers > 1:
-        Multiprocess(config, sockets=list(_duplicates(config.bind_socket()))).run()
+        _Supervisor(config, sockets=list(_duplicates(config.bind_socket()))).run()
         return 0
     config.load_app()
     server = _Server(config)
@@ -92,6 +109,8 @@ def build() -> FastAPI:
     if settings is None:
         raise SystemExit(1)
     prepare_environment(settings)
+    # A worker is a new process, without its parent's handlers.
+    handle_other_signals()
     try:
         telemetry = load_telemetry(settings)
     except TelemetryVariablesError as error:
@@ -122,6 +141,60 @@ def load_telemetry(settings: Settings) -> Telemetry:
         raise TelemetryVariablesError(
             f"The OTEL_* variables are not valid: {type(error).__name__}: {str(error)[:200]}"
         ) from error
+
+
+def handle_other_signals() -> None:
+    """Stop on SIGHUP as on SIGTERM, and log and ignore ``IGNORED_SIGNALS``.
+
+    A server that runs in a thread leaves the signals of its process alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal(signal.SIGHUP, _pass_on_as_sigterm)
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, _log_ignored)
+
+
+def _pass_on_as_sigterm(_signal: int, _frame: FrameType | None) -> None:
+    # Whoever handles SIGTERM at this moment handles it: this module, uvicorn, or the drain.
+    signal.raise_signal(signal.SIGTERM)
+
+
+def _log_ignored(number: int, _frame: FrameType | None) -> None:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        logger.warning("Ignored %s", name)
+    else:
+        # The signal may have interrupted a logging call, with its locks, or a request, with its context.
+        loop.call_soon_threadsafe(partial(logger.warning, "Ignored %s", name), context=Context())
+
+
+class _Supervisor(Multiprocess):
+    """uvicorn's parent process, which passes stop signals on to the workers until they have ended."""
+
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket]) -> None:
+        super().__init__(config, sockets)
+        # uvicorn takes these signals to restart its workers, and to change their number.
+        for number in IGNORED_SIGNALS:
+            signal.signal(number, _log_ignored)
+
+    def handle_hup(self) -> None:
+        """Stop; uvicorn would restart the workers."""
+        self.handle_term()
+
+    def join_all(self) -> None:
+        """Wait for the workers, each of which decides whether another stop signal is a second one."""
+        for worker in self.processes:
+            while worker.exitcode is None:
+                worker.process.join(JOIN_INTERVAL_S)
+                if self.signal_queue:
+                    self.signal_queue.clear()
+                    self.terminate_all()
 
 
 class _Server(uvicorn.Server):

@@ -1,12 +1,16 @@
 """Reads and validates the configuration, and reports all of its problems at once.
 
 ``read_settings`` returns the settings or the problems. The rules for secrets refuse values that are published
-as defaults or examples, too short, or damaged by the quoting of a shell.
+as defaults or examples, too short, guessable, or damaged by the quoting of a shell.
 """
 
+import ipaddress
+import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import argon2
@@ -15,6 +19,7 @@ from pydantic import SecretStr
 from pydantic import ValidationError as PydanticError
 from rapidfuzz.distance import OSA
 
+from service.config.secret_strength import is_guessable
 from service.config.settings import PASSED_THROUGH, Settings, variable_names
 
 REQUIRED = ("JWT_SECRET_KEY", "AUTH_ADMIN_PASSWORD", "AUTH_USER_PASSWORD")
@@ -28,6 +33,12 @@ JWT_PROBLEM = "JWT_SECRET_KEY must be set and different from default"
 MIN_SECRET_BYTES = 32
 MIN_SECRET_DISTINCT = 8
 MIN_PASSWORD_CHARS = 8
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+NARROWEST_WARNED = {4: 24, 6: 64}
+"""Length of the prefix, by the version of IP, below which a trusted network is warned about."""
+
+MAX_REPEATS_CHARS = 1_024
+"""Number of characters in which a repetition is looked for, which takes quadratic time."""
 
 PUBLISHED_SECRETS = frozenset(
     {
@@ -82,6 +93,14 @@ PUBLISHED_PASSWORDS = frozenset(
         "1234567890",
     }
 )
+PER_PROCESS = (
+    *("MAX_IN_FLIGHT", "MAX_IN_FLIGHT_PER_USER", "RATE_LIMIT"),
+    *("LOGIN_FAILURES_PER_NAME", "LOGIN_FAILURES_PER_ADDRESS"),
+    *("RETRY_BUDGET_RATIO", "RETRY_BUDGET_FLOOR", "BREAKER_FAILURE_THRESHOLD"),
+    *("CACHE_MEMORY_BYTES", "CACHE_QUEUE_BYTES", "SPOOL_MAX_BYTES"),
+)
+"""Limits that each worker process counts by itself."""
+
 ARGON2_HASH = re.compile(r"\$argon2(id|i|d)\$v=\d+\$m=\d+,t=\d+,p=\d+\$[A-Za-z0-9+/]+\$[A-Za-z0-9+/]+")
 ARGON2_HASH_SIZES = frozenset({16, 20, 24, 32, 48, 64})
 STRIPPED_HASH = re.compile(r"=\d+=\d+,t=\d+,p=\d+")
@@ -101,7 +120,7 @@ def read_settings() -> Report:
     """Read and validate the configuration. An invalid configuration is reported, not raised."""
     try:
         settings, refused, errors = _read()
-        warnings = tuple(_near_misses(variable_names()))
+        warnings = (*_near_misses(variable_names()), *_risks(settings))
     except (OSError, UnicodeDecodeError) as error:
         return Report(None, (f".env cannot be read: {type(error).__name__}. Make it a UTF-8 file.",), ())
     errors += [message for name, message in problems(settings) if name not in refused]
@@ -135,6 +154,7 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
     yield from _signing_key_problems(settings.jwt_secret_key)
     yield from _password_problems("AUTH_ADMIN_PASSWORD", settings.auth_admin_password)
     yield from _password_problems("AUTH_USER_PASSWORD", settings.auth_user_password)
+    yield from _equal_passwords(settings)
     if not re.fullmatch(r"[\x21-\x7e]*", settings.litellm_api_key.get_secret_value()):
         yield (
             "LITELLM_API_KEY",
@@ -144,6 +164,7 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
             ),
         )
     yield from _origin_problems(settings.cors_origins)
+    yield from _proxy_problems(settings)
     for name, value in (
         ("LITELLM_URL", settings.litellm_url),
         ("QDRANT_URL", settings.qdrant_url),
@@ -189,6 +210,7 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
             ),
         )
     yield from _store_problems(settings)
+    yield from _spool_problems(settings)
 
 
 def _is_utf8(text: str) -> bool:
@@ -218,6 +240,8 @@ def _signing_key_problems(secret: SecretStr) -> Iterator[tuple[str, str]]:
         reason = f"it is {size} bytes long and needs at least {MIN_SECRET_BYTES}"
     elif _repeats(value) or len(set(value)) < MIN_SECRET_DISTINCT:
         reason = "it repeats one pattern"
+    elif is_guessable(value):
+        reason = "it consists of words or patterns that can be guessed"
     if reason:
         yield "JWT_SECRET_KEY", f"{JWT_PROBLEM}: {reason}. {how}"
 
@@ -228,6 +252,7 @@ def _normalized(value: str) -> str:
 
 def _repeats(value: str) -> bool:
     """Whether the value repeats a shorter string; the last repetition may be incomplete."""
+    value = value[:MAX_REPEATS_CHARS]
     return any(
         value == (value[:size] * (len(value) // size + 1))[: len(value)]
         for size in range(1, len(value) // 2 + 1)
@@ -259,6 +284,32 @@ def _password_problems(name: str, secret: SecretStr) -> Iterator[tuple[str, str]
         yield name, f"{name} is too short: it needs at least {MIN_PASSWORD_CHARS} characters."
 
 
+def _equal_passwords(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Check that the users have different passwords.
+
+    Two hashes of one password differ by their salt, so that only the comparison with a plain one is complete.
+    """
+    admin = settings.auth_admin_password.get_secret_value()
+    user = settings.auth_user_password.get_secret_value()
+    if admin.strip() and _is_utf8(admin) and _is_utf8(user) and _same_password(admin, user):
+        yield (
+            "AUTH_USER_PASSWORD",
+            "AUTH_USER_PASSWORD must be different from AUTH_ADMIN_PASSWORD: give each user one of their own.",
+        )
+
+
+def _same_password(first: str, second: str) -> bool:
+    if first == second:
+        return True
+    for hashed, plain in ((first, second), (second, first)):
+        if _is_hash(hashed) and not plain.startswith("$argon2"):
+            try:
+                return argon2.PasswordHasher().verify(hashed, plain)
+            except argon2.exceptions.VerificationError:
+                return False
+    return False
+
+
 def _store_problems(settings: Settings) -> Iterator[tuple[str, str]]:
     """Check what the cache and its store require."""
     if settings.cache_semantic and not settings.embedding_model:
@@ -272,6 +323,36 @@ def _store_problems(settings: Settings) -> Iterator[tuple[str, str]]:
             (
                 f"WORKERS={settings.workers} needs a Qdrant server: set QDRANT_URL, or WORKERS=1. "
                 "The embedded store's files belong to one process."
+            ),
+        )
+
+
+def _spool_problems(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Check that nobody else can write to the spool: its records are sent to MLflow as the service's own.
+
+    A folder that does not exist is created with the right mode, and one that cannot be looked at cannot be
+    used either, which the recorder reports.
+    """
+    if not settings.mlflow_tracking_uri:
+        return
+    try:
+        found = Path(settings.spool_path).stat()
+    except (OSError, ValueError):
+        return
+    if found.st_uid != os.geteuid():
+        yield (
+            "SPOOL_PATH",
+            (
+                f"SPOOL_PATH belongs to another user ({found.st_uid}), who can write to it: give it to user "
+                f"{os.geteuid()} of this process, or choose another folder."
+            ),
+        )
+    elif found.st_mode & WRITABLE_BY_OTHERS:
+        yield (
+            "SPOOL_PATH",
+            (
+                f"SPOOL_PATH can be written to by others (mode {stat.S_IMODE(found.st_mode):04o}): "
+                "run chmod 700 on the folder."
             ),
         )
 
@@ -305,6 +386,40 @@ def _stream_problems(settings: Settings) -> Iterator[tuple[str, str]]:
     ):
         if not fits and name in settings.model_fields_set:
             yield name.upper(), f"{name.upper()} ({value:g}) must be {rule}."
+
+
+def _proxy_problems(settings: Settings) -> Iterator[tuple[str, str]]:
+    if "*" in _proxies(settings):
+        yield (
+            "FORWARDED_ALLOW_IPS",
+            (
+                "FORWARDED_ALLOW_IPS must not contain '*': every client could choose the address that is "
+                "limited and logged. List the addresses of your proxies, separated by commas."
+            ),
+        )
+
+
+def _proxies(settings: Settings) -> list[str]:
+    return [entry.strip() for entry in settings.forwarded_allow_ips.split(",")]
+
+
+def _risks(settings: Settings) -> Iterator[str]:
+    """Yield a sentence for each value that is allowed, and that may do what the operator does not expect."""
+    for entry in _proxies(settings):
+        try:
+            network = ipaddress.ip_network(entry, strict=False)
+        except ValueError:
+            continue
+        if network.prefixlen < NARROWEST_WARNED[network.version]:
+            yield (
+                f"FORWARDED_ALLOW_IPS trusts {entry[:80]}, {network.num_addresses:,} addresses. Each can "
+                "choose the client address that is limited and logged. List the addresses of your proxies."
+            )
+    if settings.workers > 1 and settings.qdrant_url:
+        yield (
+            f"WORKERS={settings.workers} processes count by themselves. All together allow up to "
+            f"{settings.workers} times as much as these say: {', '.join(PER_PROCESS)}."
+        )
 
 
 def _origin_problems(origins: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -16,14 +16,12 @@ import argon2
 import cachetools
 import jwt
 from anyio import CapacityLimiter
-from limits import parse as parse_limit
-from limits.aio.storage import MemoryStorage
-from limits.aio.strategies import MovingWindowRateLimiter
 
 from service.config.settings import Settings
 from service.context import current_request
 from service.errors import AuthenticationError, OverloadedError, RateLimitError
 from service.telemetry.instruments import Instruments
+from service.utils.rates import Rate
 
 ALGORITHM = "HS256"
 REQUIRED_CLAIMS = ["exp", "iat", "iss", "aud", "sub", "jti", "pwd"]
@@ -94,6 +92,7 @@ class Authenticator:
     ) -> None:
         self._settings = settings
         self._attempts = instruments.auth_attempts
+        self._rejected = instruments.requests_rejected
         self._now = now
         self._key = settings.jwt_secret_key.get_secret_value()
         self._hasher = argon2.PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)
@@ -112,7 +111,7 @@ class Authenticator:
         self._threads = CapacityLimiter(HASHING_THREADS)
         self._sleep = sleep
         self._waiting = 0
-        self._attempts_limit = _AttemptsLimit(settings)
+        self._limits = _SignInLimits(settings)
         self._revoked: dict[str, dict[str, float]] = {}
         self._valid_from: dict[str, int] = {}
 
@@ -138,7 +137,36 @@ class Authenticator:
             OverloadedError: Too many sign-ins are waiting.
             RateLimitError: Too many attempts from this address, or failures for this name from it.
         """
-        wait_s = await self._attempts_limit.wait_s(username, address)
+        self._refuse_beyond(await self._limits.arrive(username, address))
+        if self._waiting >= MAX_WAITING:
+            self._rejected.add(1, {"reason": "overloaded"})
+            raise OverloadedError("Too many sign-ins are waiting. Try again later.")
+        self._waiting += 1
+        try:
+            if await self._limits.is_attacked(username, address):
+                await self._sleep(DELAY_S)
+            async with self._threads:
+                # Again, so that parallel attempts can exceed the limit by at most one per thread.
+                self._refuse_beyond(await self._limits.wait_s(username, address))
+                user = await anyio.to_thread.run_sync(self._matching_user, username, password)
+                if user is None:
+                    await self._limits.failed(username, address)
+        finally:
+            self._waiting -= 1
+        if user is None:
+            self._attempts.add(1, {"outcome": "wrong_credentials"})
+            # The name is not logged: users sometimes type the password into the wrong field.
+            logger.warning("login_failed")
+            raise AuthenticationError("The user name or the password is wrong.")
+        self._limits.succeeded(username, address)
+        self._attempts.add(1, {"outcome": "success"})
+        request = current_request.get()
+        if request is not None:
+            request.user = user.username
+        logger.info("login_succeeded", extra={"user": user.username})
+        return self._session(user)
+
+    def _refuse_beyond(self, wait_s: float | None) -> None:
         if wait_s is not None:
             self._attempts.add(1, {"outcome": "rate_limited"})
             logger.warning("login_rate_limited")
@@ -146,31 +174,6 @@ class Authenticator:
                 "Too many sign-ins. Wait for the seconds in Retry-After, then try again.",
                 retry_after_s=wait_s,
             )
-        if self._waiting >= MAX_WAITING:
-            self._attempts.add(1, {"outcome": "overloaded"})
-            raise OverloadedError("Too many sign-ins are waiting. Try again later.")
-        self._waiting += 1
-        try:
-            delay_s = await self._attempts_limit.delay_s(username, address)
-            if delay_s:
-                await self._sleep(delay_s)
-            async with self._threads:
-                user = await anyio.to_thread.run_sync(self._matching_user, username, password)
-        finally:
-            self._waiting -= 1
-        if user is None:
-            await self._attempts_limit.failed(username, address)
-            self._attempts.add(1, {"outcome": "wrong_credentials"})
-            # The name is not logged: users sometimes type the password into the wrong field.
-            logger.warning("login_failed")
-            raise AuthenticationError("The user name or the password is wrong.")
-        self._attempts_limit.succeeded(username, address)
-        self._attempts.add(1, {"outcome": "success"})
-        request = current_request.get()
-        if request is not None:
-            request.user = user.username
-        logger.info("login_succeeded", extra={"user": user.username})
-        return self._session(user)
 
     def logout(self, token: str) -> None:
         """Refuse a token from now on; other tokens of the user stay valid.
@@ -270,23 +273,25 @@ class Authenticator:
         return int(claims["exp"]) + self._settings.jwt_leeway_s, user, claims
 
 
-class _AttemptsLimit:
+class _SignInLimits:
     """Limits sign-ins so that a stranger slows down their own address, and not the owner of a name.
 
-    Every attempt counts for its address. Failures count for the name and the address together: beyond the
-    limit that address waits, unless it has signed in to that name before. Failures for a name from all
-    addresses together only delay the next attempts from addresses that have not.
+    Every attempt counts for its address, and failures for the name and the address together; beyond either
+    limit the address waits. An address that has signed in to a name has, for this name, a limit of its own on
+    failures instead of both. Failures for a name from all addresses together only delay the next attempts
+    from addresses that have not signed in to it.
 
     The number of counters is fixed. Keys that share a counter share its limit; the mapping depends on a
     random key of the process, so that an attacker cannot choose one that blocks another.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
-        self._per_name = parse_limit(settings.login_failures_per_name)
-        self._per_address = parse_limit(settings.login_failures_per_address)
+        self._addresses = Rate(settings.login_failures_per_address)
+        self._proven_pairs = Rate(settings.login_failures_per_address)
+        self._pairs = Rate(settings.login_failures_per_name)
+        self._names = Rate(settings.login_failures_per_name)
         self._key = secrets.token_bytes(16)
-        self._proven: cachetools.LRUCache[str, bool] = cachetools.LRUCache(COUNTER_SLOTS)
+        self._proven: cachetools.LRUCache[bytes, bool] = cachetools.LRUCache(COUNTER_SLOTS)
 
     def _digest(self, *values: str) -> bytes:
         return hashlib.blake2b("\0".join(values).encode(), key=self._key, digest_size=16).digest()
@@ -295,33 +300,32 @@ class _AttemptsLimit:
         return str(int.from_bytes(self._digest(*values)[:8]) % COUNTER_SLOTS)
 
     def _is_proven(self, username: str, address: str) -> bool:
-        return self._digest(username, address).hex() in self._proven
+        return self._digest(username, address) in self._proven
+
+    async def arrive(self, username: str, address: str) -> float | None:
+        """Count an attempt; return the seconds until one is allowed, None where this one is."""
+        if not self._is_proven(username, address):
+            slot = self._slot(address)
+            if not await self._addresses.hit(slot):
+                return max(1.0, (await self._addresses.window(slot)).reset_s)
+        return await self.wait_s(username, address)
 
     async def wait_s(self, username: str, address: str) -> float | None:
-        """Count an attempt; return the seconds until one is allowed, None where this one is."""
-        waits = []
-        both = self._slot(username, address)
-        if not self._is_proven(username, address) and not await self._limiter.test(
-            self._per_name, "both", both
-        ):
-            stats = await self._limiter.get_window_stats(self._per_name, "both", both)
-            waits.append(max(1.0, stats.reset_time - time.time()))
-        if not await self._limiter.hit(self._per_address, "address", self._slot(address)):
-            stats = await self._limiter.get_window_stats(self._per_address, "address", self._slot(address))
-            waits.append(max(1.0, stats.reset_time - time.time()))
-        return max(waits, default=None)
+        """Return the seconds until the address is allowed to try the name again; None if it is now."""
+        rate = self._proven_pairs if self._is_proven(username, address) else self._pairs
+        slot = self._slot(username, address)
+        return None if await rate.test(slot) else max(1.0, (await rate.window(slot)).reset_s)
 
-    async def delay_s(self, username: str, address: str) -> float:
-        """The seconds by which an attempt is delayed, because the name is under attack."""
-        if self._is_proven(username, address):
-            return 0.0
-        return 0.0 if await self._limiter.test(self._per_name, "name", self._slot(username)) else DELAY_S
+    async def is_attacked(self, username: str, address: str) -> bool:
+        """Whether the name had too many failures, and the address has not signed in to it."""
+        return not self._is_proven(username, address) and not await self._names.test(self._slot(username))
 
     async def failed(self, username: str, address: str) -> None:
         """Count a failed sign-in."""
-        await self._limiter.hit(self._per_name, "both", self._slot(username, address))
-        await self._limiter.hit(self._per_name, "name", self._slot(username))
+        slot = self._slot(username, address)
+        await (self._proven_pairs if self._is_proven(username, address) else self._pairs).hit(slot)
+        await self._names.hit(self._slot(username))
 
     def succeeded(self, username: str, address: str) -> None:
         """Remember that this address knows the password of this name."""
-        self._proven[self._digest(username, address).hex()] = True
+        self._proven[self._digest(username, address)] = True

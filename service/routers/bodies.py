@@ -38,16 +38,19 @@ def read_json(content: bytes) -> Any:  # noqa: ANN401 - any JSON value
         ValidationError: It is not JSON in UTF-8, names a field of an object twice, holds a number that is not
             finite, is nested too deep, or holds too many values.
     """
-    objects = _Objects()
     try:
-        value = json.loads(
-            content.decode(),
-            parse_constant=_no_number,
-            parse_float=_finite,
-            object_pairs_hook=objects.from_pairs,
-        )
+        return _parse(content)
     except (ValueError, RecursionError):
         refuse("body", "cannot be read as JSON", kind="json_invalid")
+
+
+def _parse(content: bytes) -> Any:  # noqa: ANN401 - any JSON value
+    value = json.loads(
+        content.decode(),
+        parse_constant=_no_number,
+        parse_float=_finite,
+        object_pairs_hook=_Objects().from_pairs,
+    )
     if isinstance(value, dict) and len(value) > MAX_FIELDS:
         refuse("body", f"must not have more than {MAX_FIELDS} fields")
     _check_containers(value)
@@ -113,7 +116,14 @@ class _JsonRequest(Request):
     async def json(self) -> Any:  # noqa: ANN401 - as Starlette's
         """Read the body."""
         if not hasattr(self, "_json"):
-            self._json = read_json(await self.body())
+            content = await self.body()
+            try:
+                self._json = _parse(content)
+            except json.JSONDecodeError:
+                # FastAPI's answer to it names the place.
+                raise
+            except (ValueError, RecursionError):
+                refuse("body", "cannot be read as JSON", kind="json_invalid")
         return self._json
 
 

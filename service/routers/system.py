@@ -33,8 +33,14 @@ async def health() -> HealthResponse:
     responses={**errors(), 503: {"model": DetailedHealth, "description": "Degraded, or draining."}},
 )
 async def health_detailed(services: ServicesDep) -> JSONResponse:
-    """Readiness: the last results of the background checks; waits for no dependency."""
-    found, required = services.health.health(), services.health_required
+    """Readiness. Results older than a second are renewed, which takes no longer than ``HEALTH_TIMEOUT_S``.
+
+    At most one check of a dependency runs at a time, and at most one a second is caused by those who ask.
+    """
+    required = services.health_required
+    if not services.drain.draining:
+        await services.health.refresh(required)
+    found = services.health.health()
     ready = all(found[name].up for name in required if name in found)
     status = "draining" if services.drain.draining else "healthy" if ready else "degraded"
     body = DetailedHealth(

@@ -27,6 +27,10 @@ CANCEL_GRACE_S = 0.5
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+SAME_SIGNAL_S = 1.0
+"""Time after a stop signal within which another one is the same: a process manager sends it to the process
+and to its group, and a shell and its child both pass it on."""
+
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 logger = logging.getLogger(__name__)
@@ -125,8 +129,10 @@ class Drain:
 
 
 @contextmanager
-def drain_on_signal(drain: Drain, tasks: asyncio.TaskGroup) -> Iterator[None]:
-    """Drain on the first stop signal, then pass the signal to uvicorn; a second signal stops it at once.
+def drain_on_signal(
+    drain: Drain, tasks: asyncio.TaskGroup, clock: Callable[[], float] = time.monotonic
+) -> Iterator[None]:
+    """Drain on the first stop signal, then pass the signal to uvicorn; a later second one stops it at once.
 
     uvicorn's handlers are in place when the lifespan starts, in every worker process. In a server that runs
     in a thread there are none, and nothing is taken over.
@@ -138,7 +144,7 @@ def drain_on_signal(drain: Drain, tasks: asyncio.TaskGroup) -> Iterator[None]:
         yield
         return
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    stop = _Stop(drain, tasks, handlers)
+    stop = _Stop(drain, tasks, handlers, clock)
     for number in STOP_SIGNALS:
         signal.signal(number, stop.on_signal)
     stop.begin_if_signalled()
@@ -153,32 +159,39 @@ class _Stop:
     """The signal handler: starts the drain, and passes the signal to uvicorn's handler afterwards."""
 
     def __init__(
-        self, drain: Drain, tasks: asyncio.TaskGroup, handlers: Mapping[signal.Signals, Handler]
+        self,
+        drain: Drain,
+        tasks: asyncio.TaskGroup,
+        handlers: Mapping[signal.Signals, Handler],
+        clock: Callable[[], float],
     ) -> None:
         self._drain = drain
         self._tasks = tasks
         self._handlers = handlers
         self._loop = asyncio.get_running_loop()
-        self._signalled = False
+        self._clock = clock
+        self._signalled_at: float | None = None
 
     def begin_if_signalled(self) -> None:
         """Drain at once where uvicorn has received a signal already."""
         servers = [_server_of(handler) for handler in self._handlers.values()]
         if any(server is not None and server.should_exit for server in servers):
-            self._signalled = True
+            self._signalled_at = self._clock()
             self._drain.begin()
             self._tasks.create_task(self._drain.wait(), name="drain")
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         """Handle a stop signal. Runs between two bytecodes, so it only schedules the work."""
-        if self._signalled:
+        if self._signalled_at is not None:
+            if self._clock() < self._signalled_at + SAME_SIGNAL_S:
+                return
             # uvicorn itself forces the exit on a second SIGINT only; here a second SIGTERM does the same.
             server = _server_of(self._handlers[signal.Signals(number)])
             if server is not None:
                 server.force_exit = True
             self._pass_on(number)
             return
-        self._signalled = True
+        self._signalled_at = self._clock()
         # A new context: the signal may have interrupted a request.
         self._loop.call_soon_threadsafe(self._start, number, context=Context())
 

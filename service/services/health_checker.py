@@ -1,10 +1,11 @@
-"""Checks the dependencies in the background, and serves the latest results from memory."""
+"""Checks the dependencies in the background and when somebody asks, and serves the latest results."""
 
 import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from opentelemetry.context import Context
@@ -18,6 +19,10 @@ from service.telemetry.instruments import Instruments
 
 MAX_JITTER = 0.1
 MAX_REASON_CHARS = 200
+FRESH_S = 1.0
+"""Age up to which a result is served to those who ask; an older one is renewed. Many who ask therefore cause
+at most one check a second."""
+
 
 Ping = Callable[[], Awaitable[None]]
 
@@ -89,6 +94,9 @@ class HealthChecker:
         self._tracer = tracer
         self._results: dict[str, Result] = {}
         self._requested = {name: asyncio.Event() for name in self._pings}
+        self._finished = {name: asyncio.Event() for name in self._pings}
+        """Set, and replaced, at the end of each check."""
+        self._checking: set[str] = set()
         instruments.observe_health(
             lambda: {name: (health.up, health.age_s) for name, health in self.health().items()}
         )
@@ -111,6 +119,30 @@ class HealthChecker:
         if name in self._requested:
             self._requested[name].set()
 
+    async def refresh(self, awaited: Collection[str]) -> None:
+        """Check again each dependency whose result is older than ``FRESH_S``, and wait for the results.
+
+        Those who ask at the same time wait for the same check. The wait ends after the time limit of a check.
+
+        Args:
+            awaited: The dependencies whose results are waited for; a slow one among the others delays nobody.
+        """
+        now = self._schedule.clock()
+        old = [
+            name
+            for name in self._pings
+            if (result := self._results.get(name)) is None or now - result.at > FRESH_S
+        ]
+        for name in old:
+            # A check that is under way is the answer; another request would be followed by another check.
+            if name not in self._checking:
+                self.check_now(name)
+        finished = [self._finished[name] for name in old if name in awaited]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._schedule.timeout_s):
+                for event in finished:
+                    await event.wait()
+
     async def run(self) -> None:
         """Check the dependencies until cancelled."""
         async with asyncio.TaskGroup() as group:
@@ -121,7 +153,13 @@ class HealthChecker:
         requested = self._requested[name]
         while True:
             requested.clear()
-            await self._check(name, ping)
+            self._checking.add(name)
+            try:
+                await self._check(name, ping)
+            finally:
+                self._checking.discard(name)
+                self._finished[name].set()
+                self._finished[name] = asyncio.Event()
             jitter = 1 + MAX_JITTER * (2 * self._schedule.jitter() - 1)
             try:
                 async with asyncio.timeout(self._schedule.interval_s * jitter):

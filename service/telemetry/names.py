@@ -163,7 +163,7 @@ AUTH_ATTEMPTS: Final = Metric(
     "counter",
     "{attempt}",
     "Sign-ins by outcome",
-    {"outcome": ("success", "wrong_credentials", "overloaded", "rate_limited")},
+    {"outcome": ("success", "wrong_credentials", "rate_limited")},
 )
 REQUESTS_REJECTED: Final = Metric(
     "llmops.requests.rejected",

@@ -65,6 +65,11 @@ def test_every_variable_that_is_listed_is_passed_on_or_fixed_for_a_reason() -> N
         assert COMPOSE["x-settings"][name], name
 
 
+def test_no_proxy_is_trusted_where_there_is_none() -> None:
+    assert COMPOSE["x-settings"]["FORWARDED_ALLOW_IPS"] is None
+    assert SHOWN["FORWARDED_ALLOW_IPS"]["value"] == ""
+
+
 def test_no_password_has_a_default() -> None:
     for name in env_file.COMPOSE:
         if name != "COMPOSE_PROFILES":
@@ -111,10 +116,44 @@ def test_a_service_is_bounded_and_has_no_rights(name: str) -> None:
     assert service["mem_limit"]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
-    assert service["networks"] == ["llmops"]
+    assert 0 < service["pids_limit"] <= 1_024
+    assert service["read_only"] is True
     # The collector's image has no shell and no client; `check` ends by itself.
     assert ("healthcheck" in service) == (name not in {"collector", "check"})
     assert service["image"].endswith(":local") or re.search(r":v?\d+\.\d+\.\d+$", service["image"])
+
+
+def _reached_by(name: str) -> set[str]:
+    own = set(SERVICES[name].get("networks", ()))
+    return {other for other, one in SERVICES.items() if own & set(one.get("networks", ())) and other != name}
+
+
+def test_a_service_is_reached_only_by_those_who_need_it() -> None:
+    assert _reached_by("mlflow") == {"api"}
+    assert _reached_by("qdrant") == {"api"}
+    assert _reached_by("litellm") == {"api", "collector"}
+    assert _reached_by("api") == {"litellm", "mlflow", "qdrant", "collector"}
+    backends = {"collector", "tempo", "loki", "prometheus", "grafana"}
+    for name in backends - {"collector"}:
+        assert _reached_by(name) == backends - {name}
+
+
+def test_every_network_is_declared_and_used_and_nothing_is_on_the_default_one() -> None:
+    used = {network for service in SERVICES.values() for network in service.get("networks", ())}
+    assert set(COMPOSE["networks"]) == used
+    without = {name for name, service in SERVICES.items() if not service.get("networks")}
+    assert without == {"check"}
+    assert SERVICES["check"]["network_mode"] == "none"
+    # Docker publishes a port through the gateway of the first network by name.
+    assert min(SERVICES["api"]["networks"]) == "edge"
+
+
+def test_an_image_has_an_exact_tag_and_the_way_to_a_digest_is_written_down() -> None:
+    published = [one["image"] for one in SERVICES.values() if not one["image"].endswith(":local")]
+    assert len(published) == len(set(published)) == 6
+    for image in published:
+        assert re.search(r":v?\d+\.\d+\.\d+(@sha256:[0-9a-f]{64})?$", image), image
+    assert "docker buildx imagetools inspect image:tag" in TEXT
 
 
 def _image(name: str) -> Image:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from service.config.env_validator import REQUIRED, problems
+from service.config.env_validator import PER_PROCESS, REQUIRED, problems
 from service.config.settings import PASSED_THROUGH, Settings
 from tests.harness import make_settings
 
@@ -55,3 +55,18 @@ def test_only_what_is_required_is_left_to_fill_in() -> None:
 def test_the_example_as_it_stands_is_refused() -> None:
     values = {name.lower(): match["value"] for name, match in SHOWN.items() if not match["off"]}
     assert {name for name, _ in problems(make_settings(**values))} == set(REQUIRED)
+
+
+@pytest.mark.parametrize("name", PER_PROCESS)
+def test_a_limit_that_is_counted_per_process_says_so(name: str) -> None:
+    paragraph = next(
+        part for part in "\n".join(LINES).split("\n\n") if re.search(rf"^(# )?{name}=", part, re.MULTILINE)
+    )
+    assert "per process" in paragraph.replace("\n# ", " ")
+
+
+def test_what_says_that_it_is_counted_per_process_is_warned_about() -> None:
+    for part in "\n".join(LINES).split("\n\n"):
+        names = re.findall(r"^(?:# )?([A-Z][A-Z0-9_]*)=", part, re.MULTILINE)
+        if "per process" in part.replace("\n# ", " ") and names != ["WORKERS"]:
+            assert set(names) <= set(PER_PROCESS), names

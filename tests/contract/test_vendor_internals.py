@@ -18,6 +18,7 @@ import httpx2
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from limits.aio.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
 from openai import AsyncOpenAI
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.instrumentation.logging import handler as otel_logging_handler
@@ -29,6 +30,8 @@ from purgatory.domain.model import Context
 from qdrant_client import QdrantClient, models
 from qdrant_client.local.qdrant_local import QdrantLocal
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.supervisors import Multiprocess
+from uvicorn.supervisors.multiprocess import Process
 
 from service.cache.embedded import set_pragmas
 from service.config.logging import BRIDGE_LOGGER, HEADER_PARSER
@@ -358,6 +361,29 @@ def test_uvicorn_signal_handlers() -> None:
     assert server.should_exit, message
     handler(signal.SIGINT, None)
     assert server.force_exit, message
+
+
+def test_uvicorn_parent_process() -> None:
+    """``service.server`` waits for the workers itself, and passes stop signals on to them meanwhile."""
+    message = _changed("uvicorn", "Multiprocess", "service/server.py")
+    run = inspect.getsource(Multiprocess.run)
+    assert "self.terminate_all()\n        self.join_all()" in run, message
+    assert "self.processes" in inspect.getsource(Multiprocess.join_all), message
+    handlers = inspect.getsource(Multiprocess.__init__)
+    assert "signal.signal(sig, lambda sig, frame: self.signal_queue.append(sig))" in handlers, message
+    assert {"handle_hup", "handle_term"} <= set(vars(Multiprocess)), message
+    assert {"exitcode", "terminate"} <= set(vars(Process)), message
+
+
+def test_limits_read_the_systems_time_in_one_place() -> None:
+    """``utils.rates`` has a storage with a clock of its own; only the storage may read another."""
+    message = _changed("limits", "where its strategies read the time", "service/utils/rates.py")
+    assert "time" not in inspect.getsource(MovingWindowRateLimiter).replace("reset_time", "").replace(
+        "reset time", ""
+    ), message
+    counters = inspect.getsource(SlidingWindowCounterRateLimiter)
+    assert counters.count("time.time()") == 1, message
+    assert "now = time.time()" in inspect.getsource(SlidingWindowCounterRateLimiter.get_window_stats), message
 
 
 def test_purgatory_state_model() -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from deploy.ports import unused_port
+from service.services.health_checker import FRESH_S
 from tests.e2e.support import to_collector
 from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import FakeUpstream, Silent, Status
@@ -127,17 +128,65 @@ def test_what_is_not_required_does_not_make_it_unready(upstream: FakeUpstream) -
     assert answer["details"]["litellm"]["required"] is False
 
 
-def test_a_thousand_probes_add_no_ping_and_wait_for_nobody(upstream: FakeUpstream) -> None:
+def test_a_thousand_probes_cause_at_most_a_ping_a_second(upstream: FakeUpstream) -> None:
     variables = {**OFTEN, "LITELLM_URL": upstream.url, "HEALTH_INTERVAL_S": "30", "HEALTH_TTL_S": "60"}
     with ServiceProcess(variables) as process:
         process.wait_ready()
         until(lambda: checks(process)["litellm"], "the first check")
-        before = len([seen for seen in upstream.requests if "/health/" in seen.path])
-        upstream.health_behaviour = Silent()
+        before = pings(upstream)
+        started = time.monotonic()
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda _: process.call("GET", "/health/detailed").status, range(1_000)))
+        took_s = time.monotonic() - started
     assert set(answers) == {200}
-    assert len([seen for seen in upstream.requests if "/health/" in seen.path]) == before
+    assert pings(upstream) - before <= took_s + 1
+
+
+def test_a_dependency_that_hangs_delays_who_asks_by_its_limit_at_most(upstream: FakeUpstream) -> None:
+    variables = {
+        **OFTEN,
+        "LITELLM_URL": upstream.url,
+        "HEALTH_INTERVAL_S": "60",
+        "HEALTH_TIMEOUT_S": "1",
+        "HEALTH_TTL_S": "90",
+    }
+    with ServiceProcess(variables) as process:
+        process.wait_ready()
+        until(lambda: checks(process)["litellm"], "the first check")
+        upstream.health_behaviour = Silent()
+        before, started = pings(upstream), time.monotonic()
+        with ThreadPoolExecutor(16) as pool:
+            # Answered from memory for a second, then by the check that ran into its limit.
+            until(lambda: not all(pool.map(lambda _: checks(process)["litellm"], range(16))), "the illness")
+            took_s = time.monotonic() - started
+            assert pings(upstream) - before <= took_s + 1
+            assert process.call("GET", "/health").json == {"status": "alive"}
+
+
+def test_who_asks_sees_a_dependency_that_has_just_died_long_before_the_next_check(
+    upstream: FakeUpstream,
+) -> None:
+    port = unused_port()
+    variables = {
+        **OFTEN,
+        "LITELLM_URL": upstream.url,
+        "QDRANT_URL": f"http://127.0.0.1:{port}",
+        "HEALTH_INTERVAL_S": "600",
+        "HEALTH_TTL_S": "900",
+    }
+    with ServiceProcess(variables) as process, qdrant(port) as store:
+        process.wait_ready()
+        until(lambda: process.call("GET", "/health/detailed").status == 200, "ready")
+        store.kill()
+        store.wait()
+        time.sleep(FRESH_S + 0.1)  # the last result must be older than what is served from memory
+        degraded = process.call("GET", "/health/detailed")
+    assert degraded.status == 503
+    assert degraded.json["checks"] == {"qdrant": False, "litellm": True}
+
+
+def pings(upstream: FakeUpstream) -> int:
+    return len([seen for seen in upstream.requests if "/health/" in seen.path])
 
 
 def test_a_refused_call_makes_it_look_at_once(upstream: FakeUpstream) -> None:

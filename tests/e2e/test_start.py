@@ -74,6 +74,27 @@ def test_a_misspelt_variable_is_pointed_out(tmp_path: Path) -> None:
     assert warnings == ["Warning: LITELM_URL is not a setting. Did you mean LITELLM_URL?"]
 
 
+def test_check_warns_of_limits_that_each_worker_counts(tmp_path: Path) -> None:
+    several = {**COMPLETE, "WORKERS": "2", "QDRANT_URL": "http://127.0.0.1:1"}
+    ended = run(tmp_path, several, "-m", "service", "check")
+
+    assert ended.returncode == 0
+    (warning,) = [line["message"] for line in decoded(ended.stdout) if line["level"] == "WARNING"]
+    assert warning.startswith("Warning: WORKERS=2 processes count by themselves.")
+    assert "RATE_LIMIT" in warning
+
+
+@pytest.mark.parametrize("arguments", [("-m", "service"), ("-m", "service", "check")])
+def test_trust_in_every_proxy_is_refused(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    port = unused_port()
+    ended = run(tmp_path, {**COMPLETE, "FORWARDED_ALLOW_IPS": "*", "PORT": str(port)}, *arguments)
+
+    assert ended.returncode == 1
+    (line,) = decoded(ended.stdout)
+    assert line["message"].startswith("Error: FORWARDED_ALLOW_IPS must not contain '*': ")
+    assert not listens(port)
+
+
 @pytest.mark.parametrize(("argument", "status"), [("swerve", 2), ("--swerve", 2), ("--help", 0)])
 def test_the_command_line_speaks_json_too(tmp_path: Path, argument: str, status: int) -> None:
     ended = run(tmp_path, EMPTY, "-m", "service", argument)

@@ -1,12 +1,16 @@
 """The stop: who is inside is served to the end, nobody is lost, and it takes no longer than it may."""
 
+import os
+import re
 import signal
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
+from service.services.drain import SAME_SIGNAL_S
 from tests.e2e.support import to_collector
 from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import Answer, FakeUpstream, Silent
@@ -38,7 +42,7 @@ def stop_lines(process: ServiceProcess) -> list[str]:
     return [message for message in ours if message.startswith(LINES)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_with_nothing_in_flight_it_ends_at_once(upstream: FakeUpstream, number: signal.Signals) -> None:
     with ServiceProcess({"LITELLM_URL": upstream.url}) as process:
         process.wait_ready()
@@ -52,7 +56,7 @@ def test_with_nothing_in_flight_it_ends_at_once(upstream: FakeUpstream, number: 
     assert lines[4].startswith("Graceful shutdown completed in ")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("seen", ["Started server process", "Waiting for application startup."])
 def test_a_signal_while_it_starts_stops_it_in_the_same_order(
     upstream: FakeUpstream, number: signal.Signals, seen: str
@@ -159,11 +163,99 @@ def test_a_second_signal_ends_it_at_once(upstream: FakeUpstream) -> None:
         assert process.process is not None
         process.process.send_signal(signal.SIGTERM)
         _until_draining(process)
+        time.sleep(SAME_SIGNAL_S)  # an earlier one would be the same signal
         started = time.monotonic()
         process.process.send_signal(signal.SIGTERM)
         process.process.wait(10)
         assert time.monotonic() - started < SHUTDOWN_TIMEOUT_S
         caller.join()
+
+
+WORKERS = {"WORKERS": "2", "QDRANT_URL": "http://127.0.0.1:9"}
+
+
+@pytest.mark.parametrize("workers", [{}, WORKERS], ids=["one process", "workers"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_is_sent_twice_within_a_second_is_one(
+    upstream: FakeUpstream, number: signal.Signals, workers: dict[str, str]
+) -> None:
+    upstream.default = Answer(delay_s=1.5)
+    with ServiceProcess({"LITELLM_URL": upstream.url, **workers}) as process:
+        started(process, workers)
+        token = process.token()
+        with ThreadPoolExecutor(1) as pool:
+            slow: Future[Reply] = pool.submit(ask, process, token)
+            upstream.wait_for(lambda fake: len(fake.chat_requests) == 1)
+            assert process.process is not None
+            process.process.send_signal(number)
+            eventually(lambda: "Received shutdown signal" in process.text(), "the stop")
+            process.process.send_signal(number)
+            assert process.process.wait(20) == 0
+        lines = stop_lines(process)
+    assert slow.result().status == 200
+    assert "Request completed" in lines
+    assert lines.count("Received shutdown signal") == (2 if workers else 1)
+    assert lines[-1].startswith("Graceful shutdown completed in ")
+
+
+def test_a_second_signal_ends_workers_at_once(upstream: FakeUpstream) -> None:
+    upstream.default = Silent()
+    with ServiceProcess({"LITELLM_URL": upstream.url, **WORKERS, "LLM_TIMEOUT_S": "300"}) as process:
+        started(process, WORKERS)
+        caller = threading.Thread(target=_ask_and_lose, args=(process, process.token()))
+        caller.start()
+        upstream.wait_for(lambda fake: len(fake.chat_requests) == 1)
+        assert process.process is not None
+        process.process.send_signal(signal.SIGTERM)
+        eventually(lambda: process.text().count("Received shutdown signal") == 2, "both workers to stop")
+        time.sleep(SAME_SIGNAL_S)  # an earlier one would be the same signal
+        begun = time.monotonic()
+        process.process.send_signal(signal.SIGTERM)
+        assert process.process.wait(20) == 0
+        assert time.monotonic() - begun < SHUTDOWN_TIMEOUT_S / 2
+        caller.join()
+
+
+OTHERS = [
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF),
+    *(signal.SIGQUIT, signal.SIGIO, signal.SIGPWR, signal.SIGTTIN, signal.SIGTTOU),
+]
+
+
+@pytest.mark.parametrize("workers", [{}, WORKERS], ids=["one process", "workers"])
+def test_other_signals_are_ignored_with_a_line_each(upstream: FakeUpstream, workers: dict[str, str]) -> None:
+    with ServiceProcess({"LITELLM_URL": upstream.url, **workers}) as process:
+        started(process, workers)
+        assert process.process is not None
+        pids = {process.process.pid, *(int(found) for found in STARTED.findall(process.text()))}
+        assert len(pids) == (3 if workers else 1)
+        for pid in pids:
+            for number in OTHERS:
+                os.kill(pid, number)
+        expected = sorted(f"Ignored {number.name}" for number in OTHERS) * len(pids)
+        eventually(lambda: process.text().count('"Ignored SIG') == len(expected), "a line each")
+        assert ask(process, process.token()).status == 200
+        assert process.stop() == 0
+        lines = process.lines()
+    assert sorted(line["message"] for line in lines if line["message"].startswith("Ignored")) == sorted(
+        expected
+    )
+    assert not [line for line in lines if line["level"] in {"ERROR", "CRITICAL"}]
+    assert len(set(STARTED.findall(process_text(lines)))) == (2 if workers else 1), "no worker came or went"
+
+
+STARTED = re.compile(r"Started server process \[(\d+)\]")
+
+
+def started(process: ServiceProcess, workers: dict[str, str]) -> None:
+    """Wait until every process serves."""
+    process.wait_ready()
+    count = int(workers.get("WORKERS", "1"))
+    eventually(lambda: process.text().count("Application startup complete") == count, "the processes")
+
+
+def process_text(lines: list[dict[str, Any]]) -> str:
+    return "\n".join(line["message"] for line in lines)
 
 
 def test_two_workers_stop_as_one(upstream: FakeUpstream) -> None:

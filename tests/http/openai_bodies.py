@@ -105,7 +105,7 @@ CHATS: Final[dict[str, Any]] = {
     "prediction": _chat(
         prediction={"type": "content", "content": [{"type": "text", "text": "class A: ..."}]}
     ),
-    "stored": _chat(store=True, metadata={"team": "ops", "ticket": "A-1"}),
+    "stored": _chat(store=True),
     "service tier": _chat(service_tier="flex", safety_identifier="hash-1", prompt_cache_key="key-1"),
     "web search": _chat(
         web_search_options={
@@ -113,7 +113,6 @@ CHATS: Final[dict[str, Any]] = {
             "user_location": {"type": "approximate", "approximate": {"city": "Bern", "country": "CH"}},
         }
     ),
-    "LiteLLM's own": _chat(metadata={"tags": ["a"]}, fallbacks=["other-model"], num_retries=0, timeout=5),
     "thinking": _chat(
         thinking={"type": "enabled", "budget_tokens": 1024},
         reasoning={"effort": "medium", "summary": "auto"},
@@ -130,7 +129,6 @@ RAW_CHATS: Final[dict[str, bytes]] = {
     "white space": b' \n{ "messages" :\t[ {"role":"user" , "content":"x"} ]\r\n, "model" :"demo" } \n',
     "numbers as written": b'{"model":"demo","messages":[{"content":"x"}],"a":1.10,"b":1E2,"c":-0}',
     "escapes as written": b'{"model":"d\\u0065mo","messages":[{"content":"\\/\\u00fc\\ud83d\\ude00"}]}',
-    "a name twice": b'{"model":"other-model","messages":[{}],"model":"demo","seed":1,"seed":2}',
     "unescaped": '{"model":"demo","messages":[{"role":"user","content":"ü🌍"}]}'.encode(),
 }
 REQUESTS: Final[dict[str, bytes]] = {

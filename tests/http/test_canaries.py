@@ -84,7 +84,13 @@ class Planted:
         ]
         parameters = {"description": self.tool, "enum": [self.tool]}
         tools = [{"type": "function", "function": {"name": "look_up", "parameters": parameters}}]
-        body = {"model": "demo", "messages": messages, "tools": tools, "metadata": {"x": self.tool}, **more}
+        body = {
+            "model": "demo",
+            "messages": messages,
+            "tools": tools,
+            "prediction": {"content": self.tool},
+            **more,
+        }
         return self.send("/v1/chat/completions", body)
 
 

@@ -14,6 +14,7 @@ EVERYWHERE = {405, 500}
 ERRORS = {
     ("post", "/auth/login"): {401, 408, 413, 422, 429, 503},
     ("get", "/auth/me"): {401, 503},
+    ("post", "/auth/logout"): {401, 503},
     ("post", "/llm/generate"): {400, 401, 408, 413, 422, 429, 502, 503, 504},
     ("get", "/llm/models"): {400, 401, 429, 502, 503, 504},
     ("get", "/llm/cache/stats"): {401, 503},

@@ -19,6 +19,7 @@ def limited(upstream: FakeUpstream) -> Iterator[AppUnderTest]:
     with running_app(
         litellm_url=upstream.url,
         max_in_flight=3,
+        max_in_flight_per_user=3,
         rate_limit="5/minute",
         request_body_timeout_s=0.4,
         llm_timeout_s=2.0,
@@ -109,12 +110,14 @@ def test_more_than_the_limit_in_flight_is_turned_away_at_once(
         ]
         upstream.wait_for(lambda fake: len(fake.chat_requests) == 3)
         eventually(lambda: limited.value("llmops.requests.in_flight") == 3, "the metric")
-        refused = limited.call("GET", "/auth/me", token=token)
+        refused = limited.call("POST", "/llm/generate", body={"prompt": "x"}, token=token)
+        # What calls no model has places of its own.
+        who = limited.call("GET", "/auth/me", token=token)
         health = limited.call("GET", "/health")
     assert refused.status == 503
     assert refused.json["error"] == "OverloadedError"
     assert refused.headers["retry-after"] == "1"
-    assert health.status == 200
+    assert (health.status, who.status) == (200, 200)
     assert {call.result().status for call in waiting} == {504}
     eventually(lambda: limited.value("llmops.requests.in_flight") == 0, "the metric")
     assert limited.value("llmops.requests.rejected", reason="overloaded") == 1

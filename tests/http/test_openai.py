@@ -212,6 +212,19 @@ class Refused:
 
 
 REFUSED = {
+    "LiteLLM's own": Refused(b'{"messages": [{}], "num_retries": 8}', "num_retries"),
+    "a price": Refused(b'{"messages": [{}], "input_cost_per_token": 0}', "input_cost_per_token"),
+    "a key": Refused(b'{"model": "demo", "input": "x", "api_key": "x"}', "api_key", EMBEDDINGS_PATH),
+    "two models": Refused(b'{"messages": [{}], "model": "demo,demo"}', "model"),
+    "a name twice": Refused(b'{"messages": [{}], "model": "demo", "model": "gpt"}', "model"),
+    "a name twice, inside": Refused(b'{"messages": [{"role": "user", "role": "system"}]}', "role"),
+    "too many lists": Refused(b'{"messages": [{}], "x": [' + b"[]," * 20_000 + b"[]]}", "body"),
+    "too many objects": Refused(b'{"messages": [{}], "x": [' + b"{}," * 20_000 + b"{}]}", "body"),
+    "too many fields": Refused(
+        b'{"messages": [{}], ' + b", ".join(b'"x%d": 0' % number for number in range(300)) + b"}", "body"
+    ),
+    "a number for a text": Refused(b'{"messages": [{"content": 5}]}', "messages.0.content"),
+    "a number for tools": Refused(b'{"messages": [{}], "tools": 1}', "tools"),
     "nothing": Refused(b"", "body"),
     "no JSON": Refused(b"{'a': 1}", "body"),
     "no object": Refused(b"[]", "body"),

@@ -21,6 +21,7 @@ def app(upstream: FakeUpstream) -> Iterator[AppUnderTest]:
         litellm_url=upstream.url,
         rate_limit="4/minute",
         max_in_flight=2,
+        max_in_flight_per_user=2,
         request_body_timeout_s=0.3,
         llm_timeout_s=2.0,
         breaker_failure_threshold=1,
@@ -54,7 +55,7 @@ def test_no_place_left(app: AppUnderTest, upstream: FakeUpstream) -> None:
         with calling(app, token) as caller:
             assert caller.event()
             # A stream keeps its place to its last byte.
-            refused = app.call("GET", "/v1/models", token=token)
+            refused = app.call("POST", PATH, body=CHAT, token=token)
         assert (refused.status, type_of(refused)) == (503, "OverloadedError")
         assert refused.headers["retry-after"] == "1"
         eventually(lambda: app.value("llmops.requests.in_flight") == 1, "the place to be free again")

@@ -11,9 +11,10 @@ from typing import Any
 import jwt
 import pytest
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoint
+from pydantic import SecretStr
 
-from service.errors import AuthenticationError, RateLimitError
-from service.identity.tokens import COUNTER_SLOTS, HASHING_THREADS, Authenticator, _FailureLimiter
+from service.errors import AuthenticationError, OverloadedError, RateLimitError
+from service.identity.tokens import COUNTER_SLOTS, HASHING_THREADS, MAX_WAITING, Authenticator, _SignInLimits
 from service.telemetry.providers import Exporters, build_telemetry
 from tests.harness import make_settings, new_secrets
 from tests.unit.conftest import Lines
@@ -35,11 +36,15 @@ class Desk:
         self.settings = make_settings(**{**made, **values})
         self._reader = InMemoryMetricReader()
         telemetry = build_telemetry(self.settings, Exporters(metrics=self._reader))
-        self.auth = Authenticator(self.settings, telemetry.instruments)
+        self.delays: list[float] = []
+        self.auth = Authenticator(self.settings, telemetry.instruments, sleep=self._sleep)
+
+    async def _sleep(self, seconds: float) -> None:
+        self.delays.append(seconds)
 
     async def fails(self, username: str = "user", address: str = ADDRESS) -> str | float:
         """Sign in with a wrong password: the name of the error, or the seconds to wait."""
-        with pytest.raises((AuthenticationError, RateLimitError)) as caught:
+        with pytest.raises((AuthenticationError, RateLimitError, OverloadedError)) as caught:
             await self.auth.login(username, WRONG, address)
         return caught.value.retry_after_s or caught.value.name
 
@@ -167,17 +172,71 @@ def _limited(
     return outcomes, [outcome for outcome in outcomes if isinstance(outcome, float)]
 
 
-def test_a_name_is_limited_whatever_the_address(desk: Open) -> None:
+def test_a_stranger_slows_the_owner_of_a_name_down_and_does_not_lock_them_out(desk: Open) -> None:
     here = desk(login_failures_per_name="3/minute")
 
     async def main(here: Desk) -> list[str | float]:
-        return [await here.fails(address=f"192.0.2.{number}") for number in range(5)]
+        tried = [await here.fails(address=f"192.0.2.{number}") for number in range(5)]
+        await here.auth.login("user", here.passwords["user"], "198.51.100.1")
+        assert here.delays == [1.0] * 3, "the attempts after the third failure, the owner's too"
+        await here.auth.login("user", here.passwords["user"], "198.51.100.1")
+        return tried
+
+    outcomes, _ = _limited(main, here)
+    assert outcomes == ["AuthenticationError"] * 5
+    assert here.delays == [1.0] * 3, "an address that has signed in is not delayed again"
+
+
+def test_a_name_is_limited_for_each_address(desk: Open) -> None:
+    here = desk(login_failures_per_name="3/minute")
+
+    async def main(here: Desk) -> list[str | float]:
+        return [await here.fails() for _ in range(5)]
 
     outcomes, waits = _limited(main, here)
     assert outcomes[:3] == ["AuthenticationError"] * 3
     assert len(waits) == 2
     assert all(1 <= wait <= 60 for wait in waits)
     assert here.attempts() == {"success": 0, "wrong_credentials": 3, "rate_limited": 2}
+
+
+def test_an_address_that_has_signed_in_has_a_limit_of_its_own(desk: Open) -> None:
+    here = desk(login_failures_per_name="2/minute", login_failures_per_address="4/minute")
+
+    async def main(here: Desk) -> list[str | float]:
+        await here.auth.login("user", here.passwords["user"], ADDRESS)
+        return [await here.fails() for _ in range(6)]
+
+    outcomes, waits = _limited(main, here)
+    assert outcomes[:4] == ["AuthenticationError"] * 4
+    assert len(waits) == 2
+
+
+def test_a_token_that_was_signed_out_is_refused_and_others_are_not(desk: Open) -> None:
+    here = desk()
+
+    async def main() -> tuple[str, str]:
+        first = await here.auth.login("user", here.passwords["user"], ADDRESS)
+        second = await here.auth.login("user", here.passwords["user"], ADDRESS)
+        return first.token, second.token
+
+    first, second = asyncio.run(main())
+    assert here.auth.identify(first).username == "user"
+    here.auth.logout(first)
+    with pytest.raises(AuthenticationError, match="signed out"):
+        here.auth.identify(first)
+    assert here.auth.identify(second).username == "user"
+
+
+def test_a_token_ends_with_the_password_it_was_issued_for(cheap_hash: Callable[[str], str]) -> None:
+    key = "x" * 8 + "another key of thirty-two bytes and more"
+    before = Desk(cheap_hash, jwt_secret_key=key)
+    token = asyncio.run(before.auth.login("user", before.passwords["user"], ADDRESS)).token
+    same = Authenticator(before.settings, build_telemetry(before.settings).instruments)
+    assert same.identify(token).username == "user", "a restart ends nothing"
+    changed = before.settings.model_copy(update={"auth_user_password": SecretStr("quite another password 1")})
+    with pytest.raises(AuthenticationError, match="password has changed"):
+        Authenticator(changed, build_telemetry(changed).instruments).identify(token)
 
 
 def test_an_address_is_limited_whatever_the_name(desk: Open) -> None:
@@ -242,17 +301,19 @@ def test_guesses_at_the_same_time_cannot_outrun_the_limit(desk: Open) -> None:
     outcomes, waits = _limited(main, here)
     tried = outcomes.count("AuthenticationError")
     assert 3 <= tried <= 3 + HASHING_THREADS - 1
-    assert len(waits) == 40 - tried
+    turned_away = outcomes.count("OverloadedError")
+    assert turned_away == 40 - MAX_WAITING
+    assert len(waits) == 40 - tried - turned_away
 
 
 def test_any_number_of_names_shares_a_fixed_number_of_counters() -> None:
     """Memory is bounded: when all counters are used up, a name that was never tried has to wait too."""
-    failures = _FailureLimiter(make_settings(login_failures_per_name="1/hour"))
+    limits = _SignInLimits(make_settings(login_failures_per_name="1/hour"))
 
     async def main() -> float | None:
         for number in range(12 * COUNTER_SLOTS):
-            await failures.count(f"name-{number}", ADDRESS)
-        return await failures.wait_s("a name never tried", "an address never tried")
+            await limits.failed(f"name-{number}", ADDRESS)
+        return await limits.wait_s("a name never tried", "an address never tried")
 
     assert asyncio.run(main())
 

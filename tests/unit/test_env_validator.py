@@ -1,7 +1,9 @@
 """What the validator refuses, value by value, and what its sentence tells the operator to do."""
 
+import os
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -177,6 +179,30 @@ def test_good_origins_are_accepted(read: Read) -> None:
     assert settings.cors_origins == origins
 
 
+@pytest.mark.parametrize("value", ["*", " * ", "127.0.0.1,*", "*, 10.0.0.1"])
+def test_trust_in_every_address_is_refused(read: Read, value: str) -> None:
+    (error,) = read(FORWARDED_ALLOW_IPS=value).errors
+    assert error.startswith("FORWARDED_ALLOW_IPS must not contain '*': ")
+
+
+@pytest.mark.parametrize(
+    "network", ["0.0.0.0/0", "::/0", "10.0.0.0/8", "10.1.2.0/23", "fd00::/63", "9.9.9.9/1"]
+)
+def test_trust_in_a_wide_network_is_warned_about(read: Read, network: str) -> None:
+    report = read(FORWARDED_ALLOW_IPS=f"127.0.0.1, {network}")
+    assert report.settings is not None
+    (warning,) = report.warnings
+    assert warning.startswith(f"FORWARDED_ALLOW_IPS trusts {network}, ")
+
+
+@pytest.mark.parametrize(
+    "value", ["", "127.0.0.1", "10.1.2.0/24,fd00::/64", "::1", "proxy.example", "not/a/network"]
+)
+def test_trust_in_a_proxy_is_not_warned_about(read: Read, value: str) -> None:
+    report = read(FORWARDED_ALLOW_IPS=value)
+    assert (report.errors, report.warnings) == ((), ())
+
+
 URLS = [
     "LITELLM_URL",
     "QDRANT_URL",
@@ -252,6 +278,18 @@ def test_several_workers_need_a_qdrant_server(read: Read) -> None:
     assert read(WORKERS="2", QDRANT_URL="http://qdrant:6333").errors == ()
 
 
+def test_several_workers_are_told_which_limits_each_of_them_counts(read: Read) -> None:
+    (warning,) = read(WORKERS="3", QDRANT_URL="http://qdrant:6333").warnings
+    assert warning.startswith("WORKERS=3 ")
+    assert "3 times" in warning
+    for name in (
+        *("RATE_LIMIT", "MAX_IN_FLIGHT", "LOGIN_FAILURES_PER_NAME", "LOGIN_FAILURES_PER_ADDRESS"),
+        *("BREAKER_FAILURE_THRESHOLD", "RETRY_BUDGET_FLOOR", "CACHE_MEMORY_BYTES"),
+    ):
+        assert name in warning
+    assert read(WORKERS="1").warnings == ()
+
+
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
@@ -290,3 +328,17 @@ def test_limits_of_a_stream_must_agree(read: Read, variables: dict[str, str], se
 )
 def test_a_default_limit_of_a_stream_gives_way(read: Read, variables: dict[str, str]) -> None:
     assert read(**variables).errors == ()
+
+
+def test_a_spool_of_another_user_is_refused(
+    read: Read, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o700)
+    owner = tmp_path.stat().st_uid
+    given = {"SPOOL_PATH": str(tmp_path), "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    assert read(**given).errors == ()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    (error,) = read(**given).errors
+    assert error.startswith(f"SPOOL_PATH belongs to another user ({owner}), ")
+    # Without MLflow nothing is written there.
+    assert read(**{**given, "MLFLOW_TRACKING_URI": None}).errors == ()

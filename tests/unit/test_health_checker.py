@@ -7,7 +7,8 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
 from service.errors import UpstreamError
-from service.services.health_checker import HealthChecker, HealthSchedule
+from service.services.health_checker import FRESH_S, HealthChecker, HealthSchedule
+from tests.fakes.clock import FakeClock
 from tests.unit.resilience import Readable, readable
 
 
@@ -173,3 +174,65 @@ def test_an_old_result_is_not_believed(metrics: Readable) -> None:
     now = 131.0
     health = checker.health()["litellm"]
     assert (health.up, health.error, health.age_s) == (False, "the last check is too old", 31.0)
+
+
+def test_who_ask_at_once_wait_for_one_check_and_see_its_result(metrics: Readable) -> None:
+    async def scenario() -> None:
+        clock, dependency = FakeClock(100), Dependency()
+        checker = HealthChecker(
+            {"litellm": dependency.ping},
+            HealthSchedule(interval_s=3_600, timeout_s=5, ttl_s=7_200, clock=clock),
+            metrics.instruments,
+            TracerProvider(shutdown_on_exit=False).get_tracer("test"),
+        )
+        task = asyncio.create_task(checker.run())
+        await dependency.next_ping()
+        clock.advance(FRESH_S)
+        await checker.refresh({"litellm"})
+        assert dependency.pings == 1
+        dependency.error = UpstreamError(label="Connection error")
+        clock.advance(0.1)
+        await asyncio.gather(*(checker.refresh({"litellm"}) for _ in range(50)))
+        assert checker.health()["litellm"].error == "Connection error"
+        await asyncio.gather(*(checker.refresh({"litellm"}) for _ in range(50)))
+        assert dependency.pings == 2
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(scenario())
+
+
+def test_who_asks_while_a_check_hangs_causes_no_other_and_waits_for_its_limit_only(metrics: Readable) -> None:
+    async def scenario() -> None:
+        clock, dependency = FakeClock(100), Dependency()
+        checker = HealthChecker(
+            {"litellm": dependency.ping},
+            HealthSchedule(interval_s=3_600, timeout_s=0.2, ttl_s=7_200, clock=clock),
+            metrics.instruments,
+            TracerProvider(shutdown_on_exit=False).get_tracer("test"),
+        )
+        task = asyncio.create_task(checker.run())
+        await dependency.next_ping()
+        dependency.hangs = True
+        clock.advance(2 * FRESH_S)
+        dependency.asked.clear()
+        # Whose result is not waited for is checked all the same.
+        await asyncio.wait_for(checker.refresh(()), 0.1)
+        await asyncio.wait_for(dependency.asked.wait(), 5)
+        async with asyncio.timeout(5):
+            await asyncio.gather(*(checker.refresh({"litellm"}) for _ in range(50)))
+        assert checker.health()["litellm"].error == "no answer within 0.2 s"
+        await asyncio.sleep(0.05)
+        assert (dependency.pings, dependency.most_at_once) == (2, 1)
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(scenario())
+
+
+def test_without_the_checks_running_the_wait_ends_all_the_same(metrics: Readable) -> None:
+    async def scenario() -> None:
+        async with asyncio.timeout(5):
+            await make(metrics, Dependency()).refresh({"litellm"})
+
+    asyncio.run(scenario())

@@ -6,7 +6,8 @@ from types import FrameType
 
 import uvicorn
 
-from service.services.drain import STOP_SIGNALS, Drain, drain_on_signal
+from service.services.drain import SAME_SIGNAL_S, STOP_SIGNALS, Drain, drain_on_signal
+from tests.fakes.clock import FakeClock
 
 
 class Server(uvicorn.Server):
@@ -21,15 +22,17 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def taken_over(server: Server, raised_inside: int = 0) -> Drain:
+def taken_over(server: Server, raised_inside: int = 0, apart_s: float = SAME_SIGNAL_S) -> Drain:
     """Open and close the drain over the server's handlers, with so many signals in between."""
+    clock = FakeClock()
 
     async def main() -> Drain:
         drain = Drain(grace_s=0, timeout_s=1)
         async with asyncio.TaskGroup() as tasks:
-            with drain_on_signal(drain, tasks):
+            with drain_on_signal(drain, tasks, clock):
                 for _ in range(raised_inside):
                     signal.raise_signal(signal.SIGTERM)
+                    clock.advance(apart_s)
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
         return drain
@@ -63,6 +66,13 @@ def test_the_second_ends_it_at_once() -> None:
     assert taken_over(server, raised_inside=2).draining
     assert server.stopped_by == [signal.SIGTERM] * 2
     assert server.force_exit
+
+
+def test_a_second_one_within_a_second_is_the_same() -> None:
+    server = Server()
+    assert taken_over(server, raised_inside=4, apart_s=SAME_SIGNAL_S / 4).draining
+    assert server.stopped_by == [signal.SIGTERM]
+    assert not server.force_exit
 
 
 def test_one_that_the_server_has_had_is_drained_for_and_not_handed_over_again() -> None:
