@@ -55,6 +55,7 @@ class RequestContext:
     Args:
         request_id: The trace id, 32 hex digits.
         incident_id: ``inc_`` and the server span's id.
+        continued: Whether the trace is the caller's; then other requests may have the same ``request_id``.
         entered_s: Arrival time on the monotonic clock.
         client_request_id: The caller's own ``X-Request-ID``, when it has a permitted form.
         user: The caller's name, once known.
@@ -66,6 +67,7 @@ class RequestContext:
 
     request_id: str
     incident_id: str
+    continued: bool = False
     entered_s: float = 0.0
     client_request_id: str | None = None
     user: str | None = None

@@ -55,7 +55,7 @@ while the collector is down."""
 HEADER_PARSER = "opentelemetry.util.re"
 BRIDGE_LOGGER = "opentelemetry.instrumentation.logging.handler.internal"
 EVENT_NAME = "otel.event.name"
-CONTEXT_FIELDS = frozenset({"request_id", "client_request_id", "user"})
+CONTEXT_FIELDS = frozenset({"request_id", "incident_id", "client_request_id", "user"})
 """Fields that every record of a request gets. They are not copied to span events, whose span has them."""
 
 _STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {
@@ -161,6 +161,8 @@ class RecordContext(logging.Filter):
         request = current_request.get()
         if request is not None:
             fields["request_id"] = request.request_id
+            # On every line, as the first ones of a request are written before it fails.
+            fields["incident_id"] = request.incident_id
             if request.user is not None:
                 fields.setdefault("user", request.user)
             if request.client_request_id is not None:

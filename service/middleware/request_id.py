@@ -8,8 +8,12 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from typing import Any, cast
 
 from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.instrumentation.asgi import asgi_getter
+from opentelemetry.propagate import extract
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -58,6 +62,7 @@ class RequestIdMiddleware:
         request = RequestContext(
             request_id=trace_id,
             incident_id=f"inc_{span_id}",
+            continued=_is_continued(scope, ids),
             entered_s=self._clock(),
             client_request_id=client_request_id if CLIENT_REQUEST_ID.fullmatch(client_request_id) else None,
         )
@@ -85,6 +90,16 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send_with_headers)
         finally:
             _log_completed(scope, request, status, self._clock() - request.entered_s)
+
+
+def _is_continued(scope: Scope, ids: trace.SpanContext) -> bool:
+    """Whether the trace is the caller's.
+
+    Read from the request again: a server span that is not recorded does not know its parent.
+    """
+    carrier = cast("dict[str, Any]", scope)
+    parent = trace.get_current_span(extract(carrier, Context(), asgi_getter)).get_span_context()
+    return parent.is_valid and parent.trace_id == ids.trace_id
 
 
 def _add_fields(headers: MutableHeaders, request: RequestContext) -> None:

@@ -45,8 +45,9 @@ def encode(records: Iterable[CallRecord], resource: Mapping[str, str]) -> bytes:
     """The body of one export: a root span for each record.
 
     MLflow stores a span as the trace ``tr-<trace id>`` and ignores one that it has, so sending a record twice
-    is harmless. The span has no parent: MLflow would wait for it and keep the trace in progress. Every record
-    can be encoded, whatever it holds, as one that could not would block all others.
+    is harmless. Two spans of one trace would be one record there, so each has its own ``record_id``. The span
+    has no parent: MLflow would wait for it and keep the trace in progress. Every record can be encoded,
+    whatever it holds, as one that could not would block all others.
     """
     # Many attributes are the same in all records, and each is encoded once.
     cache: dict[tuple[str, type, object], KeyValue] = {}
@@ -61,7 +62,7 @@ def encode(records: Iterable[CallRecord], resource: Mapping[str, str]) -> bytes:
 def _span(record: CallRecord, cache: dict[tuple[str, type, object], KeyValue]) -> Span:
     succeeded = record.error is None and record.outcome != "cancelled"
     return Span(
-        trace_id=bytes.fromhex(record.trace_id),
+        trace_id=bytes.fromhex(record.record_id),
         span_id=bytes.fromhex(record.span_id),
         name=_text(f"{record.operation} {record.model}"),
         kind=Span.SPAN_KIND_CLIENT,
@@ -101,6 +102,8 @@ def _attributes(record: CallRecord) -> dict[str, object]:
         OUTPUTS: record.answer,
         # Tags can be searched for on MLflow's page.
         f"{TAG}request_id": record.trace_id,
+        f"{TAG}span_id": record.span_id,
+        f"{TAG}incident_id": record.incident_id,
         f"{TAG}outcome": record.outcome,
     }
 

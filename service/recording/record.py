@@ -1,5 +1,6 @@
 """The record of one model call, and its form as a line of JSON in the spool."""
 
+import hashlib
 import json
 import re
 from contextlib import suppress
@@ -14,11 +15,13 @@ SPAN_ID = re.compile(r"[0-9a-f]{16}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallRecord:
-    """A call that has ended; ``trace_id`` and ``span_id`` together identify it.
+    """A call that has ended; ``record_id`` identifies it.
 
     Args:
         trace_id: 32 hex digits; the request id of the answer.
         span_id: 16 hex digits; the ``llm call`` span.
+        continued: Whether the trace is the caller's; then other calls, of any user, may have the same.
+        incident_id: The request's; None where there is none.
         operation: The GenAI operation, like ``chat``.
         started_ns: Unix time in nanoseconds.
         duration_s: Seconds from the start of the call to its end, including retries and back-off.
@@ -61,6 +64,21 @@ class CallRecord:
     saved_cost: float | None = None
     prompt: str | None = None
     answer: str | None = None
+    continued: bool = False
+    incident_id: str | None = None
+
+    @property
+    def record_id(self) -> str:
+        """32 hex digits that no other call has; the record's trace id in MLflow.
+
+        It is the request's trace id, or where the caller chose that, the first 128 bits of the SHA-256 of the
+        trace id and the span id, which is chosen here. Records of earlier versions have the trace id.
+        """
+        if not self.continued:
+            return self.trace_id
+        digest = hashlib.sha256(bytes.fromhex(self.trace_id + self.span_id)).digest()
+        # 0 is not valid as a trace id.
+        return f"{int.from_bytes(digest[:16]) or 1:032x}"
 
     def as_line(self) -> bytes:
         """The record as one line of JSON with its line feed; fields that are None are left out."""

@@ -1,14 +1,12 @@
-"""Records every call in MLflow: into the spool before the call is answered, to the server afterwards."""
+"""Records every call in MLflow: into the spool before its answer ends, to the server afterwards."""
 
 import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -17,18 +15,16 @@ import anyio.to_thread
 from service.config.logging import configure_logging, detach_bridge, drain_lines
 from service.config.settings import Settings
 from service.recording.delivery import Delivery, RecordCounts
-from service.recording.mlflow import MAX_TRACES, GoneError, Tracker, TrackerError, in_thread
+from service.recording.mlflow import MAX_TRACES, GoneError, Run, Tracker, TrackerError, in_thread
 from service.recording.record import CallRecord
 from service.recording.run import ProcessRun, Totals, params_of
 from service.recording.spool import Spool, run_file
+from service.recording.writer import Entry, SpoolWriter
 from service.telemetry.providers import SCOPE, Telemetry, build_telemetry
 
 INTERVAL_S = 1.0
 TOTALS_INTERVAL_S = 10.0
 ORPHANS_INTERVAL_S = 30.0
-MEMORY_RECORDS = 10_000
-MEMORY_BYTES = 16_777_216
-"""Limits of what is kept in memory while the disk fails; beyond them records are lost."""
 
 Ping = Callable[[], Awaitable[None]]
 
@@ -45,6 +41,9 @@ class CallRecorder(Protocol):
     def record(self, record: CallRecord) -> None:
         """Take the record of a call that is about to be answered; does not block and does not raise."""
 
+    async def written(self) -> None:
+        """Wait until the records so far are on disk; a disk that fails is not waited for. Does not raise."""
+
 
 class NoRecorder:
     """The recorder where no MLflow server is configured: it keeps nothing and depends on nothing."""
@@ -53,6 +52,9 @@ class NoRecorder:
 
     def record(self, record: CallRecord) -> None:
         """Drop the record."""
+
+    async def written(self) -> None:
+        """Return at once."""
 
 
 @asynccontextmanager
@@ -133,8 +135,10 @@ class _Interval:
 class Recorder:
     """Takes the record of each call, and sends it to MLflow in a thread of its own.
 
-    A record is in the spool before its call is answered, so that no end of the process loses it: the append
-    takes a few microseconds, and the operating system keeps what it has taken when the process is killed.
+    Another thread writes each record to the spool, and the answer ends when that is done, so that no end of
+    the process loses the record of an answered call: the operating system keeps what it has taken when the
+    process is killed. A disk that does not answer is waited for once and briefly. Until it works again,
+    records are in memory only.
 
     Args:
         tracker: The MLflow server.
@@ -158,19 +162,16 @@ class Recorder:
         self._interval_s = interval_s
         self._counts = RecordCounts(telemetry.instruments, clock)
         self._totals = Totals()
-        self._memory: deque[tuple[CallRecord, int]] = deque()
-        self._memory_bytes = 0
-        # Guards the memory, which two threads change.
-        self._lock = threading.Lock()
         self._run_lock = threading.Lock()
         self._wake = threading.Event()
-        self._stopping = self._ended = False
+        self._stopping = False
         self._totals_interval = _Interval(TOTALS_INTERVAL_S, clock)
         self._replay_interval = _Interval(ORPHANS_INTERVAL_S, clock)
         self._expiry_interval = _Interval(ORPHANS_INTERVAL_S, clock)
         self._sync_interval = _Interval(settings.spool_fsync_interval_s, clock)
         self._sent_totals: dict[str, float] = {}
         self._spool = self._open_spool()
+        self._writer = SpoolWriter(self._append if self._spool else None, self._lose, clock=clock)
         name = self._spool.name if self._spool else f"process-{time.time_ns()}"
         params = dict(params_of(settings, version("llmops-api")))
         self._run = ProcessRun(name, time.time_ns() // 1_000_000, params)
@@ -196,41 +197,36 @@ class Recorder:
         return {"mlflow": self._tracker.ping}
 
     def start(self) -> None:
-        """Start the thread that delivers."""
+        """Start the thread that writes, and the one that delivers."""
+        self._writer.start()
         self._thread.start()
 
     def record(self, record: CallRecord) -> None:
         """Take the record of a call that is about to be answered; does not block and does not raise."""
         self._counts.recorded()
         try:
+            # First, as a record that cannot be encoded must not be in the totals, either.
+            entry = Entry(record, record.as_line())
             self._totals.add(record)
-            line = record.as_line()
-            if self._spool is None or not self._to_spool(self._spool, line):
-                self._keep_in_memory(record, len(line))
+            self._writer.put(entry)
         except Exception:
             # A bug here must not fail the call.
             logger.exception("A record could not be taken")
             self._lose(1, "a bug")
 
-    def _to_spool(self, spool: Spool, line: bytes) -> bool:
+    async def written(self) -> None:
+        """Wait until the records so far are on disk; a disk that fails is not waited for. Does not raise."""
+        await self._writer.written()
+
+    def _append(self, line: bytes) -> None:
+        """Write a line to the spool; runs in the writer's thread."""
+        if self._spool is None:
+            raise OSError("there is no spool")
         failing = self._delivery.failing
-        try:
-            if spool.append(line, spooled=failing):
-                self._wake.set()
-        except OSError:
-            return False
+        if self._spool.append(line, spooled=failing):
+            self._wake.set()
         if failing:
             self._counts.spooled(1)
-        return True
-
-    def _keep_in_memory(self, record: CallRecord, size_bytes: int) -> None:
-        with self._lock:
-            room = len(self._memory) < MEMORY_RECORDS and self._memory_bytes + size_bytes <= MEMORY_BYTES
-            if room and not self._ended:
-                self._memory.append((record, size_bytes))
-                self._memory_bytes += size_bytes
-                return
-        self._lose(1, "the disk takes nothing, and memory is full")
 
     def _lose(self, count: int, reason: str) -> None:
         self._counts.settled(count)
@@ -306,16 +302,19 @@ class Recorder:
         if self._spool is not None:
             self._delivery.send_spool(self._spool, run)
         # Not until it is empty: while the disk fails and calls go on, it never is.
-        for _batch in range(0, len(self._memory), MAX_TRACES):
-            with self._lock:
-                batch = [record for record, _size in islice(self._memory, MAX_TRACES)]
-            self._delivery.send_memory(batch, run)
-            for _record in batch:
-                self._pop_memory()
+        for _batch in range(0, self._writer.records, MAX_TRACES):
+            self._send_from_memory(run)
 
-    def _pop_memory(self) -> None:
-        with self._lock:
-            self._memory_bytes -= self._memory.popleft()[1]
+    def _send_from_memory(self, run: Run) -> None:
+        entries = self._writer.take(MAX_TRACES)
+        if not entries:
+            return
+        try:
+            self._delivery.send_memory([entry.record for entry in entries], run)
+        except BaseException:
+            self._writer.put_back(entries)
+            raise
+        self._writer.done(entries)
 
     def _send_totals(self) -> None:
         totals = self._totals.metrics
@@ -329,36 +328,29 @@ class Recorder:
         self._counts.log_losses(at_once=False)
         if self._spool is None:
             return
-        self._move_to_disk(self._spool)
+        self._writer.retry()
         self._spool.expire(self._settings.spool_max_age_s)
         if self._sync_interval.passed():
             self._spool.sync()
         if self._expiry_interval.passed():
             self._delivery.expire_orphaned(self._spool.folder, self._settings.spool_max_age_s)
 
-    def _move_to_disk(self, spool: Spool) -> None:
-        """Move records from memory to the spool, as far as the disk accepts them."""
-        while self._memory and self._to_spool(spool, self._memory[0][0].as_line()):
-            self._pop_memory()
-
     def _last_round(self) -> None:
         try:
+            self._writer.stop()
             self._deliver()
             self._run.end(self._tracker, self._run.ended_ms or self._run.started_ms)
             if self._spool is not None:
                 run_file(self._spool.folder, self._spool.name).unlink(missing_ok=True)
         finally:
             if self._spool is not None:
-                self._move_to_disk(self._spool)
+                self._writer.write()
                 self._spool.sync()
                 self._spool.close()
             self._lose_memory()
 
     def _lose_memory(self) -> None:
-        with self._lock:
-            left = 0 if self._ended else len(self._memory)
-            self._ended = True
-        if left:
+        if left := self._writer.end():
             self._lose(left, "no disk took them, and MLflow neither")
         self._counts.log_losses()
 

@@ -129,7 +129,8 @@ class CallReport:
             spec: What was asked.
             outcome: What came of it.
         """
-        self._record(self._record_of(span, spec, outcome))
+        record = self._record_of(span, spec, outcome)
+        self._record(record)
         attributes: dict[str, str | int | float] = {
             names.ATTR_LLM_OUTCOME: outcome.outcome,
             names.ATTR_LLM_ATTEMPTS: outcome.attempts,
@@ -155,10 +156,10 @@ class CallReport:
         if outcome.completion is not None and outcome.completion.cost is not None:
             instruments.llm_cost.add(outcome.completion.cost, {"model": known})
         _put_facts(outcome)
-        _write_line(spec, outcome)
+        _write_line(spec, outcome, record.record_id)
 
     def _record_of(self, span: Span, spec: CallSpec, outcome: CallOutcome) -> CallRecord:
-        context = span.get_span_context()
+        context, request = span.get_span_context(), current_request.get()
         completion = outcome.completion
         # The tokens of a cached answer stand in the record of the call that paid for it.
         paid = None if outcome.cache == "hit" else completion
@@ -192,6 +193,8 @@ class CallReport:
             saved_cost=outcome.saved_cost if outcome.outcome == "cached" else None,
             prompt=asked,
             answer=answer,
+            continued=request is not None and request.continued,
+            incident_id=request.incident_id if request is not None else None,
         )
 
 
@@ -210,11 +213,12 @@ def _put_facts(outcome: CallOutcome) -> None:
         )
 
 
-def _write_line(spec: CallSpec, outcome: CallOutcome) -> None:
+def _write_line(spec: CallSpec, outcome: CallOutcome, record_id: str) -> None:
     completion = outcome.completion
     paid = None if outcome.cache == "hit" else completion
     fields = {
         "user": spec.user,
+        "record_id": record_id,
         "model": spec.request.model,
         "outcome": outcome.outcome,
         "error": outcome.error,

@@ -181,6 +181,7 @@ class Generation:
         self._coalescing = coalescing
         self._on_unreachable = on_unreachable
         self._clock = clock
+        self._recorder = recorder
         self._report = CallReport(instruments, llm.known, recorder.record, capture=settings.captures_content)
         self._silence_s = settings.stream_chunk_timeout_s
         # Never shorter than the wait for the first piece.
@@ -319,8 +320,11 @@ class Generation:
                 yield call, span
             except BaseException as error:
                 self._report.ended(span, spec, call.outcome(error))
+                if isinstance(error, Exception):
+                    await self._recorder.written()
                 raise
             self._report.ended(span, spec, call.outcome())
+            await self._recorder.written()
 
     async def _ask(self, call: _Call, span: Span) -> Reply:
         """Ask the model for a whole answer, with retries, and store it."""

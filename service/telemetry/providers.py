@@ -4,6 +4,7 @@
 """
 
 import logging
+import secrets
 import threading
 import time
 import uuid
@@ -34,7 +35,6 @@ from opentelemetry.sdk.trace.sampling import (
     ParentBased,
     Sampler,
     SamplingResult,
-    TraceIdRatioBased,
 )
 from opentelemetry.semconv._incubating.attributes import deployment_attributes, service_attributes
 from opentelemetry.semconv._incubating.metrics.http_metrics import HTTP_SERVER_RESPONSE_BODY_SIZE
@@ -57,6 +57,9 @@ ABORT_TIMEOUT_S = 0.5
 
 MAX_ATTRIBUTE_CHARS = 2_048
 """Maximum length of a span's string attribute, unless ``OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT`` is set."""
+
+RANDOM_BITS = 53
+"""Random bits for one decision of the sampler."""
 
 IDENTITY_PREFIXES = ("service.", "deployment.")
 
@@ -189,8 +192,8 @@ def _is_exported(exporter: str, endpoint: str, settings: Settings) -> bool:
 def sampler_from(settings: Settings) -> Sampler:
     """Create the sampler that the standard settings name.
 
-    The decision of a remote parent is ignored, because callers could otherwise disable the recording of their
-    requests. The decision of a local parent is followed.
+    What a remote parent says is ignored: its decision, its trace id and its ``tracestate``. Callers could
+    otherwise choose which of their requests are recorded. The decision of a local parent is followed.
     """
     if settings.otel_sdk_disabled:
         return ALWAYS_OFF
@@ -198,9 +201,43 @@ def sampler_from(settings: Settings) -> Sampler:
     root: Sampler = {
         "always_on": ALWAYS_ON,
         "always_off": ALWAYS_OFF,
-        "traceidratio": TraceIdRatioBased(settings.otel_traces_sampler_arg),
+        "traceidratio": RandomRatio(settings.otel_traces_sampler_arg),
     }[chosen]
     return ExceptProbes(ParentBased(root, remote_parent_sampled=root, remote_parent_not_sampled=root))
+
+
+class RandomRatio(Sampler):
+    """Records a share of the traces, each by a random number of this process.
+
+    The SDK's sampler for the same setting decides by the trace id, which a caller may choose.
+
+    Args:
+        ratio: The share, from 0 to 1.
+        random_bits: Returns a number of so many random bits, which a caller cannot predict.
+    """
+
+    def __init__(self, ratio: float, random_bits: Callable[[int], int] = secrets.randbits) -> None:
+        self._ratio = ratio
+        self._bound = round(ratio * 2**RANDOM_BITS)
+        self._random_bits = random_bits
+
+    def should_sample(  # noqa: PLR0913, PLR0917 - the SDK's interface
+        self,
+        parent_context: Context | None,
+        trace_id: int,
+        name: str,
+        kind: SpanKind | None = None,
+        attributes: Attributes = None,
+        links: Sequence[Link] | None = None,
+        trace_state: TraceState | None = None,
+    ) -> SamplingResult:
+        """Decide on a span that is about to start."""
+        sampler = ALWAYS_ON if self._random_bits(RANDOM_BITS) < self._bound else ALWAYS_OFF
+        return sampler.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
+
+    def get_description(self) -> str:
+        """Return the sampler's name and its share."""
+        return f"RandomRatio{{{self._ratio}}}"
 
 
 class ExceptProbes(Sampler):

@@ -1,7 +1,7 @@
 """The one client of the LiteLLM proxy: whole answers, streams, the list of models, pings."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -29,8 +29,13 @@ from service.upstream.stream import LlmStream
 from service.upstream.transport import UpstreamClient, UpstreamTransport
 from service.utils.deadline import Deadline
 
-MAX_KNOWN_MODELS = 200
-"""The largest number of values that ``model`` gets on a metric, however many models the upstream lists."""
+MAX_LISTED_MODELS = 200
+"""How many of the models that the upstream lists are values of ``model`` on a metric."""
+
+MAX_UNLISTED_MODELS = 40
+"""How many models are values of ``model`` because they answered, though the list does not name them.
+
+Callers can fill these places where the upstream answers to any name. They cannot take those of the list."""
 
 SPARE_CONNECTIONS = 8
 """Connections for what no caller's request causes: the list of models, the health checks."""
@@ -83,7 +88,8 @@ class LlmClient:
         self._instruments = telemetry.instruments
         self._spans = AttemptSpans(telemetry, settings, self.known)
         self._known: set[str] = set()
-        self._remember(settings.default_model)
+        self._unlisted: set[str] = set()
+        self._keep_listed([settings.default_model])
 
     async def ask(self, request: LlmRequest, deadline: Deadline) -> Reply:
         """Ask for a whole answer, in one attempt.
@@ -151,8 +157,7 @@ class LlmClient:
         """The models that the upstream lists now, in its order; raises as ``ask``."""
         response = await self._send(f"{self._root}/v1/models", Deadline.after(self._timeout_s))
         listed = read_models(response.content)
-        for name in listed.names:
-            self._remember(name)
+        self._keep_listed(listed.names)
         return listed
 
     async def learn_models(self) -> bool:
@@ -173,10 +178,25 @@ class LlmClient:
         """The value for a model's name on a metric."""
         return model if model in self._known else OTHER_MODEL
 
+    def _keep_listed(self, models: Collection[str]) -> None:
+        """Give the models of the list places, in alphabetical order, as far as they go; they are kept."""
+        for model in sorted(models):
+            if model in self._known and model not in self._unlisted:
+                continue
+            if len(self._known) - len(self._unlisted) >= MAX_LISTED_MODELS:
+                break
+            self._unlisted.discard(model)
+            self._know(model)
+
     def _remember(self, model: str) -> None:
-        if model not in self._known and len(self._known) < MAX_KNOWN_MODELS:
-            self._known.add(model)
-            self._instruments.start_model_at_zero(model)
+        """Give a model that has answered a place, if one is left for those that are not listed."""
+        if model not in self._known and len(self._unlisted) < MAX_UNLISTED_MODELS:
+            self._unlisted.add(model)
+            self._know(model)
+
+    def _know(self, model: str) -> None:
+        self._known.add(model)
+        self._instruments.start_model_at_zero(model)
 
     async def _send(
         self, url: str, deadline: Deadline, request: LlmRequest | None = None, *, stream: bool = False

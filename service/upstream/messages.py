@@ -1,11 +1,16 @@
 """Requests to a model, and what is read from its answer: the text, the token counts and the cost."""
 
 import json
+import logging
 import math
 import re
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self
+
+from cachetools import TTLCache
 
 from service.upstream.errors import invalid_answer
 
@@ -69,8 +74,16 @@ def to_json(value: Mapping[str, Any]) -> bytes:
 
 
 MAX_NAME_CHARS = 256
-MAX_COUNT = 2**53
-MAX_COST = 1e9
+MAX_COUNT = 100_000_000
+"""The largest token count of one call that is believed; the largest context windows are a tenth of it."""
+
+MAX_COST = 1_000.0
+"""The largest cost of one call that is believed, in US dollars."""
+
+UNUSABLE_INTERVAL_S = 3_600.0
+MAX_UNUSABLE = 100
+"""How often an unusable number of one model is logged, and how many of them in that time."""
+
 MAX_CHOICES = 128
 MAX_CONTENT_CHARS = 65_536
 """How much of a prompt, and of an answer, is kept where a setting lets content be captured."""
@@ -78,6 +91,8 @@ MAX_CONTENT_CHARS = 65_536
 COST_HEADER = "x-litellm-response-cost"
 ORIGINAL_COST_HEADER = "x-litellm-response-cost-original"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -175,6 +190,7 @@ def read_answer(content: bytes, headers: Mapping[str, str], request: LlmRequest)
             if isinstance(choice, dict) and isinstance(choice.get("finish_reason"), str)
         )
     usage = counts_of(payload)
+    unusable_numbers.log(request.model, headers, usage)
     completion = Completion(
         text=text,
         model=name_of(payload, "model") or request.model,
@@ -202,23 +218,93 @@ def counts_of(payload: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def count(value: object) -> int | None:
     """A token count; None for anything else."""
-    # A number that OTLP cannot encode would make every later export of metrics fail.
+    # A number that OTLP cannot encode would make every later export of metrics fail, and one that cannot be
+    # true would stay in the sums.
     return value if type(value) is int and 0 <= value <= MAX_COUNT else None
 
 
 def cost_of(headers: Mapping[str, str], usage: Mapping[str, Any]) -> float | None:
-    """The call's cost as LiteLLM reports it.
+    """The call's cost as LiteLLM reports it; None where it reports none that can be true.
 
     A free model's cost is in the second field only. A stream's is in its ``usage``, because it is not known
     when the head is sent (LiteLLM's setting ``include_cost_in_streaming_usage``).
     """
-    for offered in (usage.get("cost"), headers.get(COST_HEADER), headers.get(ORIGINAL_COST_HEADER)):
-        if not isinstance(offered, (str, int, float)) or isinstance(offered, bool):
-            continue
-        try:
-            cost = float(offered)
-        except (ValueError, OverflowError):
-            continue
-        if math.isfinite(cost) and 0 <= cost <= MAX_COST:
+    for _place, offered in _offered_costs(headers, usage):
+        cost = _number(offered)
+        if 0 <= cost <= MAX_COST:
             return cost
     return None
+
+
+def _offered_costs(headers: Mapping[str, str], usage: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Each place where the upstream puts the cost, with what is there."""
+    yield "usage.cost", usage.get("cost")
+    for name in (COST_HEADER, ORIGINAL_COST_HEADER):
+        yield name, headers.get(name)
+
+
+def _number(value: object) -> float:
+    """The value of a number, or of a text that is one; NaN for anything else."""
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+    except OverflowError:
+        return math.inf
+
+
+class UnusableNumbers:
+    """Logs token counts and costs of the upstream that cannot be true and are taken for unknown.
+
+    Each model is logged once an hour and place, so that neither an upstream with a fault in its price list
+    nor a caller who asks for many names fills the log; thread-safe.
+
+    Args:
+        clock: Monotonic, in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lock = threading.Lock()
+        self._logged: TTLCache[tuple[str, str], bool] = TTLCache(MAX_UNUSABLE, UNUSABLE_INTERVAL_S, clock)
+
+    def log(self, model: str, headers: Mapping[str, str], usage: Mapping[str, Any]) -> None:
+        """Log what is unusable in an answer and was not logged for this model within the last hour."""
+        for place, problem in _unusable(headers, usage):
+            if self._is_new((model, place)):
+                # Without the value: it is any text that the upstream likes.
+                logger.warning(
+                    "The upstream's answer has a number that cannot be true, which counts as unknown",
+                    extra={"model": model[:MAX_NAME_CHARS], "place": place, "problem": problem},
+                )
+
+    def _is_new(self, key: tuple[str, str]) -> bool:
+        with self._lock:
+            self._logged.expire()
+            if key in self._logged or len(self._logged) >= MAX_UNUSABLE:
+                return False
+            self._logged[key] = True
+            return True
+
+
+def _unusable(headers: Mapping[str, str], usage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The place of each unusable number, and what is wrong with it."""
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        tokens = usage.get(name)
+        if tokens is not None and count(tokens) is None:
+            whole = type(tokens) is int
+            yield f"usage.{name}", _problem(tokens) if whole else "not a whole number"
+    for place, cost in _offered_costs(headers, usage):
+        if cost is not None and not 0 <= _number(cost) <= MAX_COST:
+            yield place, _problem(_number(cost))
+
+
+def _problem(value: float) -> str:
+    if math.isnan(value):
+        return "not a number"
+    return "negative" if value < 0 else "too large"
+
+
+unusable_numbers: Final = UnusableNumbers()
+"""Those of this process."""

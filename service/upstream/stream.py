@@ -21,6 +21,7 @@ from service.upstream.messages import (
     counts_of,
     name_of,
     read_object,
+    unusable_numbers,
 )
 from service.upstream.spans import AttemptSpan
 
@@ -158,6 +159,7 @@ class LlmStream:
     def completion(self) -> Completion:
         """What is known of the answer so far; without the upstream's count, the deltas are the tokens."""
         usage = self._usage
+        unusable_numbers.log(self._request.model, self._response.headers, usage)
         counted = count(usage.get("completion_tokens"))
         estimated = counted is None and self._deltas > 0
         return Completion(

@@ -171,7 +171,7 @@ def end_of(replaying: subprocess.Popen[str]) -> tuple[int, list[dict[str, Any]]]
 
 def assert_each_once(fake: FakeMlflow, load: Load) -> None:
     """MLflow has every call that was answered, once, and no more than those whose answer got lost."""
-    ids = [kept.span.trace_id for kept in fake.kept]
+    ids = [kept.request_id for kept in fake.kept]
     assert len(ids) == len(set(ids))
     assert load.answered <= set(ids), f"{len(load.answered - set(ids))} answered calls are missing"
     assert set(ids) <= load.answered | load.unanswered

@@ -141,7 +141,7 @@ def all_books_agree(
         for span in receiver.spans(name="llm call")
     ]
     records = [
-        *((kept.span.trace_id, str(kept.span.attributes["llmops.llm.outcome"])) for kept in mlflow.kept),
+        *((kept.request_id, str(kept.span.attributes["llmops.llm.outcome"])) for kept in mlflow.kept),
         *((record["trace_id"], record["outcome"]) for record in in_spool(spool)),
     ]
     counted: Counter[str] = Counter()

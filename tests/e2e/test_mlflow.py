@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.recording import Load, ids_in_spool, kill, left_in, show, until, variables
+from tests.e2e.recording import Load, ids_in_spool, kill, left_in, new_trace, show, until, variables
 from tests.e2e.servers import MlflowServer
 from tests.e2e.support import generate, stopped
 from tests.fakes.upstream import FakeUpstream, Status
@@ -37,7 +37,9 @@ def ids_of(traces: list[Any]) -> list[str]:
 
 
 def assert_has_each_once(server: MlflowServer, name: str, load: Load) -> None:
-    ids = ids_of(server.traces(name))
+    traces = server.traces(name)
+    assert len(set(ids_of(traces))) == len(traces)
+    ids = [trace["tags"]["request_id"] for trace in traces]
     assert len(ids) == len(set(ids))
     assert load.answered <= set(ids) <= load.answered | load.unanswered
 
@@ -78,6 +80,32 @@ def test_the_page_shows_a_run_with_totals_and_a_trace_for_each_call(
     assert error["state"] == "ERROR"
     linked = ids_of(server.traces("page", f"attributes.run_id = '{run['info']['run_id']}'"))
     assert set(linked) == {answer.request_id, refused.request_id}
+
+
+def test_calls_with_one_traceparent_have_a_record_each(
+    upstream: FakeUpstream, server: MlflowServer, tmp_path: Path
+) -> None:
+    trace_id, header = new_trace()
+    with ServiceProcess(given_for(upstream, server, tmp_path / "spool", "shared")) as process:
+        process.wait_ready()
+        generate(process, process.token("admin"), headers=header)
+        until(lambda: left_with_nothing(tmp_path / "spool"), "MLflow to have the first", 60)
+        (first,) = server.traces("shared")
+        upstream.script(Status(400))
+        refused = generate(process, process.token(), headers=header, body={"prompt": "another"})
+        until(lambda: left_with_nothing(tmp_path / "spool"), "MLflow to have the second", 60)
+        stopped(process)
+
+    traces = server.traces("shared", f"tags.request_id = '{trace_id}'")
+    assert len(traces) == 2
+    assert trace_id not in ids_of(traces)
+    # The administrator's record is as it was, and the other user's is found by what its caller was told.
+    assert first in traces
+    assert first["trace_metadata"]["mlflow.trace.user"] == "admin"
+    assert first["state"] == "OK"
+    (other,) = server.traces("shared", f"tags.incident_id = '{refused.json['incident_id']}'")
+    assert other["trace_metadata"]["mlflow.trace.user"] == "user"
+    assert server.traces("shared", f"tags.span_id = '{other['tags']['span_id']}'") == [other]
 
 
 def left_with_nothing(spool: Path) -> bool:

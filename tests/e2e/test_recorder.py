@@ -62,12 +62,12 @@ def test_every_call_is_one_trace_that_says_how_it_ended(
         # Nobody called a model here, so there is nothing to record.
         assert process.call("POST", "/llm/generate", body={}, token=token).status == 422
         assert process.call("POST", "/llm/generate", body={"prompt": "x"}).status == 401
-        mlflow.wait_for(lambda fake: left in fake.trace_ids)
+        mlflow.wait_for(lambda fake: left in fake.request_ids)
         stopped(process)
 
     asked = [answered, other, retried, refused, failed]
     assert [answer.status for answer in asked] == [200, 200, 200, 400, 502]
-    assert sorted(kept.span.trace_id for kept in mlflow.kept) == sorted(
+    assert sorted(kept.request_id for kept in mlflow.kept) == sorted(
         [*(answer.request_id for answer in asked), left]
     )
     assert mlflow.repeats == 0
@@ -156,14 +156,14 @@ def test_no_content_goes_anywhere_by_default(
         token = process.token()
         body = {"prompt": canary["prompt"], "system_prompt": canary["system"]}
         sent = generate(process, token, body=body)
-        mlflow.wait_for(lambda fake: sent.request_id in fake.trace_ids)
+        mlflow.wait_for(lambda fake: sent.request_id in fake.request_ids)
         mlflow.down()
         waiting = generate(process, token, body=body)
         until(lambda: "MLflow does not take records" in process.text(), "the dead MLflow to be seen")
         on_disk = b"".join(path.read_bytes() for path in spool.iterdir())
         files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in spool.iterdir()}
         mlflow.up()
-        mlflow.wait_for(lambda fake: waiting.request_id in fake.trace_ids)
+        mlflow.wait_for(lambda fake: waiting.request_id in fake.request_ids)
         stopped(process)
         written = process.text().encode()
 
@@ -192,3 +192,35 @@ def test_content_is_there_when_it_is_asked_for(
     (message,) = json.loads(span.attributes["mlflow.spanInputs"])
     assert message == {"role": "user", "content": "What is a träce?"}
     assert "A tree of spans." in span.attributes["mlflow.spanOutputs"]
+
+
+@pytest.mark.parametrize("sampler", ["always_on", "always_off"])
+def test_calls_that_share_a_traceparent_have_a_record_each(
+    upstream: FakeUpstream, mlflow: FakeMlflow, tmp_path: Path, sampler: str
+) -> None:
+    given = {**variables(upstream.url, mlflow.url, tmp_path / "spool"), "OTEL_TRACES_SAMPLER": sampler}
+    with ServiceProcess(given) as process:
+        process.wait_ready()
+        users = ["admin", "user", "user"]
+        tokens = [process.token(user) for user in users]
+        own = generate(process, tokens[0])
+        # The caller's, and one of an earlier answer of ours.
+        headers = [new_trace()[1], {"traceparent": own.headers["traceresponse"]}]
+        shared = [[generate(process, token, headers=header) for token in tokens] for header in headers]
+        lines = stopped(process)
+
+    assert len({kept.span.trace_id for kept in mlflow.kept}) == 7
+    assert mlflow.kept[0].span.trace_id == own.request_id
+    for answers in shared:
+        (request_id,) = {answer.request_id for answer in answers}
+        records = [kept.span for kept in mlflow.kept if kept.request_id == request_id]
+        theirs = [record for record in records if record.trace_id != request_id]
+        assert [record.attributes["user.id"] for record in theirs] == users
+        tags = [record.attributes["mlflow.traceTag.incident_id"] for record in theirs]
+        assert tags == [f"inc_{answer.headers['traceresponse'].split('-')[2]}" for answer in answers]
+        assert {record.attributes["mlflow.traceTag.span_id"] for record in theirs} == {
+            record.span_id for record in theirs
+        }
+    # The line that reports a call leads to its record.
+    ended = [line["record_id"] for line in lines if line["message"] == "llm_request_completed"]
+    assert ended == [kept.span.trace_id for kept in mlflow.kept]

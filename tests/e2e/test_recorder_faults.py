@@ -82,7 +82,7 @@ def test_what_mlflow_does_not_take_waits_on_disk_until_it_does(
             mend(mlflow)
             load.wait_for(50)
         until(lambda: "record(s) that had to wait" in process.text(), "the wait to end")
-        until(lambda: load.answered <= mlflow.trace_ids, "MLflow to have all")
+        until(lambda: load.answered <= mlflow.request_ids, "MLflow to have all")
         lines = stopped(process)
 
     assert load.statuses == {200}
@@ -148,7 +148,7 @@ def test_on_a_full_disk_records_wait_in_memory(
         on_disk = ids_in_spool(spool)
         assert on_disk < load.answered
         mlflow.up()
-        until(lambda: load.answered <= mlflow.trace_ids, "MLflow to have all")
+        until(lambda: load.answered <= mlflow.request_ids, "MLflow to have all")
         stopped(process)
     assert load.statuses == {200}
     assert_each_once(mlflow, load)
@@ -201,7 +201,7 @@ def test_full_memory_loses_an_exact_number(
         until(lambda: "Graceful shutdown completed" in process.text(), "the last line")
         lines = process.lines()
     assert load.statuses == {200}
-    assert mlflow.trace_ids < load.answered
+    assert mlflow.request_ids < load.answered
     lost = len(load.answered) - len(mlflow.kept)
     show({"answered": len(load.answered), "in MLflow": len(mlflow.kept), "lost": lost})
     assert receiver.value("llmops.recorder.lost") == lost
@@ -238,7 +238,7 @@ def test_a_folder_that_cannot_be_written(  # noqa: PLR0913, PLR0917 - fixtures
         answers = [generate(process, token) for _ in range(10)]
         lines = stopped(process)
     assert {answer.status for answer in answers} == {200}
-    assert mlflow.trace_ids == (set() if lost else {answer.request_id for answer in answers})
+    assert mlflow.request_ids == (set() if lost else {answer.request_id for answer in answers})
     assert receiver.value("llmops.recorder.lost") == lost
     said = [line["records"] for line in lines if line["message"] == "Records of calls are lost"]
     assert said == ([lost] if lost else [])

@@ -57,7 +57,7 @@ def test_killed_with_mlflow_up_the_next_start_sends_the_rest(
 ) -> None:
     given = variables(upstream.url, mlflow.url, spool)
     _, load = killed_under_load(given)
-    assert load.answered <= ids_in_spool(spool) | mlflow.trace_ids
+    assert load.answered <= ids_in_spool(spool) | mlflow.request_ids
 
     with ServiceProcess(given) as process:
         process.wait_ready()
@@ -147,8 +147,8 @@ def test_a_spool_cut_in_the_middle_of_a_line_costs_that_line_only(
     process.folder = str(spool.parent)
     status, lines = end_of(start_replay(process))
     assert status == 0, lines
-    assert dead_mlflow.trace_ids == whole - cut
-    assert load.answered - cut <= dead_mlflow.trace_ids
+    assert dead_mlflow.request_ids == whole - cut
+    assert load.answered - cut <= dead_mlflow.request_ids
 
 
 def test_an_answer_of_mlflow_that_gets_lost_repeats_no_call(

@@ -62,7 +62,7 @@ def test_a_dead_collector_an_mlflow_that_fails_and_a_call_too_long_at_once(
     with a_store_that_hangs() as url, ServiceProcess({**given, **limits, "QDRANT_URL": url}) as process:
         token = process.wait_ready().token()
         first = generate(process, token)
-        mlflow.wait_for(lambda fake: first.request_id in fake.trace_ids)
+        mlflow.wait_for(lambda fake: first.request_id in fake.request_ids)
         ENDINGS[name](mlflow)
         with ThreadPoolExecutor(2) as pool:
             calls = []
@@ -93,7 +93,7 @@ def test_a_dead_collector_an_mlflow_that_fails_and_a_call_too_long_at_once(
         process.wait_ready()
         until(lambda: bool(mlflow.runs) and mlflow.runs[0].status != "RUNNING", "the run of before to end")
         stopped(process)
-    assert mlflow.trace_ids == {first.request_id, *outcomes}
+    assert mlflow.request_ids == {first.request_id, *outcomes}
     # It stopped well, though nobody could be told at the time.
     assert [run.status for run in mlflow.runs] == ["FINISHED", "FINISHED"]
     assert mlflow.runs[0].metrics["calls"] == 3

@@ -31,6 +31,11 @@ class Kept:
     run_id: str
     experiment_id: str
 
+    @property
+    def request_id(self) -> str:
+        """The id of the request that the span is a record of."""
+        return str(self.span.attributes["mlflow.traceTag.request_id"])
+
 
 @dataclass
 class KeptRun:
@@ -159,9 +164,9 @@ class FakeMlflow(Watched):
             return list(self._kept.values())
 
     @property
-    def trace_ids(self) -> set[str]:
-        """Of the spans that were taken."""
-        return {kept.span.trace_id for kept in self.kept}
+    def request_ids(self) -> set[str]:
+        """Of the records that were taken."""
+        return {kept.request_id for kept in self.kept}
 
     @property
     def repeats(self) -> int:
@@ -183,9 +188,9 @@ class FakeMlflow(Watched):
         with self._changed:
             self._runs[run_id].lifecycle_stage = "deleted"
 
-    def span(self, trace_id: str) -> Span:
-        """The one span of a trace."""
-        (found,) = [kept.span for kept in self.kept if kept.span.trace_id == trace_id]
+    def span(self, request_id: str) -> Span:
+        """The one record of a request."""
+        (found,) = [kept.span for kept in self.kept if kept.request_id == request_id]
         return found
 
     def arrived(self, method: str, path: str, body: bytes) -> None:

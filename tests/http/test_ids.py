@@ -187,3 +187,37 @@ def assert_one_error_name(app: AppUnderTest, answer: Answer, error: str | None, 
     assert line["span_id"] == answer.headers["traceresponse"].split("-")[2]
     if error is not None:
         assert_error_body(app, answer, error)
+
+
+def test_every_line_of_a_failed_request_has_its_incident_id_and_no_other_requests(served: Served) -> None:
+    trace_id = "7" * 32
+    headers = {"traceparent": f"00-{trace_id}-{'8' * 16}-01"}
+    served.upstream.script(Status(500), Status(400))
+    answers = [served.generate(headers) for _call in range(2)] + [served.call("GET", "/test/bug", headers)]
+    assert [answer.status for answer in answers] == [502, 400, 500]
+    incidents = [answer.json["incident_id"] for answer in answers]
+    assert len(set(incidents)) == 3
+
+    def lines() -> list[dict[str, Any]]:
+        return [line for line in served.app.lines() if line.get("trace_id") == trace_id]
+
+    ended = "http_request_completed"
+    eventually(lambda: [line["message"] for line in lines()].count(ended) == 3, "the lines of three requests")
+    assert {line.get("incident_id") for line in lines()} == set(incidents)
+    messages = [
+        [line["message"] for line in lines() if line["incident_id"] == incident] for incident in incidents
+    ]
+    assert messages == [
+        [
+            "llm_request_started",
+            "Attempt 1: HTTP 500",
+            "Giving up after attempt 1: no retries left",
+            "llm_request_failed",
+            ended,
+        ],
+        ["llm_request_started", "llm_request_failed", ended],
+        ["Unhandled exception", ended],
+    ]
+    sent = [record.log_record for record in served.app.records()]
+    exported = [dict(record.attributes or {}) for record in sent if record.trace_id == int(trace_id, 16)]
+    assert [each.get("incident_id") for each in exported] == [line["incident_id"] for line in lines()]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.recording.record import CallRecord, read_records
+from service.recording.record import TRACE_ID, CallRecord, read_records
 from tests.unit.recording import lines, make_record, number_of
 
 ANY_TEXT = st.text(st.sampled_from('a\u00e9\U0001f600\ud800\0\n\u2028"\\'), max_size=8)
@@ -100,3 +100,22 @@ def test_a_last_line_without_its_line_feed_is_read(tmp_path: Path) -> None:
     path.write_bytes(lines(1, 2)[:-1])
     records, invalid = read_records(path)
     assert ([number_of(record) for record in records], invalid) == ([1, 2], 0)
+
+
+def test_a_record_of_the_services_own_trace_has_its_id_and_of_a_callers_one_for_each_call() -> None:
+    own = make_record()
+    assert own.record_id == own.trace_id
+    calls = [make_record(continued=True, span_id=f"{number:016x}") for number in range(1, 100)]
+    ids = {call.record_id for call in calls}
+    assert len(ids) == 99
+    assert own.trace_id not in ids
+    assert all(TRACE_ID.fullmatch(each) for each in ids)
+    # A record that is sent again, or by another process, is the same one.
+    assert {CallRecord.from_line(call.as_line()).record_id for call in calls} == ids
+
+
+def test_a_record_of_an_earlier_version_keeps_the_id_under_which_it_may_have_been_sent() -> None:
+    written = json.loads(make_record().as_line())
+    del written["continued"]
+    record = CallRecord.from_line(json.dumps(written).encode())
+    assert record.record_id == make_record().trace_id

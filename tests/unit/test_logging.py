@@ -136,10 +136,11 @@ def test_a_requests_facts_are_in_each_of_its_lines(lines: Lines) -> None:
 
     before, after, other, outside = lines.all
     assert {line["request_id"] for line in (before, after, other)} == {"1" * 32}
+    assert {line["incident_id"] for line in (before, after, other)} == {"inc_" + "2" * 16}
     assert {line["client_request_id"] for line in (before, after, other)} == {"theirs"}
     assert "user" not in before
     assert (after["user"], other["user"]) == ("somebody", "another")
-    assert not {"request_id", "user", "client_request_id"} & set(outside)
+    assert not {"request_id", "incident_id", "user", "client_request_id"} & set(outside)
 
 
 @pytest.mark.parametrize("name", [name for name in REQUEST_LOGGERS if "." not in name])

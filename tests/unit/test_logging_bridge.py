@@ -83,6 +83,7 @@ def test_a_record_has_the_lines_facts(bridged: Bridged) -> None:
         "flag": True,
         "list": ["a", "b"],
         "request_id": "1" * 32,
+        "incident_id": "inc_" + "2" * 16,
         "user": "somebody",
         "client_request_id": "theirs",
     }

@@ -13,8 +13,9 @@ import pytest
 
 from service.recording.mlflow import TrackerError
 from service.recording.record import read_records
-from service.recording.recorder import MEMORY_BYTES, MEMORY_RECORDS, Recorder
+from service.recording.recorder import Recorder
 from service.recording.run import ProcessRun
+from service.recording.writer import MEMORY_BYTES, MEMORY_RECORDS
 from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
 from tests.unit.recording import FakeTracker, killed_owner, lines, make_record, number_of, silent_telemetry
@@ -189,9 +190,11 @@ def test_a_record_that_cannot_be_encoded_is_lost_and_raises_nothing(
     make: Make, caplog: pytest.LogCaptureFixture, invalid: dict[str, Any]
 ) -> None:
     recording = make()
+    recording.tracker.error = TrackerError("Timeout")
+    recording.start()
     recording.record(1, **invalid)
     recording.record(2)
-    assert recording.on_disk == [2]
+    until(lambda: recording.on_disk == [2], "the other record to be on disk")
     assert (recording.value("queue"), recording.value("lost")) == (1, 1)
     assert "A record could not be taken" in caplog.messages
 

@@ -68,6 +68,7 @@ def test_a_successful_call() -> None:
         "llmops.llm.attempts": 2,
         "llmops.cache.result": "miss",
         "mlflow.traceTag.request_id": record.trace_id,
+        "mlflow.traceTag.span_id": record.span_id,
         "mlflow.traceTag.outcome": "success",
     }
 

@@ -49,7 +49,7 @@ def test_a_refused_record_is_lost_and_the_others_are_sent(
     killed_owner(tmp_path, 1, 2, 3)
     mlflow.refuses = lambda span: span.trace_id == make_record(1).trace_id
     assert run(mlflow.url, tmp_path) == 0
-    assert mlflow.trace_ids == {make_record(number).trace_id for number in (2, 3)}
+    assert mlflow.request_ids == {make_record(number).trace_id for number in (2, 3)}
     (loss,) = [vars(record) for record in said.records if record.msg == "Records of calls are lost"]
     assert (loss["records"], loss["reason"]) == (1, "refused or unreadable")
 

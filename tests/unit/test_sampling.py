@@ -1,4 +1,4 @@
-"""Which spans are recorded: the setting decides, a remote caller's flag and a probe's path do not."""
+"""Which spans are recorded: the setting decides, whatever a remote caller sends."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +7,18 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, SpanKind, TraceFlags, Tracer
+from opentelemetry.sdk.trace.sampling import Decision
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    SpanKind,
+    TraceFlags,
+    Tracer,
+    TraceState,
+)
 
-from service.telemetry.providers import PROBES, sampler_from
+from service.telemetry.providers import PROBES, RandomRatio, sampler_from
 from tests.harness import make_settings
 from tests.unit.conftest import Read
 
@@ -17,7 +26,7 @@ ALWAYS = ["always_on", "parentbased_always_on"]
 NEVER = ["always_off", "parentbased_always_off"]
 RATIO = ["traceidratio", "parentbased_traceidratio"]
 
-# The ratio samplers look at the low 64 bits of the id.
+# A sampler that goes by the trace id records all of its ids and none of the other.
 SAMPLED_BY_HALF = 0x1111_1111_1111_1111_1111_1111_1111_1111
 DROPPED_BY_HALF = 0x1111_1111_1111_1111_F111_1111_1111_1111
 
@@ -81,13 +90,62 @@ def test_a_remote_parents_flag_is_not_obeyed(
         assert root.is_recording() is recorded
 
 
+STATES = ["", "ot=th:0", "ot=th:ffffffffffffff", "ot=rv:00000000000000", "ot=rv:ffffffffffffff;th:0"]
+
+
 @pytest.mark.parametrize("sampler", RATIO)
-@pytest.mark.parametrize("sampled", [True, False])
-def test_a_ratio_goes_by_the_trace_id_alone(sampler: str, sampled: bool) -> None:  # noqa: FBT001 - pytest passes it by name
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("flags", [0x00, 0x01, 0x02, 0x03])
+@pytest.mark.parametrize("trace_id", [SAMPLED_BY_HALF, DROPPED_BY_HALF])
+def test_a_ratio_is_the_same_for_whatever_a_caller_sends(
+    sampler: str, state: str, flags: int, trace_id: int
+) -> None:
     tracer = _tracer(sampler, 0.5)
-    for trace_id, recorded in ((SAMPLED_BY_HALF, True), (DROPPED_BY_HALF, False)):
-        with _span(tracer, _parent(sampled=sampled, remote=True, trace_id=trace_id)) as span:
-            assert span.is_recording() is recorded
+    given = SpanContext(
+        trace_id,
+        0x2,
+        is_remote=True,
+        trace_flags=TraceFlags(flags),
+        trace_state=TraceState.from_header([state]),
+    )
+    context = trace.set_span_in_context(NonRecordingSpan(given))
+    recorded = 0
+    for _request in range(200):
+        with _span(tracer, context) as span:
+            recorded += span.is_recording()
+            assert span.get_span_context().trace_id == trace_id
+    # With half of the traces, fewer than 40 or more than 160 of 200 come once in 10^18 runs.
+    assert 40 <= recorded <= 160
+
+
+@pytest.mark.parametrize(
+    ("ratio", "number", "recorded"),
+    [
+        (0.25, 0, True),
+        (0.25, 2**51 - 1, True),
+        (0.25, 2**51, False),
+        (0.0, 0, False),
+        (1.0, 2**53 - 1, True),
+    ],
+)
+def test_a_ratio_is_the_share_of_the_random_numbers(
+    ratio: float,
+    number: int,
+    recorded: bool,  # noqa: FBT001 - pytest passes it by name
+) -> None:
+    sampler = RandomRatio(ratio, lambda _bits: number)
+    decision = sampler.should_sample(None, SAMPLED_BY_HALF, "POST").decision
+    assert (decision is Decision.RECORD_AND_SAMPLE) is recorded
+
+
+def test_the_spans_of_one_request_are_recorded_all_or_none() -> None:
+    tracer = _tracer("traceidratio", 0.5)
+    for _request in range(50):
+        with (
+            _span(tracer, _parent(sampled=True, remote=True)) as span,
+            tracer.start_as_current_span("inner") as inner,
+        ):
+            assert inner.is_recording() is span.is_recording()
 
 
 @pytest.mark.parametrize("sampler", ALWAYS + NEVER + RATIO)

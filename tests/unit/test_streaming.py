@@ -67,6 +67,9 @@ class KeptRecords:
         """Keep the record."""
         self.records.append(record)
 
+    async def written(self) -> None:
+        """Return at once."""
+
 
 @asynccontextmanager
 async def opened(upstream: FakeUpstream, **values: object) -> AsyncIterator[Bench]:
