@@ -164,7 +164,9 @@ class CacheWriter:
                 attributes={names.ATTR_CACHE_ENTRIES: len(batch)},
             ):
                 try:
-                    await self._store.write(batch[0].collection, [write.build() for write in batch])
+                    # In a thread: to compress a batch of large answers takes a second.
+                    points = await asyncio.to_thread(lambda: [write.build() for write in batch])
+                    await self._store.write(batch[0].collection, points)
                 except StoreError:
                     for write in batch:
                         write.tries += 1

@@ -1,9 +1,11 @@
 """The one client of the LiteLLM proxy: whole answers, streams, the list of models, pings."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import httpx2
 from openai import APIError, AsyncOpenAI, AsyncStream
@@ -15,6 +17,7 @@ from service.errors import Cause, ServiceError
 from service.telemetry.names import OTHER_MODEL
 from service.telemetry.providers import Telemetry
 from service.upstream.errors import cause_of, timed_out, translate
+from service.upstream.large_answers import LARGE_BYTES
 from service.upstream.messages import (
     MAX_CONTENT_CHARS,
     PATHS,
@@ -35,8 +38,14 @@ MAX_KNOWN_MODELS = 200
 SPARE_CONNECTIONS = 8
 """Connections for what no caller's request causes: the list of models, the health checks."""
 
+READERS = 2
+"""Threads that read large answers. Reading one holds the interpreter's lock, so more would not be faster."""
+
 NO_KEY = "none"
 """Sent where no key is configured, because the SDK requires one."""
+
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -59,7 +68,8 @@ async def open_llm(settings: Settings, telemetry: Telemetry) -> AsyncIterator["L
         http_client=http,
     )
     async with sdk:
-        yield LlmClient(sdk, root, telemetry, settings)
+        with ThreadPoolExecutor(READERS, "answers") as readers:
+            yield LlmClient(sdk, root, telemetry, settings, readers)
 
 
 class LlmClient:
@@ -70,9 +80,12 @@ class LlmClient:
         root: The proxy's URL, without ``/v1``.
         telemetry: The providers of spans and metrics.
         settings: The time limits, the default model, and whether content is captured.
+        readers: Where large answers are read.
     """
 
-    def __init__(self, sdk: AsyncOpenAI, root: str, telemetry: Telemetry, settings: Settings) -> None:
+    def __init__(
+        self, sdk: AsyncOpenAI, root: str, telemetry: Telemetry, settings: Settings, readers: Executor
+    ) -> None:
         self._sdk = sdk
         self._root = root
         # Absolute, so that the SDK does not join its base URL and the path for each request.
@@ -82,6 +95,7 @@ class LlmClient:
         self._keep_chars = MAX_CONTENT_CHARS if settings.captures_content else 0
         self._instruments = telemetry.instruments
         self._spans = AttemptSpans(telemetry, settings, self.known)
+        self._readers = readers
         self._known: set[str] = set()
         self._remember(settings.default_model)
 
@@ -100,7 +114,9 @@ class LlmClient:
         """
         with self._spans.attempt(request) as span:
             response = await self._send(self._urls[request.operation], deadline, request)
-            reply = read_answer(response.content, response.headers, request)
+            reply = await self._read(
+                response.content, partial(read_answer, response.content, response.headers, request)
+            )
             span.completion = reply.completion
             if request.model not in self._known:
                 # A model that answers exists, even if the list does not name it, as with a wildcard.
@@ -150,7 +166,7 @@ class LlmClient:
     async def models(self) -> ModelList:
         """The models that the upstream lists now, in its order; raises as ``ask``."""
         response = await self._send(f"{self._root}/v1/models", Deadline.after(self._timeout_s))
-        listed = read_models(response.content)
+        listed = await self._read(response.content, partial(read_models, response.content))
         for name in listed.names:
             self._remember(name)
         return listed
@@ -177,6 +193,12 @@ class LlmClient:
         if model not in self._known and len(self._known) < MAX_KNOWN_MODELS:
             self._known.add(model)
             self._instruments.start_model_at_zero(model)
+
+    async def _read(self, content: bytes, read: Callable[[], T]) -> T:
+        """Read an answer's content; in one of a few threads where it is large."""
+        if len(content) <= LARGE_BYTES:
+            return read()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
     async def _send(
         self, url: str, deadline: Deadline, request: LlmRequest | None = None, *, stream: bool = False

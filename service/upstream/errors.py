@@ -58,6 +58,15 @@ def invalid_answer() -> UpstreamError:
     )
 
 
+def answer_too_large() -> UpstreamError:
+    """The error for an answer that is over a limit."""
+    return UpstreamError(
+        "The model's answer is larger than this service accepts.",
+        transient=False,
+        label="Answer too large",
+    )
+
+
 def translate(error: openai.APIError, request: Mapping[str, Any], *, known_model: bool) -> ServiceError:
     """The service's error for an SDK error.
 
@@ -95,11 +104,7 @@ def from_transport(error: BaseException | None) -> ServiceError:
                 "The model's side cannot be reached. Try again.", label=CONNECTION, cause=cause_of(error)
             )
         case AnswerTooLargeError():
-            return UpstreamError(
-                "The model's answer is larger than this service accepts.",
-                transient=False,
-                label="Answer too large",
-            )
+            return answer_too_large()
         case _:
             return UpstreamError(
                 "The model's side broke the connection before a whole answer. Try again.",
