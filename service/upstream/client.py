@@ -27,6 +27,7 @@ from service.upstream.messages import (
     read_answer,
     read_models,
 )
+from service.upstream.reasons import load_rules
 from service.upstream.spans import AttemptSpans
 from service.upstream.stream import LlmStream
 from service.upstream.transport import UpstreamClient, UpstreamTransport
@@ -60,6 +61,7 @@ async def open_llm(settings: Settings, telemetry: Telemetry) -> AsyncIterator["L
         tracer_provider=telemetry.tracer_provider,
         meter_provider=telemetry.meter_provider,
     )
+    load_rules()
     root = settings.litellm_url.rstrip("/").removesuffix("/v1")
     sdk = AsyncOpenAI(
         api_key=settings.litellm_api_key.get_secret_value() or NO_KEY,
