@@ -1,6 +1,8 @@
 """What a route asks for: the process's services, the caller, and the model call, as annotated aliases."""
 
+import re
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, cast
 
@@ -13,7 +15,7 @@ from starlette.types import Scope
 from service.cache.control import CacheControl, parse_cache_control
 from service.cache.response_cache import CacheAdmin, NoCacheAdmin
 from service.context import current_request
-from service.errors import AuthenticationError, PermissionDeniedError
+from service.errors import AuthenticationError, PermissionDeniedError, ValidationError
 from service.identity.tokens import Authenticator, User
 from service.services.call_report import CallSpec
 from service.services.drain import Drain
@@ -24,6 +26,8 @@ from service.upstream.messages import LlmRequest
 from service.utils.deadline import Deadline
 
 ENDUSER_ROLE = "enduser.role"
+PARAMETER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
+MAX_DETAILS = 20
 
 bearer = HTTPBearer(auto_error=False, bearerFormat="JWT", description="The token from POST /auth/login")
 
@@ -141,6 +145,36 @@ async def _model_call(request: Request, user: Annotated[User, Depends(model_call
         parse_cache_control(", ".join(request.headers.getlist("cache-control"))),
         context.request_id if context else "",
     )
+
+
+def only_query(*known: str) -> Callable[[Request], Coroutine[None, None, None]]:
+    """A dependency that refuses unknown and repeated query parameters.
+
+    FastAPI ignores both, which is dangerous where a parameter limits what a route does. It stands behind the
+    caller among the route's arguments, which are looked at in their order.
+
+    Args:
+        known: The names of the route's query parameters.
+    """
+
+    async def check(request: Request) -> None:
+        seen: set[str] = set()
+        details: list[dict[str, str]] = []
+        for name, _ in request.query_params.multi_items():
+            if name not in known:
+                # A name that is none may be a secret in the wrong place.
+                shown = name if PARAMETER_NAME.fullmatch(name) else "?"
+                details.append(
+                    {"field": f"query.{shown}", "message": "is not known", "type": "extra_forbidden"}
+                )
+            elif name in seen:
+                details.append({"field": f"query.{name}", "message": "is given twice", "type": "repeated"})
+            seen.add(name)
+        if details:
+            summary = "; ".join(f"{detail['field']}: {detail['message']}" for detail in details[:3])
+            raise ValidationError(f"The request is not valid: {summary}", details=details[:MAX_DETAILS])
+
+    return check
 
 
 ServicesDep = Annotated[AppServices, Depends(_services)]

@@ -20,7 +20,7 @@ from service.upstream.messages import (
     count,
     counts_of,
     name_of,
-    read_object,
+    read_needed,
 )
 from service.upstream.stream import StreamEvent, event
 
@@ -90,7 +90,7 @@ class Entry:
             content = _unpacked(payload)
             model, created, expires = str(payload["model"]), payload["created"], payload["expires"]
             content.decode()  # JSON may have another encoding; what this service stores is UTF-8
-            answer = read_object(content)
+            answer = read_needed(content)
             created_at, expires_at = float(created), float(expires)
             choices = complete_choices(answer)
             text = choices[0]["message"].get("content") if choices else None
@@ -149,8 +149,9 @@ def is_complete(reply: Reply) -> bool:
         return False
     try:
         # Entries are stored as UTF-8; JSON may have another encoding.
-        choices = complete_choices(json.loads(reply.content.decode()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        reply.content.decode()
+        choices = complete_choices(read_needed(reply.content))
+    except (ServiceError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
     return len(choices) == len(reasons)
 
@@ -177,7 +178,7 @@ def complete_choices(answer: Mapping[str, Any]) -> list[Any]:
 
 def _packed(content: bytes) -> dict[str, str]:
     if len(content) >= COMPRESS_FROM_BYTES:
-        packed = base64.b85encode(zlib.compress(content, 1)).decode()
+        packed = base64.b64encode(zlib.compress(content, 1)).decode()
         if len(packed) < len(content):
             return {"packed": packed}
     return {"body": content.decode()}
@@ -185,7 +186,7 @@ def _packed(content: bytes) -> dict[str, str]:
 
 def _unpacked(payload: Mapping[str, Any]) -> bytes:
     if "packed" in payload:
-        return zlib.decompress(base64.b85decode(payload["packed"]))
+        return zlib.decompress(base64.b64decode(payload["packed"], validate=True))
     return str(payload["body"]).encode()
 
 

@@ -5,10 +5,12 @@
 """
 
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, Protocol, Self
 
 from opentelemetry.trace import Span, SpanContext
@@ -42,6 +44,9 @@ FRESH_S = 10.0
 
 VECTOR_BYTES = 8
 
+MAX_CLEARINGS = 1_000
+"""Clearings that are remembered; a call that is older than all of them is taken to be affected."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -50,7 +55,7 @@ class Slot:
     Args:
         key: The answer's key.
         control: The request's ``Cache-Control``.
-        epoch: How often the cache had been cleared when the call came.
+        epoch: How often the cache had been cleared, in part or whole, when the call came.
         question: The call's question with its vector; None where it was not compared by meaning.
     """
 
@@ -88,6 +93,27 @@ class Lookup:
     def seen(self) -> Literal["hit", "miss", "bypass"]:
         """The result as callers and records see it: an error of the cache is a miss."""
         return "miss" if self.result == "error" else self.result
+
+
+class Clearings:
+    """Remembers what was cleared, so that calls under way at that time do not store it again."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._last: deque[tuple[str | None, str | None]] = deque(maxlen=MAX_CLEARINGS)
+
+    def add(self, tenant: str | None, model: str | None) -> None:
+        """Note that the answers of this tenant and this model were cleared; None stands for every one."""
+        self.number += 1
+        self._last.append((tenant, model))
+
+    def affected(self, tenant: str, model: str, *, since: int) -> bool:
+        """Whether this tenant's answers of this model were cleared after so many clearings."""
+        missed = self.number - since
+        if missed > len(self._last):
+            return True
+        later = islice(reversed(self._last), missed)
+        return any(whose in {None, tenant} and which in {None, model} for whose, which in later)
 
 
 class AnswerCache(Protocol):
@@ -179,7 +205,7 @@ class ResponseCache:
             store, telemetry, settings.cache_queue_bytes, on_written=self.sweeper.count_written
         )
         self.memory = EntryMemory(settings.cache_memory_bytes, FRESH_S if store.shared else None)
-        self.epoch = 0
+        self.clearings = Clearings()
         self.results: dict[Result, int] = {"hit": 0, "miss": 0, "bypass": 0, "error": 0}
         self._settings = settings
         self._instruments = instruments
@@ -253,7 +279,7 @@ class ResponseCache:
             key = key_of(self.tenant(user), request.model, request.body, request.headers)
         except RecursionError:
             return None
-        return Slot(key, control, self.epoch)
+        return Slot(key, control, self.clearings.number)
 
     def _accept(self, key: CacheKey, payload: Mapping[str, Any] | None, epoch: int) -> Entry | None:
         """The entry in a payload that the store returned; None where it is missing, damaged or expired."""
@@ -269,7 +295,7 @@ class ResponseCache:
         if entry.expires_at <= self._now():
             return None
         # An entry read before the cache was cleared must not come back into memory.
-        if epoch == self.epoch:
+        if not self.clearings.affected(key.tenant, entry.model, since=epoch):
             self.memory.put(entry)
         return entry
 
@@ -293,18 +319,25 @@ class ResponseCache:
     def store(self, lookup: Lookup, reply: Reply, model: str, origin: SpanContext) -> None:
         """Put the answer into memory and into the writer's queue, if it may be stored."""
         slot, settings = lookup.slot, self._settings
-        if slot is None or not slot.control.store or slot.epoch != self.epoch:
+        if slot is None or not slot.control.store:
+            return
+        tenant = slot.key.tenant
+        if self.clearings.affected(tenant, model, since=slot.epoch):
             return
         if len(reply.content) > settings.cache_max_entry_bytes or not is_complete(reply):
             return
         now = self._now()
         entry = Entry(slot.key, model, now, now + settings.cache_ttl_s, reply.content, reply.completion)
         self.memory.put(entry)
-        self.writer.put(Write(COLLECTION, entry.point, entry.size_bytes, entry.expires_at, origin))
+        self.writer.put(
+            Write(COLLECTION, entry.point, entry.size_bytes, entry.expires_at, origin, tenant, model)
+        )
         if slot.question is not None:
             size_bytes = VECTOR_BYTES * len(slot.question.vector)
             point = partial(question_point, entry, slot.question)
-            self.writer.put(Write(slot.question.collection, point, size_bytes, entry.expires_at, origin))
+            self.writer.put(
+                Write(slot.question.collection, point, size_bytes, entry.expires_at, origin, tenant, model)
+            )
 
 
 class SemanticCache(ResponseCache):
@@ -361,7 +394,7 @@ class SemanticCache(ResponseCache):
         for match in await self._index.nearest(slot.key.tenant, question):
             entry = self.memory.get(match.key.digest)
             if entry is None:
-                epoch = self.epoch
+                epoch = self.clearings.number
                 payload = await self.backend.read(COLLECTION, match.key.point_id)
                 entry = self._accept(match.key, payload, epoch)
             if entry is None:
@@ -495,25 +528,23 @@ class CacheAdmin:
         if user is not None and self._shared:
             raise ValidationError("The cache is shared (CACHE_SCOPE): no answer in it is one user's.")
         # Calls under way do not store their answers any more.
-        cache.epoch += 1
-        equal: dict[str, str] = {}
-        if user is not None:
-            equal["tenant"] = cache.tenant(user)
-        if model is not None:
-            equal["model"] = model
-        cache.memory.clear(tenant=equal.get("tenant"), model=model)
+        tenant = None if user is None else cache.tenant(user)
+        cache.clearings.add(tenant, model)
+        values = {"tenant": tenant, "model": model}
+        equal = {name: value for name, value in values.items() if value is not None}
+        cache.memory.clear(tenant=tenant, model=model)
         # Waiting entries are written first and removed with the rest; what cannot be written is discarded.
         await cache.writer.wait_until_empty(self._timeout_s)
         try:
-            async with cache.writer.paused():
+            async with cache.writer.paused(tenant=tenant, model=model):
                 cleared = await self._clear_store(equal)
         except StoreError as error:
             raise UpstreamError(
                 f"The cache's store did not do it ({error.reason}). Try again.", label=error.reason
             ) from None
         # Look-ups that read the store while it was being cleared do not put what they read into memory.
-        cache.epoch += 1
-        cache.memory.clear(tenant=equal.get("tenant"), model=model)
+        cache.clearings.add(tenant, model)
+        cache.memory.clear(tenant=tenant, model=model)
         return cleared
 
     async def _clear_store(self, equal: dict[str, str]) -> int:

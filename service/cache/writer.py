@@ -34,6 +34,8 @@ class Write:
         size_bytes: Approximate size while it waits.
         expires_at: When it is not worth writing any more; Unix time in seconds.
         origin: The span of the call that it comes from.
+        tenant: Whose answer it is.
+        model: The model that was asked.
         tries: How often writing it has failed.
     """
 
@@ -42,6 +44,8 @@ class Write:
     size_bytes: int
     expires_at: float
     origin: SpanContext
+    tenant: str = ""
+    model: str = ""
     tries: int = 0
 
 
@@ -95,9 +99,9 @@ class CacheWriter:
         self._not_empty.set()
 
     @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        """Discard what waits, and write nothing during the block: the store is being cleared."""
-        self._discard_all()
+    async def paused(self, *, tenant: str | None = None, model: str | None = None) -> AsyncIterator[None]:
+        """Discard what waits of this tenant and this model, or all, and write nothing during the block."""
+        self._discard(tenant, model)
         async with self._writing:
             yield
 
@@ -136,7 +140,9 @@ class CacheWriter:
         except TimeoutError:
             pass
         self._count_dropped(list(self._queue), "dropped")
-        self._discard_all()
+        self._queue.clear()
+        self.waiting_bytes = 0
+        self._note_empty()
 
     async def wait_until_empty(self, timeout_s: float) -> None:
         """Wait until nothing waits, or until the time limit."""
@@ -164,7 +170,9 @@ class CacheWriter:
                 attributes={names.ATTR_CACHE_ENTRIES: len(batch)},
             ):
                 try:
-                    await self._store.write(batch[0].collection, [write.build() for write in batch])
+                    # In a thread: to compress a batch of large answers takes a second.
+                    points = await asyncio.to_thread(lambda: [write.build() for write in batch])
+                    await self._store.write(batch[0].collection, points)
                 except StoreError:
                     for write in batch:
                         write.tries += 1
@@ -198,9 +206,19 @@ class CacheWriter:
                 self.waiting_bytes -= write.size_bytes
         self._note_empty()
 
-    def _discard_all(self) -> None:
-        self._queue.clear()
-        self.waiting_bytes = 0
+    def _discard(self, tenant: str | None, model: str | None) -> None:
+        """Remove what waits of this tenant and this model, whose answers are being cleared."""
+        kept: deque[Write] = deque()
+        cleared = 0
+        for write in self._queue:
+            if tenant in {None, write.tenant} and model in {None, write.model}:
+                cleared += 1
+                self.waiting_bytes -= write.size_bytes
+            else:
+                kept.append(write)
+        self._queue = kept
+        if cleared:
+            self._outcomes.add(cleared, {"outcome": "cleared"})
         self._note_empty()
 
     def _note_empty(self) -> None:

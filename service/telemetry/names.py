@@ -150,7 +150,7 @@ CACHE_WRITES: Final = Metric(
     "counter",
     "{entry}",
     "Cache writes by outcome",
-    {"outcome": ("stored", "dropped", "failed")},
+    {"outcome": ("stored", "dropped", "failed", "cleared")},
 )
 REQUESTS_IN_FLIGHT: Final = Metric(
     "llmops.requests.in_flight",

@@ -1,9 +1,11 @@
 """The one client of the LiteLLM proxy: whole answers, streams, the list of models, pings."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import httpx2
 from openai import APIError, AsyncOpenAI, AsyncStream
@@ -15,6 +17,7 @@ from service.errors import Cause, ServiceError
 from service.telemetry.names import OTHER_MODEL
 from service.telemetry.providers import Telemetry
 from service.upstream.errors import cause_of, timed_out, translate
+from service.upstream.large_answers import LARGE_BYTES
 from service.upstream.messages import (
     MAX_CONTENT_CHARS,
     PATHS,
@@ -24,6 +27,7 @@ from service.upstream.messages import (
     read_answer,
     read_models,
 )
+from service.upstream.reasons import load_rules
 from service.upstream.spans import AttemptSpans
 from service.upstream.stream import LlmStream
 from service.upstream.transport import UpstreamClient, UpstreamTransport
@@ -40,8 +44,14 @@ Callers can fill these places where the upstream answers to any name. They canno
 SPARE_CONNECTIONS = 8
 """Connections for what no caller's request causes: the list of models, the health checks."""
 
+READERS = 2
+"""Threads that read large answers. Reading one holds the interpreter's lock, so more would not be faster."""
+
 NO_KEY = "none"
 """Sent where no key is configured, because the SDK requires one."""
+
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -56,6 +66,7 @@ async def open_llm(settings: Settings, telemetry: Telemetry) -> AsyncIterator["L
         tracer_provider=telemetry.tracer_provider,
         meter_provider=telemetry.meter_provider,
     )
+    load_rules()
     root = settings.litellm_url.rstrip("/").removesuffix("/v1")
     sdk = AsyncOpenAI(
         api_key=settings.litellm_api_key.get_secret_value() or NO_KEY,
@@ -64,7 +75,8 @@ async def open_llm(settings: Settings, telemetry: Telemetry) -> AsyncIterator["L
         http_client=http,
     )
     async with sdk:
-        yield LlmClient(sdk, root, telemetry, settings)
+        with ThreadPoolExecutor(READERS, "answers") as readers:
+            yield LlmClient(sdk, root, telemetry, settings, readers)
 
 
 class LlmClient:
@@ -75,9 +87,12 @@ class LlmClient:
         root: The proxy's URL, without ``/v1``.
         telemetry: The providers of spans and metrics.
         settings: The time limits, the default model, and whether content is captured.
+        readers: Where large answers are read.
     """
 
-    def __init__(self, sdk: AsyncOpenAI, root: str, telemetry: Telemetry, settings: Settings) -> None:
+    def __init__(
+        self, sdk: AsyncOpenAI, root: str, telemetry: Telemetry, settings: Settings, readers: Executor
+    ) -> None:
         self._sdk = sdk
         self._root = root
         # Absolute, so that the SDK does not join its base URL and the path for each request.
@@ -87,6 +102,7 @@ class LlmClient:
         self._keep_chars = MAX_CONTENT_CHARS if settings.captures_content else 0
         self._instruments = telemetry.instruments
         self._spans = AttemptSpans(telemetry, settings, self.known)
+        self._readers = readers
         self._known: set[str] = set()
         self._unlisted: set[str] = set()
         self._keep_listed([settings.default_model])
@@ -106,7 +122,9 @@ class LlmClient:
         """
         with self._spans.attempt(request) as span:
             response = await self._send(self._urls[request.operation], deadline, request)
-            reply = read_answer(response.content, response.headers, request)
+            reply = await self._read(
+                response.content, partial(read_answer, response.content, response.headers, request)
+            )
             span.completion = reply.completion
             if request.model not in self._known:
                 # A model that answers exists, even if the list does not name it, as with a wildcard.
@@ -156,7 +174,7 @@ class LlmClient:
     async def models(self) -> ModelList:
         """The models that the upstream lists now, in its order; raises as ``ask``."""
         response = await self._send(f"{self._root}/v1/models", Deadline.after(self._timeout_s))
-        listed = read_models(response.content)
+        listed = await self._read(response.content, partial(read_models, response.content))
         self._keep_listed(listed.names)
         return listed
 
@@ -197,6 +215,12 @@ class LlmClient:
     def _know(self, model: str) -> None:
         self._known.add(model)
         self._instruments.start_model_at_zero(model)
+
+    async def _read(self, content: bytes, read: Callable[[], T]) -> T:
+        """Read an answer's content; in one of a few threads where it is large."""
+        if len(content) <= LARGE_BYTES:
+            return read()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
     async def _send(
         self, url: str, deadline: Deadline, request: LlmRequest | None = None, *, stream: bool = False

@@ -1,8 +1,7 @@
 """Translates what the OpenAI SDK raises into this service's errors; nothing else does."""
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -18,28 +17,19 @@ from service.errors import (
     UpstreamError,
     UpstreamTimeoutError,
 )
+from service.upstream.reasons import CallersText, plain_name, reason_of
 from service.upstream.transport import AnswerTooLargeError, TransportCauseError
 
 CONFLICT = 409
 SERVER_ERRORS = 500
 TIMEOUT = "Timeout"
 CONNECTION = "Connection error"
-MAX_REASON_CHARS = 300
 MAX_RETRY_AFTER_S = 3_600.0
-ECHO_CHARS = 8
-"""A message of the upstream that holds a piece of the caller's text of this length echoes the prompt."""
 
 UNKNOWN_MODEL = re.compile(
     r"invalid model name|model( [`'\"]?[^\s`'\"]+[`'\"]?)? (was )?(not found|does not exist)", re.IGNORECASE
 )
-PLAIN_NAME = re.compile(r"[a-z][a-z0-9_.\[\]]{0,63}")
 NO_DEPLOYMENT = "no healthy deployments"
-INTERNALS = re.compile(
-    r"traceback|\w://|/[\w.-]+/[\w.-]+/|[a-z]:\\|\.py\b| at 0x|\b[\w-]+(\.[\w-]+)+:\d|\bhost\b|bearer|basic "
-    r"|authorization|api[_ -]?key|\b(sk|gsk|xai|pk)[-_]\w|\b(key|password|secret|token)\s*[=:]",
-    re.IGNORECASE,
-)
-PREFIXES = re.compile(r"^(/[\w/]+: |litellm\.\w+: |\w+(Error|Exception)( -|:) )+")
 
 
 def timed_out(timeout_s: float, cause: Cause | None = None) -> UpstreamTimeoutError:
@@ -55,6 +45,15 @@ def invalid_answer() -> UpstreamError:
         "The model's side answered with something that is not an answer. Try again.",
         transient=False,
         label="Invalid answer",
+    )
+
+
+def answer_too_large() -> UpstreamError:
+    """The error for an answer that is over a limit."""
+    return UpstreamError(
+        "The model's answer is larger than this service accepts.",
+        transient=False,
+        label="Answer too large",
     )
 
 
@@ -95,11 +94,7 @@ def from_transport(error: BaseException | None) -> ServiceError:
                 "The model's side cannot be reached. Try again.", label=CONNECTION, cause=cause_of(error)
             )
         case AnswerTooLargeError():
-            return UpstreamError(
-                "The model's answer is larger than this service accepts.",
-                transient=False,
-                label="Answer too large",
-            )
+            return answer_too_large()
         case _:
             return UpstreamError(
                 "The model's side broke the connection before a whole answer. Try again.",
@@ -161,54 +156,12 @@ def _refused(body: Mapping[str, Any], request: Mapping[str, Any], *, known_model
     if body.get("code") == "model_not_found" or UNKNOWN_MODEL.search(text) or NO_DEPLOYMENT in text:
         message = f"Model '{request.get('model')}' not found"
         return BadRequestError(message, param="model", code="model_not_found")
+    caller = CallersText(request)
     return BadRequestError(
-        _reason(text, request),
-        param=_plain(body.get("param"), request),
-        code=_plain(body.get("code"), request),
+        reason_of(text, caller),
+        param=plain_name(body.get("param"), caller),
+        code=plain_name(body.get("code"), caller),
     )
-
-
-def _plain(value: object, request: Mapping[str, Any]) -> str | None:
-    """A field's name or a code of the upstream's, as clients look for some; None for anything else."""
-    plain = isinstance(value, str) and PLAIN_NAME.fullmatch(value) and not _echoes(value, request)
-    return str(value) if plain else None
-
-
-def _reason(text: str, request: Mapping[str, Any]) -> str:
-    """The upstream's reason in one line; a general sentence if it shows internals or echoes the prompt."""
-    line = "".join(char if char.isprintable() else " " for char in text.strip().split("\n", 1)[0])
-    reason = PREFIXES.sub("", line).strip()[:MAX_REASON_CHARS]
-    if not reason or INTERNALS.search(reason) or _echoes(reason, request):
-        return "The model refused the request."
-    return f"The model refused the request: {reason}"
-
-
-def _echoes(reason: str, request: Mapping[str, Any]) -> bool:
-    texts = [text for name, value in request.items() if name != "model" for text in _strings(value)]
-    # Upstreams also quote with escapes, JSON's or Python's.
-    texts += [json.dumps(text)[1:-1] for text in texts if not text.isascii()]
-    # Adjacent pieces are enough: an echo of twice their length contains one of them, wherever it starts.
-    pieces = [
-        reason[at : at + ECHO_CHARS] for at in range(0, max(1, len(reason) - ECHO_CHARS + 1), ECHO_CHARS)
-    ]
-    return any(
-        piece in text or (0 < len(text) < 2 * ECHO_CHARS and text in reason)
-        for text in texts
-        for piece in pieces
-    )
-
-
-def _strings(value: object) -> Iterator[str]:
-    """All texts in a value, except for roles and types."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            if name not in {"role", "type"}:
-                yield from _strings(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner)
 
 
 def retry_after(value: str | None, now: datetime | None = None) -> float | None:

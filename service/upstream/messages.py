@@ -12,7 +12,8 @@ from typing import Any, Final, Literal, Self
 
 from cachetools import TTLCache
 
-from service.upstream.errors import invalid_answer
+from service.upstream.errors import answer_too_large, invalid_answer
+from service.upstream.large_answers import LARGE_BYTES, read_large
 
 Operation = Literal["chat", "embeddings"]
 
@@ -74,6 +75,9 @@ def to_json(value: Mapping[str, Any]) -> bytes:
 
 
 MAX_NAME_CHARS = 256
+MAX_MODELS_BYTES = 2_097_152
+"""The largest list of models. All of it becomes objects, which holds up the process for some 30 ms."""
+
 MAX_COUNT = 100_000_000
 """The largest token count of one call that is believed; the largest context windows are a tenth of it."""
 
@@ -137,7 +141,9 @@ class ModelList:
 
 
 def read_models(content: bytes) -> ModelList:
-    """Read the list of models in a response's body; ``UpstreamError`` if it is not one."""
+    """Read the list of models in a response's body; ``UpstreamError`` if it is not one, or too large."""
+    if len(content) > MAX_MODELS_BYTES:
+        raise answer_too_large()
     listed = read_object(content).get("data")
     if not isinstance(listed, list):
         raise invalid_answer()
@@ -162,9 +168,15 @@ def read_object(content: bytes) -> dict[str, Any]:
     return payload
 
 
+def read_needed(content: bytes) -> dict[str, Any]:
+    """Read an answer, of a large one only what this service needs; ``UpstreamError`` if it is no object."""
+    # One choice more than are permitted, so that too many are seen to be too many.
+    return read_large(content, MAX_CHOICES + 1) if len(content) > LARGE_BYTES else read_object(content)
+
+
 def read_answer(content: bytes, headers: Mapping[str, str], request: LlmRequest) -> Reply:
     """Read the answer in a response's body; ``UpstreamError`` if it is not one."""
-    payload = read_object(content)
+    payload = read_needed(content)
     if request.operation == "embeddings":
         if not isinstance(payload.get("data"), list):
             raise invalid_answer()

@@ -41,6 +41,11 @@ KEEP_ALIVE_S: Final = 4.0
 """Idle connections are closed after this time. LiteLLM's server, uvicorn, closes them after 5 s, and a
 request that is sent at that moment fails."""
 
+MAX_ERROR_BYTES: Final = 262_144
+"""How much is read of an answer with the status of an error: it is parsed whole, which takes its time."""
+
+ERROR_STATUS: Final = 400
+
 CHUNK_BYTES: Final = 65_536
 MAX_UNCHUNKED_BYTES: Final = 2**20
 """Larger bodies are written in chunks: aiohttp warns that one large write holds up the event loop."""
@@ -348,6 +353,10 @@ class _Body(httpx2.AsyncByteStream):
         try:
             while data := await read():
                 seen += len(data)
+                if self._answer.status >= ERROR_STATUS and seen > MAX_ERROR_BYTES:
+                    # The status says enough. The rest stays unread, so the connection is closed.
+                    yield data[: MAX_ERROR_BYTES - seen]
+                    return
                 if seen > self._max_bytes:
                     raise AnswerTooLargeError(f"more than {self._max_bytes} bytes")
                 yield data

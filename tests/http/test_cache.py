@@ -257,6 +257,62 @@ def test_stats_and_clearing(app: AppUnderTest, upstream: FakeUpstream) -> None:
     assert len(upstream.chat_requests) == 5
 
 
+@pytest.mark.parametrize(
+    ("query", "named"),
+    [
+        ("USER=user", "query.USER: is not known"),
+        ("user =user", "query.?: is not known"),
+        ("%75ser=user&Model=demo", "query.Model: is not known"),
+        ("users=user", "query.users: is not known"),
+        ("x=1", "query.x: is not known"),
+        ("=user", "query.?: is not known"),
+        ("user=user&user=admin", "query.user: is given twice"),
+        ("model=demo&model=demo", "query.model: is given twice"),
+        ("user%5B%5D=user", "query.?: is not known"),
+        ("user;model=demo", "query.?: is not known"),
+    ],
+)
+def test_a_parameter_that_is_not_understood_clears_nothing(app: AppUnderTest, query: str, named: str) -> None:
+    token, admin = app.token(), app.token("admin")
+    ask(app, token)
+    path = f"/llm/cache?{query.replace(' ', '%20')}"
+    refused = app.call("DELETE", path, token=admin)
+    assert (refused.status, refused.json["error"]) == (422, "ValidationError")
+    assert named in refused.json["message"]
+    assert ask(app, token).headers["x-cache"] == "HIT"
+    # A stranger, or a user, learns nothing about parameters.
+    assert app.call("DELETE", path).status == 401
+    assert app.call("DELETE", path, token=token).status == 403
+
+
+def test_an_empty_user_is_a_user_without_answers(app: AppUnderTest) -> None:
+    token, admin = app.token(), app.token("admin")
+    ask(app, token)
+    for query in ("user=", "user"):
+        assert app.call("DELETE", f"/llm/cache?{query}", token=admin).json == {"cleared": 0}
+    assert ask(app, token).headers["x-cache"] == "HIT"
+
+
+def test_statistics_take_no_parameter(app: AppUnderTest) -> None:
+    refused = app.call("GET", "/llm/cache/stats?user=user", token=app.token())
+    assert refused.status == 422
+    assert "query.user" in refused.json["message"]
+
+
+def test_every_route_with_parameters_refuses_unknown_ones(app: AppUnderTest) -> None:
+    described = app.call("GET", "/openapi.json").json
+    admin = app.token("admin")
+    taking = [
+        (method.upper(), path)
+        for path, methods in described["paths"].items()
+        for method, route in methods.items()
+        if any(parameter["in"] == "query" for parameter in route.get("parameters", ()))
+    ]
+    assert ("DELETE", "/llm/cache") in taking
+    for method, path in taking:
+        assert app.call(method, f"{path}?unknown_one=1", token=admin).status == 422, (method, path)
+
+
 def test_embeddings_count_as_no_look_up(app: AppUnderTest) -> None:
     token = app.token()
     before = app.value("llmops.cache.lookups")

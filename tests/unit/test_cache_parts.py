@@ -149,7 +149,7 @@ async def test_a_full_queue_drops_and_counts() -> None:
 
         assert (writer.waiting, writer.dropped) == (2, 2)
         await writer.flush(5)
-        assert made.outcomes() == {"stored": 2, "dropped": 2, "failed": 0}
+        assert made.outcomes() == {"stored": 2, "dropped": 2, "failed": 0, "cleared": 0}
         assert await made.store.count(COLLECTION) == 2
 
 
@@ -190,7 +190,7 @@ async def test_expired_entries_are_not_written() -> None:
         writer.put(write(1, expires=49.0))
         await writer.flush(5)
 
-        assert made.outcomes() == {"stored": 0, "dropped": 0, "failed": 0}
+        assert made.outcomes() == {"stored": 0, "dropped": 0, "failed": 0, "cleared": 0}
 
 
 @in_loop
@@ -239,7 +239,7 @@ async def test_a_thread_that_hangs_holds_up_nobody(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
             await store.run(note("nobody waits for this"))
-    waiting = asyncio.create_task(store.run(note("later"), Priority.LATER))
+    waiting = asyncio.create_task(store.run(note("later"), Priority.WRITE))
     await asyncio.sleep(0)
     with pytest.raises(StoreError, match="busy"):
         await store.run(note("too much"))
@@ -263,7 +263,7 @@ async def test_what_is_urgent_goes_first(tmp_path: Path) -> None:
     hanging = asyncio.create_task(store.run(hang))
     await asyncio.to_thread(entered.wait, 5)
     order: list[str] = []
-    later = asyncio.create_task(store.run(lambda: order.append("later"), Priority.LATER))
+    later = asyncio.create_task(store.run(lambda: order.append("later"), Priority.WRITE))
     await asyncio.sleep(0)
     urgent = asyncio.create_task(store.run(lambda: order.append("urgent")))
     await asyncio.sleep(0)
