@@ -139,7 +139,8 @@ def test_a_thousand_probes_cause_at_most_a_ping_a_second(upstream: FakeUpstream)
             answers = list(pool.map(lambda _: process.call("GET", "/health/detailed").status, range(1_000)))
         took_s = time.monotonic() - started
     assert set(answers) == {200}
-    assert pings(upstream) - before <= took_s + 1
+    # A check of LiteLLM asks for two paths.
+    assert pings(upstream) - before <= 2 * (took_s + 1)
 
 
 def test_a_dependency_that_hangs_delays_who_asks_by_its_limit_at_most(upstream: FakeUpstream) -> None:

@@ -124,10 +124,8 @@ def test_trust_in_a_callers_trace_context_is_a_setting(upstream: FakeUpstream, t
     assert passed_on.headers["traceparent"].split("-")[1] == answer.request_id
     if trust == "all":
         assert answer.request_id == parent.trace_id
-        assert passed_on.headers["baggage"] == "tenant=canary"
-        assert passed_on.headers["tracestate"] == "vendor=1"
     else:
         assert answer.request_id != parent.trace_id
         assert span.parent is None
-        assert "baggage" not in passed_on.headers
-        assert "tracestate" not in passed_on.headers
+    assert "baggage" not in passed_on.headers
+    assert "tracestate" not in passed_on.headers

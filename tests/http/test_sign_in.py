@@ -108,7 +108,6 @@ def claims(app: AppUnderTest, **changes: Any) -> dict[str, Any]:
     settings = app.settings
     standard = {"sub": "user", "role": "user", "iat": now, "exp": now + 600, "jti": secrets.token_hex(16)}
     scope = {"iss": settings.jwt_issuer, "aud": settings.jwt_audience}
-    standard["pwd"] = jwt.decode(app.token(), options={"verify_signature": False})["pwd"]
     return {key: value for key, value in {**standard, **scope, **changes}.items() if value is not None}
 
 

