@@ -82,7 +82,8 @@ def measure(asked: argparse.Namespace) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         port, load = stack.enter_context(upstream()), stack.enter_context(Load())
         on = make.everything_on(stack, port, Path(name))
-        on |= {"CACHE_ENABLED": "false", "QDRANT_URL": f"http://127.0.0.1:{port}", "MAX_IN_FLIGHT": "600"}
+        on |= {"CACHE_ENABLED": "false", "QDRANT_URL": f"http://127.0.0.1:{port}"}
+        on |= {"MAX_IN_FLIGHT": "600", "MAX_IN_FLIGHT_PER_USER": "600"}
         on |= {"LLM_TIMEOUT_S": "60"}
 
         for workers in (1, 2):

@@ -157,7 +157,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--per-second", type=float, default=20.0, help="pieces of each stream")
     arguments = parser.parse_args()
-    variables = {"MAX_IN_FLIGHT": "600", "RATE_LIMIT": "1000000/minute", "LOG_LEVEL": "WARNING"}
+    variables = {
+        "MAX_IN_FLIGHT": "600",
+        "MAX_IN_FLIGHT_PER_USER": "600",
+        "RATE_LIMIT": "1000000/minute",
+        "LOG_LEVEL": "WARNING",
+    }
     with scripted() as port:
         variables["LITELLM_URL"] = f"http://127.0.0.1:{port}"
         with ServiceProcess(variables) as process:

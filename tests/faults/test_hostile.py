@@ -19,7 +19,10 @@ LONE_SURROGATE = '"\\ud800"'
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
-    with OtlpReceiver() as receiver, Bench({**VARIABLES, "MAX_IN_FLIGHT": "50"}, receiver) as bench:
+    with (
+        OtlpReceiver() as receiver,
+        Bench({**VARIABLES, "MAX_IN_FLIGHT": "50", "MAX_IN_FLIGHT_PER_USER": "50"}, receiver) as bench,
+    ):
         yield bench
 
 

@@ -111,6 +111,7 @@ async def test_a_slice_is_as_long_as_its_time() -> None:
 
 
 @in_loop
+@pytest.mark.alone
 async def test_a_sweep_enforces_the_bound_and_look_ups_do_not_wait_for_it(tmp_path: Path) -> None:
     async with opened(str(tmp_path)) as store:
         await store.write(COLLECTION, [point(number) for number in range(NUMBER + 1)])
@@ -143,6 +144,7 @@ async def test_what_a_caller_waits_for_is_done_first() -> None:
 
 
 @in_loop
+@pytest.mark.alone
 async def test_look_ups_find_nothing_while_the_folder_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def test_a_nested_answer_is_refused() -> None:
     assert outcome(content, "embeddings", verbatim=True) == "Invalid answer"
 
 
+@pytest.mark.alone
 def test_only_what_is_needed_becomes_objects() -> None:
     content = json.dumps({"model": "m", "data": [[0.1234567] * 1_000] * 500}).encode()
 

@@ -241,6 +241,7 @@ MANY: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", MANY)
+@pytest.mark.alone
 def test_no_request_makes_a_reason_expensive(kind: str) -> None:
     asked = {"messages": MANY[kind]}
     reason = ("Invalid value: 'foo'. Supported values are: 'low', 'medium', é, and what else there is. " * 4)[

@@ -77,6 +77,7 @@ def test_the_shortest_random_secrets_are_accepted(make: Callable[[int], str]) ->
 
 
 @pytest.mark.parametrize("costly", ["a1" * 500_000, "4@8({[<369&#!1/|0$5+7%2" * 40])
+@pytest.mark.alone
 def test_a_costly_secret_takes_no_more_time_than_its_beginning(costly: str) -> None:
     """Zxcvbn's own time for the first is minutes, for the second it has no end."""
 
