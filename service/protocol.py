@@ -207,7 +207,14 @@ class Protocol(HttpToolsProtocol):
         """Decide how the body is framed, then hand the request to the app; llhttp calls it."""
         self._body = body_of(self.headers, self.parser.get_http_version())
         super().on_headers_complete()
-        cast("dict[str, Any]", self.scope)[ABORT] = self.transport.abort
+        cast("dict[str, Any]", self.scope)[ABORT] = self._abort
+
+    def _abort(self) -> None:
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is not None:
+            # Otherwise uvicorn logs an error about the answer that is not complete.
+            cycle.disconnected = True
+        self.transport.abort()
 
     def on_message_complete(self) -> None:
         """Do nothing: llhttp calls it after a head without a body; where a message ends is decided here."""
