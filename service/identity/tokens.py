@@ -65,8 +65,10 @@ class Authenticator:
     in the settings is hashed when the process starts.
 
     Args:
-        settings: The users' passwords, the signing key, the lifetime of tokens, the limits on failed
-        sign-ins. instruments: Counts sign-ins. now: Unix time in seconds.
+        settings: The users' passwords, the signing key, the lifetime of tokens, and the limits on
+            failed sign-ins.
+        instruments: Counts sign-ins.
+        now: Unix time in seconds.
     """
 
     def __init__(
