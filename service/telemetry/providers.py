@@ -151,7 +151,7 @@ def build_telemetry(settings: Settings, exporters: Exporters | None = None) -> T
         resource=resource,
         span_limits=_span_limits(),
         shutdown_on_exit=False,
-        meter_provider=_TracerMeterProvider(meter_provider),
+        meter_provider=WrappedMeterProvider(meter_provider, _TracerMeter),
     )
     if exporters.spans is not None:
         tracer_provider.add_span_processor(BatchSpanProcessor(exporters.spans, meter_provider=meter_provider))
@@ -272,16 +272,25 @@ class ExceptProbes(Sampler):
         return f"ExceptProbes({self._sampler.get_description()})"
 
 
-class _TracerMeterProvider(NoOpMeterProvider):
-    """Creates the tracer provider's meter without the SDK's count of live spans.
+class WrappedMeter(NoOpMeter):
+    """Passes on to another meter what a subclass implements; other instruments record nothing."""
 
-    The count would take one fifteenth of a request's function calls; requests and calls in flight have
-    metrics of their own. The meter provides counters only: the SDK counts started spans with one, and live
-    spans with an up-down counter.
+    def __init__(self, inner: Meter) -> None:
+        super().__init__(inner.name, inner.version, inner.schema_url)
+        self._inner = inner
+
+
+class WrappedMeterProvider(NoOpMeterProvider):
+    """Wraps each meter of another provider.
+
+    Args:
+        inner: Creates the meters.
+        wrapper: The class that wraps them.
     """
 
-    def __init__(self, inner: MeterProvider) -> None:
+    def __init__(self, inner: MeterProvider, wrapper: type[WrappedMeter]) -> None:
         self._inner = inner
+        self._wrapper = wrapper
 
     def get_meter(
         self,
@@ -290,13 +299,16 @@ class _TracerMeterProvider(NoOpMeterProvider):
         schema_url: str | None = None,
         attributes: Attributes = None,
     ) -> Meter:
-        return _TracerMeter(self._inner.get_meter(name, version, schema_url, attributes))
+        """Create a meter and wrap it."""
+        return self._wrapper(self._inner.get_meter(name, version, schema_url, attributes))
 
 
-class _TracerMeter(NoOpMeter):
-    def __init__(self, inner: Meter) -> None:
-        super().__init__(inner.name, inner.version, inner.schema_url)
-        self._inner = inner
+class _TracerMeter(WrappedMeter):
+    """The tracer provider's meter without the SDK's count of live spans.
+
+    The count would take one fifteenth of a request's function calls; requests and calls in flight have
+    metrics of their own. The SDK counts started spans with a counter, and live spans with an up-down counter.
+    """
 
     def create_counter(self, name: str, unit: str = "", description: str = "") -> Counter:
         return self._inner.create_counter(name, unit, description)

@@ -1,7 +1,7 @@
 """Instruments the app with the contrib instrumentation: SERVER spans and the standard HTTP metrics.
 
-The instrumentation offers no hook for the attributes of its metrics. ``_ServerMeterProvider`` therefore
-hands it a histogram that adds the error's name; ``tests/contract/test_vendor_internals.py`` checks the
+The instrumentation offers no hook for the attributes of its metrics. ``_ServerMeter`` therefore hands
+it a histogram that adds the error's name; ``tests/contract/test_vendor_internals.py`` checks the
 instruments that the instrumentation creates.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
-from opentelemetry.metrics import Histogram, Meter, MeterProvider, NoOpMeter, NoOpMeterProvider, UpDownCounter
+from opentelemetry.metrics import Histogram, UpDownCounter
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.semconv.attributes.server_attributes import SERVER_ADDRESS
 from opentelemetry.semconv.attributes.url_attributes import URL_QUERY
@@ -21,7 +21,7 @@ from opentelemetry.trace import Span
 from opentelemetry.util.types import Attributes
 
 from service.context import current_request
-from service.telemetry.providers import Telemetry
+from service.telemetry.providers import Telemetry, WrappedMeter, WrappedMeterProvider
 
 REDACTED = "[redacted]"
 
@@ -35,7 +35,7 @@ def instrument_server(app: FastAPI, telemetry: Telemetry) -> None:
     FastAPIInstrumentor.instrument_app(
         app,
         tracer_provider=telemetry.tracer_provider,
-        meter_provider=_ServerMeterProvider(telemetry.meter_provider),
+        meter_provider=WrappedMeterProvider(telemetry.meter_provider, _ServerMeter),
         server_request_hook=_redact,
         excluded_urls="",
         exclude_spans=["send", "receive"],
@@ -55,26 +55,8 @@ def _redact(span: Span, scope: dict[str, Any]) -> None:
         span.set_attribute(SERVER_ADDRESS, scope["server"][0])
 
 
-class _ServerMeterProvider(NoOpMeterProvider):
-    """Creates the instrumentation's meter; instruments of other kinds than the two it uses record nothing."""
-
-    def __init__(self, inner: MeterProvider) -> None:
-        self._inner = inner
-
-    def get_meter(
-        self,
-        name: str,
-        version: str | None = None,
-        schema_url: str | None = None,
-        attributes: Attributes = None,
-    ) -> Meter:
-        return _ServerMeter(self._inner.get_meter(name, version, schema_url, attributes))
-
-
-class _ServerMeter(NoOpMeter):
-    def __init__(self, inner: Meter) -> None:
-        super().__init__(inner.name, inner.version, inner.schema_url)
-        self._inner = inner
+class _ServerMeter(WrappedMeter):
+    """The instrumentation's meter, with the two kinds of instruments that it uses."""
 
     def create_up_down_counter(self, name: str, unit: str = "", description: str = "") -> UpDownCounter:
         return self._inner.create_up_down_counter(name, unit, description)

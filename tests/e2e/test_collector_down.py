@@ -39,7 +39,8 @@ def test_a_broken_collector_costs_no_request_and_no_stop(
     upstream: FakeUpstream, receiver: OtlpReceiver, how: str
 ) -> None:
     with OtlpReceiver() as healthy, broken_collector(how, receiver) as broken:
-        common = {"LITELLM_URL": upstream.url}
+        # An export that is not ended by the stop would outlast it.
+        common = {"LITELLM_URL": upstream.url, "OTEL_EXPORTER_OTLP_TIMEOUT": "60"}
         with (
             ServiceProcess({**common, **to_collector(healthy)}) as one,
             ServiceProcess({**common, **broken}) as other,

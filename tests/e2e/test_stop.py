@@ -144,7 +144,9 @@ def test_a_call_longer_than_the_limit_ends_with_an_error(upstream: FakeUpstream)
 
 def test_a_dead_collector_does_not_hold_it_up(upstream: FakeUpstream, receiver: OtlpReceiver) -> None:
     receiver.hang = True
-    with ServiceProcess({"LITELLM_URL": upstream.url, **to_collector(receiver)}) as process:
+    # An export that is not ended by the stop would outlast it.
+    given = {"LITELLM_URL": upstream.url, "OTEL_EXPORTER_OTLP_TIMEOUT": "60"}
+    with ServiceProcess({**given, **to_collector(receiver)}) as process:
         process.wait_ready()
         ask(process, process.token())
         started = time.monotonic()

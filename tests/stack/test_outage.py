@@ -189,14 +189,17 @@ def test_a_collector_that_hangs_costs_no_call(world: World, process: ServiceProc
     flows(world, process)
 
 
-def test_a_stop_does_not_wait_for_a_dead_collector(world: World, process: ServiceProcess) -> None:
-    process.token()
-    world.collector.send(signal.SIGSTOP)
-    started = time.monotonic()
-    try:
-        assert process.stop() == 0
-    finally:
-        world.collector.send(signal.SIGCONT)
+def test_a_stop_does_not_wait_for_a_dead_collector(world: World, upstream: FakeUpstream) -> None:
+    # An export that is not ended by the stop would outlast it.
+    given = {**SERVICE, "LITELLM_URL": upstream.url, "OTEL_EXPORTER_OTLP_TIMEOUT": "60"}
+    with world.service(given) as process:
+        process.wait_ready().token()
+        world.collector.send(signal.SIGSTOP)
+        started = time.monotonic()
+        try:
+            assert process.stop() == 0
+        finally:
+            world.collector.send(signal.SIGCONT)
     assert time.monotonic() - started < SHUTDOWN_TIMEOUT_S
 
 
