@@ -41,7 +41,9 @@ def test_an_exemplar_leads_to_the_trace_its_logs_and_its_record(run: Run) -> Non
     written = run.mix.lines[trace_id]
     assert sorted(str(line["message"]) for line in written) == sorted(record.body for record in records)
 
-    experiment = demo_api.experiment_of(run.world.mlflow.port, trace_id)
+    # The trace is the caller's, and may hold several calls: the log line names the record of this one.
+    (record_id,) = [line["record_id"] for line in written if "record_id" in line]
+    experiment = demo_api.experiment_of(run.world.mlflow.port, str(record_id))
     assert experiment is not None
     run.rows.append(
         Row(

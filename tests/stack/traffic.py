@@ -5,12 +5,14 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.e2e import bad_service
 from tests.fakes.streams import RawStream, text
-from tests.fakes.upstream import Answer, FakeUpstream, Reset, Silent, Status, Stream
+from tests.fakes.upstream import Answer, FakeUpstream, NotJson, Reset, Silent, Status, Stream
+from tests.faults.bench import UpstreamAt, nobody_at
 from tests.harness import ServiceProcess
 from tests.stack.api import until
 from tests.stack.callers import GENERATE, Caller
@@ -21,13 +23,16 @@ from tests.stack.world import World
 SLOW_S = 10.6
 """Longer than the latency objective, shorter than the deadline below."""
 
+BREAKER_FAILURES = 5
+BREAKER_TIMEOUT_S = 8
+
 CACHE = {"CACHE_ENABLED": "true", "QDRANT_PATH": ":memory:"}
 FAULTY = {
     "LLM_TIMEOUT_S": "12",
     "RETRY_BASE_DELAY_S": "0.05",
     "RETRY_JITTER": "0",
-    "BREAKER_FAILURE_THRESHOLD": "5",
-    "BREAKER_TIMEOUT_S": "8",
+    "BREAKER_FAILURE_THRESHOLD": str(BREAKER_FAILURES),
+    "BREAKER_TIMEOUT_S": str(BREAKER_TIMEOUT_S),
     "MAX_IN_FLIGHT": "4",
     "MAX_IN_FLIGHT_PER_USER": "4",
     "REQUEST_BODY_TIMEOUT_S": "1",
@@ -150,28 +155,40 @@ class Mix:
         until(lambda: not any(path.stat().st_size for path in spool.glob("*.jsonl")), "MLflow to have it all")
 
     def _faulty(self) -> None:
-        """Through an upstream that does each thing that an upstream may do."""
-        with (
-            FakeUpstream() as upstream,
-            self.world.service({**FAULTY, "LITELLM_URL": upstream.url}) as process,
-        ):
+        """Through an upstream that does each thing that an upstream may do, and is gone for a while."""
+        with ExitStack() as upstreams, ExitStack() as stack:
+            upstream = upstreams.enter_context(UpstreamAt(0))
+            process = stack.enter_context(self.world.service({**FAULTY, "LITELLM_URL": upstream.url}))
             process.wait_ready()
             caller = Caller(process, self.ledger, "fake")
             self._keep(process, caller.token)
+            # Before the wrong passwords, after which this address has to wait.
+            admin = caller.sign_in(process.passwords["admin"], user="admin")
+            self.secrets.append(admin)
             self._callers_mistakes(caller)
             self._well(caller, upstream)
             self._upstreams_faults(caller, upstream)
             self._too_many(caller, upstream)
-            self._breaker(caller, upstream)
-            for _ in range(5):
-                caller.generate()
-            time.sleep(30)  # so that each series has points for long enough to be extrapolated fairly
-            self.seen_upstream = sum(
-                seen.path.endswith(("/chat/completions", "/embeddings")) for seen in upstream.requests
-            )
-            self.ledger.mark("faulty ends")
-            process.stop()
+            self._models_circuit(caller, admin, upstream)
+            self._count_requests(upstream)
+            upstreams.close()
+            self._connection_breaker(caller, upstream.port)
+            with UpstreamAt(upstream.port) as back:
+                time.sleep(BREAKER_TIMEOUT_S + 1)
+                self.ledger.touched.add(caller.generate().request_id)
+                self.ledger.mark("breaker closed")
+                for _ in range(5):
+                    caller.generate()
+                time.sleep(30)  # so that each series has points for long enough to be extrapolated fairly
+                self._count_requests(back)
+                self.ledger.mark("faulty ends")
+                process.stop()
             self._read(process)
+
+    def _count_requests(self, upstream: FakeUpstream) -> None:
+        self.seen_upstream += sum(
+            seen.path.endswith(("/chat/completions", "/embeddings")) for seen in upstream.requests
+        )
 
     @staticmethod
     def _well(caller: Caller, upstream: FakeUpstream) -> None:
@@ -245,16 +262,25 @@ class Mix:
             for call in inside:
                 call.result()
 
-    def _breaker(self, caller: Caller, upstream: FakeUpstream) -> None:
-        upstream.script(*[Reset()] * 5)
-        caller.generate()
-        caller.generate()
-        self.ledger.mark("breaker open")
-        for _ in range(3):
-            caller.generate()
-        time.sleep(9)
+    def _models_circuit(self, caller: Caller, admin: str, upstream: FakeUpstream) -> None:
+        """Fail for two callers, so that the model's circuit opens for everybody."""
+        for token in (caller.token, admin):
+            upstream.script(*[NotJson()] * BREAKER_FAILURES)
+            for _ in range(BREAKER_FAILURES):
+                caller.generate(token=token)
+        for token in (caller.token, admin):
+            caller.generate(token=token)
+        time.sleep(BREAKER_TIMEOUT_S + 1)
         self.ledger.touched.add(caller.generate().request_id)
-        self.ledger.mark("breaker closed")
+
+    def _connection_breaker(self, caller: Caller, port: int) -> None:
+        """Refuse connections; the second call's first attempt is the fifth in a row."""
+        with nobody_at(port, "refusing"):
+            for _ in range(2):
+                self.ledger.facts["unseen"] += int(caller.generate().headers["x-llm-attempts"])
+            self.ledger.mark("breaker open")
+            for _ in range(3):
+                caller.generate()
 
     def _brief(self) -> None:
         """A process that is asked too often, has a bug, and is stopped while it is asked."""
