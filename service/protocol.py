@@ -12,14 +12,17 @@ import re
 import socket
 import sys
 from collections.abc import Iterable
-from typing import Any, ClassVar, Final, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 import httptools
-from starlette.types import Message
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.middleware.request_limits import MALFORMED
 from service.utils.disconnect import ABORT
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application
 
 MAX_HEAD_BYTES: Final = 65_536
 """Largest request head. During an answer, reading pauses when more than this of what follows has arrived."""
@@ -47,6 +50,7 @@ TRAILER_LINE: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*")
 METHOD: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}(?: |\Z)|\r?\Z")
 """The start of a head, complete or not; bytes that cannot become a method are refused at once."""
 
+HTTP_1_0: Final = "1.0"
 CRLF: Final = b"\r\n"
 HEAD_END: Final = b"\r\n\r\n"
 
@@ -205,9 +209,36 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Decide how the body is framed, then hand the request to the app; llhttp calls it."""
-        self._body = body_of(self.headers, self.parser.get_http_version())
+        version = self.parser.get_http_version()
+        self._body = body_of(self.headers, version)
+        self.app = cast("ASGI3Application", self.config.loaded_app)
+        if version == HTTP_1_0:
+            # A client of HTTP/1.0 does not know of 100 (Continue) either (RFC 9110, section 10.1.1).
+            self.expect_100_continue = False
+            self.app = self._answer_without_chunks
         super().on_headers_complete()
         cast("dict[str, Any]", self.scope)[ABORT] = self._abort
+
+    async def _answer_without_chunks(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the app; a body of unknown length ends with the connection (RFC 9112, section 6.3).
+
+        uvicorn sends such a body in chunks, which HTTP/1.0 does not have.
+        """
+        cycle: RequestResponseCycle = self.cycle
+        unknown_length = False
+
+        async def send_without_chunks(message: Message) -> None:
+            nonlocal unknown_length
+            if message["type"] == "http.response.start":
+                unknown_length = all(name.lower() != b"content-length" for name, _ in message["headers"])
+                if unknown_length:
+                    cycle.chunked_encoding = cycle.keep_alive = False
+            elif unknown_length:
+                # uvicorn compares what is sent with the length that was announced.
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await self.config.loaded_app(scope, receive, send_without_chunks)
 
     def _abort(self) -> None:
         cycle: RequestResponseCycle | None = self.cycle

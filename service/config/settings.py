@@ -96,6 +96,7 @@ class Settings(BaseSettings):
     stream_timeout_s: float = Field(600.0, gt=0, le=86_400)
     stream_keep_alive_s: float = Field(15.0, gt=0, le=3_600)
     stream_write_timeout_s: float = Field(30.0, gt=0, le=3_600)
+    stream_usage: Literal["auto", "never"] = "auto"
     pass_litellm_fields: Annotated[tuple[str, ...], NoDecode] = ()
     models_ttl_s: float = Field(300.0, ge=1, le=86_400)
 

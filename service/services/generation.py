@@ -28,7 +28,7 @@ from service.telemetry import names
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
 from service.upstream.messages import PATHS, Completion, ModelList, Operation, Reply
-from service.upstream.stream import LlmStream, StreamEvent
+from service.upstream.stream import ALIVE, LlmStream, StreamEvent
 from service.utils.deadline import Deadline
 from service.utils.retry import Attempt, Progress, RetryBudget, RetryPolicy, retrying
 
@@ -86,9 +86,12 @@ class AnswerStream:
         # The caller has the last event by now: this is not on its time.
         if self._handed_on is not None:
             self._assembler.take(self._handed_on.payload, len(self._handed_on.raw))
-        # The time that the caller takes to read an event does not count as the upstream's silence.
-        self._limit.reschedule(min(self._end_s, self._now() + self._silence_s))
-        event = self._handed_on = await anext(self._events, None)
+        event: StreamEvent | None = ALIVE
+        while event is ALIVE:
+            # The time that the caller takes to read an event does not count as the upstream's silence.
+            self._limit.reschedule(min(self._end_s, self._now() + self._silence_s))
+            event = await anext(self._events, None)
+        self._handed_on = event
         self._limit.reschedule(self._end_s)
         if event is None:
             raise StopAsyncIteration

@@ -1,14 +1,17 @@
 """The one client of the LiteLLM proxy: whole answers, streams, the list of models, pings."""
 
 import asyncio
+import logging
+import re
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
+import cachetools
 import httpx2
-from openai import APIError, AsyncOpenAI, AsyncStream
+from openai import APIError, APIStatusError, AsyncOpenAI, AsyncStream
 from opentelemetry.instrumentation.httpx import HTTPX2ClientInstrumentor
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
@@ -29,7 +32,7 @@ from service.upstream.messages import (
 )
 from service.upstream.reasons import load_rules
 from service.upstream.spans import AttemptSpans
-from service.upstream.stream import LlmStream
+from service.upstream.stream import LlmStream, Reading
 from service.upstream.transport import UpstreamClient, UpstreamTransport
 from service.utils.deadline import Deadline
 
@@ -51,7 +54,20 @@ NO_KEY = "none"
 """Sent where no key is configured, because the SDK requires one."""
 
 
+STREAM_OPTIONS: Final = re.compile(r"stream_options|include_usage", re.IGNORECASE)
+"""What the refusal of token counts at the end of a stream says, in its message or as a field at fault."""
+
+REFUSALS: Final = frozenset({400, 422})
+MAX_WITHOUT_USAGE: Final = 1_024
+"""How many models that refuse ``stream_options`` are remembered; the others are asked with it again."""
+
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class FieldRefusedError(Exception):
+    """The upstream refused a field that this service has added to the request."""
 
 
 @asynccontextmanager
@@ -99,7 +115,10 @@ class LlmClient:
         self._urls = {operation: f"{root}/v1{path}" for operation, path in PATHS.items()}
         self._timeout_s = settings.llm_timeout_s
         self._connect_timeout_s = settings.llm_connect_timeout_s
-        self._keep_chars = MAX_CONTENT_CHARS if settings.captures_content else 0
+        self._asks_for_usage = settings.stream_usage == "auto"
+        self._without_usage: cachetools.LRUCache[str, bool] = cachetools.LRUCache(MAX_WITHOUT_USAGE)
+        keep_chars = MAX_CONTENT_CHARS if settings.captures_content else 0
+        self._reading = Reading(readers, settings.llm_max_answer_bytes, keep_chars)
         self._instruments = telemetry.instruments
         self._spans = AttemptSpans(telemetry, settings, self.known)
         self._readers = readers
@@ -122,9 +141,14 @@ class LlmClient:
         """
         with self._spans.attempt(request) as span:
             response = await self._send(self._urls[request.operation], deadline, request)
-            reply = await self._read(
-                response.content, partial(read_answer, response.content, response.headers, request)
+            read = partial(
+                read_answer,
+                response.content,
+                response.headers,
+                request,
+                known_model=request.model in self._known,
             )
+            reply = await self._read(response.content, read)
             span.completion = reply.completion
             if request.model not in self._known:
                 # A model that answers exists, even if the list does not name it, as with a wildcard.
@@ -145,15 +169,14 @@ class LlmClient:
         Raises:
             ServiceError: As ``ask``; iterating the stream raises the same.
         """
-        streamed = request.streamed()
-        with self._spans.attempt(streamed, stream=True) as span:
-            response = await self._send(self._urls[request.operation], deadline, streamed, stream=True)
+        with self._spans.attempt(request, stream=True) as span:
+            response = await self._open_stream(request, deadline)
             events = LlmStream(
                 response,
                 request,
                 span,
+                self._reading,
                 known_model=request.model in self._known,
-                keep_chars=self._keep_chars,
             )
             try:
                 async with asyncio.timeout(deadline.left_s):
@@ -170,6 +193,24 @@ class LlmClient:
             finally:
                 await events.aclose()
                 span.completion = events.completion()
+
+    async def _open_stream(self, request: LlmRequest, deadline: Deadline) -> httpx2.Response:
+        """Ask for a stream with token counts at its end, and without them where the model refuses that."""
+        url = self._urls[request.operation]
+        asks = self._asks_for_usage and request.model not in self._without_usage
+        if not asks or request.asks_for_usage:
+            return await self._send(url, deadline, request.streamed(with_usage=False), stream=True)
+        try:
+            return await self._send(
+                url, deadline, request.streamed(with_usage=True), stream=True, refusal_of=STREAM_OPTIONS
+            )
+        except FieldRefusedError:
+            self._without_usage[request.model] = True
+            logger.warning(
+                "The model refuses stream_options; from now on its streams come without token counts",
+                extra={"model": request.model},
+            )
+        return await self._send(url, deadline, request.streamed(with_usage=False), stream=True)
 
     async def models(self) -> ModelList:
         """The models that the upstream lists now, in its order; raises as ``ask``."""
@@ -223,11 +264,18 @@ class LlmClient:
         return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
     async def _send(
-        self, url: str, deadline: Deadline, request: LlmRequest | None = None, *, stream: bool = False
+        self,
+        url: str,
+        deadline: Deadline,
+        request: LlmRequest | None = None,
+        *,
+        stream: bool = False,
+        refusal_of: re.Pattern[str] | None = None,
     ) -> httpx2.Response:
         """Post the request, or get the URL where there is none; raises this service's errors only.
 
-        The response's body has been read, except for a stream's.
+        The response's body has been read, except for a stream's. ``FieldRefusedError`` is raised where the
+        upstream refuses the request with a text that matches ``refusal_of``.
         """
         left_s = deadline.left_s
         # A stream's reads are limited by its reader.
@@ -251,5 +299,12 @@ class LlmClient:
             # The cancellation by the time limit carries a cause where it ended the attempt to connect.
             raise timed_out(deadline.limit_s, cause_of(error.__cause__) or Cause.READ_TIMEOUT) from None
         except APIError as error:
+            if refusal_of is not None and isinstance(error, APIStatusError) and _refuses(error, refusal_of):
+                raise FieldRefusedError from None
             # Not chained: the SDK's error holds the request, with its key and prompt.
             raise translate(error, body, known_model=body.get("model") in self._known) from None
+
+
+def _refuses(error: APIStatusError, field: re.Pattern[str]) -> bool:
+    """Whether an answer refuses the request because of a field; the whole of its body counts."""
+    return error.status_code in REFUSALS and field.search(error.response.text) is not None

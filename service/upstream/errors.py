@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Final
 
 import httpx2
 import openai
@@ -25,6 +25,25 @@ SERVER_ERRORS = 500
 TIMEOUT = "Timeout"
 CONNECTION = "Connection error"
 MAX_RETRY_AFTER_S = 3_600.0
+
+STATUS_BY_TYPE: Final = {
+    "invalid_request_error": 400,
+    "context_length_exceeded": 400,
+    "content_policy_violation": 400,
+    "content_filter": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "model_not_found": 404,
+    "timeout_error": 408,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "insufficient_quota": 429,
+    "overloaded_error": 503,
+}
+"""The statuses of the error types and codes that OpenAI's and Anthropic's documentation names."""
 
 UNKNOWN_MODEL = re.compile(
     r"invalid model name|model( [`'\"]?[^\s`'\"]+[`'\"]?)? (was )?(not found|does not exist)", re.IGNORECASE
@@ -103,13 +122,56 @@ def from_transport(error: BaseException | None) -> ServiceError:
             )
 
 
-def from_event(said: object, request: Mapping[str, Any], *, known_model: bool) -> ServiceError:
-    """The service's error for an error that the upstream sends as an event, within a stream."""
-    body = said if isinstance(said, dict) else {}
-    code = str(body.get("code", ""))
-    # LiteLLM sends the status as the code, as text.
-    status = int(code) if re.fullmatch(r"[45]\d\d", code) else SERVER_ERRORS
-    return _from_status(status, body, {}, request, known_model=known_model)
+def error_of(answer: Mapping[str, Any], *, is_error: bool = False) -> Mapping[str, Any] | None:
+    """What an answer of status 200, or an event of a stream, says about an error; None where it is none.
+
+    Providers write it in three ways: as ``error`` (an object, or a text), as the whole of an event with the
+    name ``error``, and as an object whose own type is ``error``.
+
+    Args:
+        answer: The answer, or the event's data.
+        is_error: Whether the event's name says that it is an error.
+    """
+    said = answer.get("error")
+    if isinstance(said, str) and said:
+        # Beside a text, the other fields belong to the error too.
+        return {**answer, "message": answer.get("message") or said}
+    if said:
+        return said if isinstance(said, dict) else {}
+    if is_error or "error" in (answer.get("object"), answer.get("type")):
+        return answer
+    return None
+
+
+def from_event(
+    said: Mapping[str, Any], headers: Mapping[str, str], request: Mapping[str, Any], *, known_model: bool
+) -> ServiceError:
+    """The service's error for an error within an answer of status 200, whole or an event of a stream.
+
+    Args:
+        said: What the answer says about the error.
+        headers: The answer's header fields; ``Retry-After`` counts.
+        request: The body that was sent.
+        known_model: As ``translate``'s.
+    """
+    return _from_status(status_of(said), said, headers, request, known_model=known_model)
+
+
+def status_of(said: Mapping[str, Any]) -> int:
+    """The status that an error would have had as an answer of its own; 500 where it does not say.
+
+    It is a number in one of several fields (LiteLLM sends it as ``code``, as text), or follows from the
+    error's type in OpenAI's or Anthropic's protocol.
+    """
+    for name in ("status_code", "status", "http_status", "code"):
+        text = str(said.get(name, ""))
+        if re.fullmatch(r"[45]\d\d", text):
+            return int(text)
+    for name in ("code", "type"):
+        value = said.get(name)
+        if isinstance(value, str) and value in STATUS_BY_TYPE:
+            return STATUS_BY_TYPE[value]
+    return SERVER_ERRORS
 
 
 def _from_status(

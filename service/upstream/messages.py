@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, Self
 
 from cachetools import TTLCache
 
-from service.upstream.errors import answer_too_large, invalid_answer
+from service.upstream.errors import answer_too_large, error_of, from_event, invalid_answer
 from service.upstream.large_answers import LARGE_BYTES, read_large
 
 Operation = Literal["chat", "embeddings"]
@@ -42,13 +42,17 @@ class LlmRequest:
     headers: Mapping[str, str] = field(default_factory=dict)
     verbatim: bool = False
 
-    def streamed(self) -> Self:
-        """The same request for a stream whose last event holds the token counts."""
+    @property
+    def asks_for_usage(self) -> bool:
+        """Whether the caller asks for token counts at the end of a stream."""
         options = self.body.get("stream_options")
-        if isinstance(options, dict) and options.get("include_usage") is True:
-            asked: dict[str, Any] = {}
-        else:
-            asked = {"stream_options": {**(options or {}), "include_usage": True}}
+        return isinstance(options, dict) and options.get("include_usage") is True
+
+    def streamed(self, *, with_usage: bool) -> Self:
+        """The same request for a stream; ``with_usage`` asks for token counts in its last event."""
+        asked: dict[str, Any] = {}
+        if with_usage and not self.asks_for_usage:
+            asked["stream_options"] = {**(self.body.get("stream_options") or {}), "include_usage": True}
         if self.body.get("stream") is not True:
             asked["stream"] = True
         return replace(self, body={**self.body, **asked}, content=with_fields(self.body, self.content, asked))
@@ -174,9 +178,19 @@ def read_needed(content: bytes) -> dict[str, Any]:
     return read_large(content, MAX_CHOICES + 1) if len(content) > LARGE_BYTES else read_object(content)
 
 
-def read_answer(content: bytes, headers: Mapping[str, str], request: LlmRequest) -> Reply:
-    """Read the answer in a response's body; ``UpstreamError`` if it is not one."""
+def read_answer(
+    content: bytes, headers: Mapping[str, str], request: LlmRequest, *, known_model: bool
+) -> Reply:
+    """Read the answer in a response's body.
+
+    Raises:
+        UpstreamError: It is no answer.
+        ServiceError: It is an error with the status of an answer.
+    """
     payload = read_needed(content)
+    said = error_of(payload)
+    if said is not None and not (payload.get("choices") or payload.get("data")):
+        raise from_event(said, headers, request.body, known_model=known_model)
     if request.operation == "embeddings":
         if not isinstance(payload.get("data"), list):
             raise invalid_answer()

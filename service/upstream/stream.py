@@ -1,16 +1,19 @@
 """The events of a streamed answer, and the time limits under which they are passed on."""
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import httpx2
 
-from service.errors import ServiceError, UpstreamError
-from service.upstream.errors import from_event, from_transport, invalid_answer
+from service.errors import UpstreamError
+from service.upstream.errors import error_of, from_event, from_transport, invalid_answer
+from service.upstream.large_answers import LARGE_BYTES
 from service.upstream.messages import (
     MAX_CHOICES,
     MAX_NAME_CHARS,
@@ -25,12 +28,11 @@ from service.upstream.messages import (
 )
 from service.upstream.spans import AttemptSpan
 
-MAX_EVENT_BYTES = 4_194_304
-"""The largest single event: without a limit, a stream without line ends would be buffered whole."""
-
 END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n|\r\n\n")
 LINE_END = re.compile(rb"\r\n|\n|\r")
 MAX_END_BYTES = 4
+BOM: Final = b"\xef\xbb\xbf"
+"""May stand before the first event (WHATWG HTML, section 9.2.5)."""
 
 
 class EventTooLargeError(ValueError):
@@ -38,11 +40,16 @@ class EventTooLargeError(ValueError):
 
 
 class EventDecoder:
-    """Splits a stream of bytes into events; an event without its end is not returned."""
+    """Splits a stream of bytes into events.
 
-    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+    Args:
+        max_event_bytes: The largest single event; without a limit, a stream without line ends would be
+            buffered whole.
+    """
+
+    def __init__(self, max_event_bytes: int) -> None:
         self._max_event_bytes = max_event_bytes
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Add bytes; return each event that is complete now, with the empty line that ends it.
@@ -50,15 +57,28 @@ class EventDecoder:
         Raises:
             EventTooLargeError: An event is not complete within the limit.
         """
-        seen = max(0, len(self._rest) - MAX_END_BYTES + 1)
-        buffer = self._rest + data if self._rest else data
+        # Most reads end with an event. The others are appended in place: a large event comes in many reads.
+        buffer: bytes | bytearray = data
+        seen = 0
+        if self._rest:
+            seen = max(0, len(self._rest) - MAX_END_BYTES + 1)
+            self._rest += data
+            buffer = self._rest
         start = 0
         while found := END_OF_EVENT.search(buffer, max(seen, start)):
-            yield buffer[start : found.end()]
+            yield bytes(buffer[start : found.end()])
             start = found.end()
-        self._rest = buffer[start:]
+        if buffer is data:
+            self._rest += data[start:]
+        else:
+            del self._rest[:start]
         if len(self._rest) > self._max_event_bytes:
             raise EventTooLargeError
+
+    @property
+    def rest(self) -> bytes:
+        """The bytes of the event that is not complete."""
+        return bytes(self._rest)
 
 
 def data_of(event: bytes) -> bytes:
@@ -68,6 +88,14 @@ def data_of(event: bytes) -> bytes:
         return event[5:].strip()
     lines = [line[5:].removeprefix(b" ") for line in LINE_END.split(event) if line.startswith(b"data:")]
     return b"\n".join(lines).strip()
+
+
+def name_of_event(event: bytes) -> bytes:
+    """The value of the event's ``event`` field; empty where it has none."""
+    if event.startswith(b"data:") and b"event" not in event:
+        return b""
+    names = [line[6:].strip() for line in LINE_END.split(event) if line.startswith(b"event:")]
+    return names[-1] if names else b""
 
 
 def comment(text: str) -> bytes:
@@ -83,6 +111,12 @@ def event(data: bytes, name: str | None = None) -> bytes:
 
 DONE: Final = b"[DONE]"
 """The data of the event that ends a stream in OpenAI's format."""
+
+ERROR: Final = b"error"
+"""The name of an event that is an error."""
+
+PING: Final = b"ping"
+"""The name of an event without content; Anthropic's protocol has it."""
 
 MAX_DRAIN_S = 0.1
 """How long the end of the body is waited for after the last event, so that the connection can be reused."""
@@ -105,17 +139,38 @@ class StreamEvent:
     payload: Mapping[str, Any] | None = None
 
 
-class LlmStream:
-    """The events of one answer, to be iterated once.
+ALIVE: Final = StreamEvent(b"")
+"""Stands for bytes of the upstream that are no event of the answer: a comment, a ping, a part of an event.
+They show that it is at work, and are not passed on."""
 
-    Iteration ends after the upstream's last event, and raises an error in every other case.
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the streams of a client are read.
+
+    Args:
+        readers: Where large events are parsed.
+        max_event_bytes: The largest single event.
+        keep_chars: How much of the text is kept for the record of the call.
+    """
+
+    readers: Executor
+    max_event_bytes: int
+    keep_chars: int = 0
+
+
+class LlmStream:
+    """The events of one answer, to be iterated once, with ``ALIVE`` between them.
+
+    Iteration ends after the upstream's last event, and raises an error in every other case. A whole answer in
+    JSON, which some providers send though they are asked for a stream, comes as the events of one.
 
     Args:
         response: The upstream's, with its body unread.
         request: What was asked.
         span: The attempt's; it measures the time to each event.
+        reading: How it is read.
         known_model: Whether the upstream has listed the model.
-        keep_chars: How much of the text is kept for the record of the call.
     """
 
     def __init__(
@@ -123,11 +178,13 @@ class LlmStream:
         response: httpx2.Response,
         request: LlmRequest,
         span: AttemptSpan,
+        reading: Reading,
         *,
         known_model: bool,
-        keep_chars: int = 0,
     ) -> None:
         self._response = response
+        self._readers = reading.readers
+        self._max_event_bytes = reading.max_event_bytes
         self._bytes = response.aiter_raw()
         self._events = self._read()
         self._first: StreamEvent | None = None
@@ -136,7 +193,7 @@ class LlmStream:
         self._span = span
         self._known_model = known_model
         self._deltas = 0
-        self._keep_chars = keep_chars
+        self._keep_chars = reading.keep_chars
         self._kept: list[str] = []
         self._id: str | None = None
         self._model: str | None = None
@@ -145,7 +202,9 @@ class LlmStream:
 
     async def first(self) -> None:
         """Wait for the first event, which stays to be iterated; raises as iterating does."""
-        self._first = await anext(self._events, None)
+        while (event := await anext(self._events, None)) is ALIVE:
+            pass
+        self._first = event
 
     def __aiter__(self) -> Self:
         return self
@@ -188,44 +247,86 @@ class LlmStream:
             await self._response.aclose()
 
     async def _read(self) -> AsyncGenerator[StreamEvent, None]:
-        decoder = EventDecoder()
+        decoder = EventDecoder(self._max_event_bytes)
         try:
-            async for data in self._bytes:
-                events, failure = self._decode(decoder, data)
-                for event in events:
-                    yield event
-                if failure is not None:
-                    raise failure
-                if self._ended:
-                    return
+            async for data in self._server_sent():
+                alive = True
+                try:
+                    for raw in decoder.feed(data):
+                        event = await self._event(raw)
+                        if event is not None:
+                            alive = False
+                            yield event
+                        elif self._ended:
+                            return
+                except EventTooLargeError:
+                    raise invalid_answer() from None
+                if alive:
+                    yield ALIVE
         except httpx2.HTTPError as error:
             raise from_transport(error) from None
+        # Some servers close the connection without the empty line that would end their last event.
+        if data_of(decoder.rest) == DONE:
+            self._end()
+            return
         raise UpstreamError("The model's side ended its answer too early. Try again.", label="Cut off")
 
-    def _decode(self, decoder: EventDecoder, data: bytes) -> tuple[list[StreamEvent], ServiceError | None]:
-        """The events that are complete with these bytes, and the failure that comes after them, if any."""
-        events: list[StreamEvent] = []
-        try:
-            for raw in decoder.feed(data):
-                content = data_of(raw)
-                if content == DONE:
-                    if self._deltas == 0 and not self._reasons:
-                        raise invalid_answer()
-                    self._ended = True
-                    break
-                # A comment has no data: it shows that the upstream is alive.
-                if content:
-                    events.append(self._event(raw, content))
-        except EventTooLargeError:
-            return events, invalid_answer()
-        except ServiceError as error:
-            return events, error
-        return events, None
+    async def _server_sent(self) -> AsyncGenerator[bytes, None]:
+        """The body as server-sent events.
 
-    def _event(self, raw: bytes, data: bytes) -> StreamEvent:
-        payload = read_object(data)
-        if payload.get("error"):
-            raise from_event(payload["error"], self._request.body, known_model=self._known_model)
+        A body that is a JSON object is read to its end and becomes the events that a stream would have. Its
+        first byte decides, not its ``Content-Type``: no server-sent event begins with a brace.
+        """
+        start = b""
+        async for data in self._bytes:
+            start += data
+            text = start.removeprefix(BOM).lstrip()
+            # Not before there is something, and not while it may be a part of the byte order mark.
+            if text and not (len(start) < len(BOM) and BOM.startswith(start)):
+                break
+            yield b""
+        else:
+            return
+        if not text.startswith(b"{"):
+            yield start.removeprefix(BOM)
+            async for data in self._bytes:
+                yield data
+            return
+        pieces = [text]
+        async for data in self._bytes:
+            pieces.append(data)
+            yield b""
+        answer = await self._parse(b"".join(pieces))
+        chunks = chunks_of(answer) if error_of(answer) is None else iter([answer])
+        for chunk in chunks:
+            yield event(json.dumps(chunk, separators=(",", ":")).encode())
+        yield event(DONE)
+
+    async def _parse(self, data: bytes, event_name: bytes = b"") -> dict[str, Any]:
+        if len(data) <= LARGE_BYTES:
+            return _read_payload(data, event_name)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._readers, _read_payload, data, event_name)
+
+    def _end(self) -> None:
+        if self._deltas == 0 and not self._reasons:
+            raise invalid_answer()
+        self._ended = True
+
+    async def _event(self, raw: bytes) -> StreamEvent | None:
+        """One event of the answer; None for what is none: its end, a comment, a ping."""
+        data, name = data_of(raw), name_of_event(raw)
+        if data == DONE:
+            self._end()
+            return None
+        if not data or name == PING:
+            return None
+        payload = await self._parse(data, name)
+        if payload.get("type") == PING.decode():
+            return None
+        said = error_of(payload, is_error=name == ERROR)
+        if said is not None:
+            raise from_event(said, self._response.headers, self._request.body, known_model=self._known_model)
         self._span.record_chunk()
         self._id = self._id or name_of(payload, "id")
         self._model = self._model or name_of(payload, "model")
@@ -260,6 +361,44 @@ class LlmStream:
             if index in {0, None} and isinstance(content, str):
                 text += content
         return text
+
+
+def _read_payload(data: bytes, event_name: bytes) -> dict[str, Any]:
+    """The event's data; an error may be a text alone."""
+    try:
+        return read_object(data)
+    except UpstreamError:
+        if event_name != ERROR:
+            raise
+        return {"message": data.decode("utf-8", "replace")}
+
+
+def chunks_of(answer: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A whole answer as the chunks of a stream; ``UpstreamError`` where it is none.
+
+    Each choice becomes one chunk with all of it and one with its end; the token counts come last.
+    """
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or not choices or not all(isinstance(one, dict) for one in choices):
+        raise invalid_answer()
+    head = {name: value for name, value in answer.items() if name not in {"choices", "usage"}}
+    head["object"] = "chat.completion.chunk"
+    for place, choice in enumerate(choices):
+        message = choice.get("message")
+        if not isinstance(message, dict):
+            raise invalid_answer()
+        end = {"index": choice.get("index", place), "finish_reason": choice.get("finish_reason")}
+        more = {name: value for name, value in choice.items() if name not in {"message", *end}}
+        delta = {"role": "assistant", **message}
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            delta["tool_calls"] = [
+                {"index": number, **call} for number, call in enumerate(calls) if isinstance(call, dict)
+            ]
+        yield {**head, "choices": [{**more, **end, "delta": delta, "finish_reason": None}]}
+        yield {**head, "choices": [{**end, "delta": {}}]}
+    if isinstance(answer.get("usage"), dict):
+        yield {**head, "choices": [], "usage": answer["usage"]}
 
 
 def _has_content(choice: object) -> bool:

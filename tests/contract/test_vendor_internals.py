@@ -286,17 +286,19 @@ def test_uvicorn_protocol() -> None:
 
 
 def test_uvicorn_request_cycle() -> None:
-    """``service.protocol`` reads these attributes of an answer in progress, and sets two of them."""
+    """``service.protocol`` reads these attributes of an answer in progress, and sets some of them."""
     source = inspect.getsource(RequestResponseCycle.__init__)
     used = (
+        "chunked_encoding",
         "disconnected",
+        "expected_content_length",
         "keep_alive",
         "message_event",
         "more_body",
         "response_started",
         "response_complete",
     )
-    missing = [name for name in used if f"self.{name} = " not in source]
+    missing = [name for name in used if not re.search(rf"self\.{name}(: [^=]+)? = ", source)]
     assert not missing, _changed("uvicorn", f"RequestResponseCycle ({missing})", "service/protocol.py")
 
 

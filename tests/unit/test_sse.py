@@ -22,7 +22,7 @@ def test_events_come_out_as_they_are_however_they_are_cut(
 ) -> None:
     wanted = [f"data: {line}{end}{end}".encode() for line in lines]
     rest = b"".join(wanted)
-    decoder = EventDecoder()
+    decoder = EventDecoder(1_000_000)
     found: list[bytes] = []
     for cut in [*cuts, len(rest)]:
         found += decoder.feed(rest[:cut])
@@ -32,7 +32,7 @@ def test_events_come_out_as_they_are_however_they_are_cut(
 
 
 def test_what_is_cut_off_never_comes_out() -> None:
-    assert list(EventDecoder().feed(b"data: a\n\ndata: \xf0\x9f")) == [b"data: a\n\n"]
+    assert list(EventDecoder(1_000_000).feed(b"data: a\n\ndata: \xf0\x9f")) == [b"data: a\n\n"]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_an_event_without_end_is_not_kept_for_ever() -> None:
 
 
 def test_what_is_written_can_be_read() -> None:
-    assert list(EventDecoder().feed(event(b"{}", "done") + comment("hi"))) == [
+    assert list(EventDecoder(1_000_000).feed(event(b"{}", "done") + comment("hi"))) == [
         b"event: done\ndata: {}\n\n",
         b": hi\n\n",
     ]
@@ -86,7 +86,7 @@ def test_a_stream_is_asked_for_and_the_rest_stays(
     given_ = {"stream_options": options, "stream": stream}
     body = {**body, **{name: value for name, value in given_.items() if value != "absent"}}
     content = json.dumps(body, indent=indent).encode()
-    asked = LlmRequest("chat", "demo", body, content).streamed()
+    asked = LlmRequest("chat", "demo", body, content).streamed(with_usage=True)
     kept = options if isinstance(options, dict) else {}
     assert json.loads(asked.content) == {
         **body,
