@@ -6,6 +6,7 @@ Each test fails when a library changes such a thing, and says where the service 
 import asyncio
 import inspect
 import logging
+import re
 import signal
 import socket
 import sqlite3
