@@ -11,6 +11,7 @@
     │   ├── MethodNotAllowedError   405  no such method on the route
     │   ├── RequestTimeoutError     408  the body did not arrive in time
     │   ├── PayloadTooLargeError    413  the body is over the limit
+    │   ├── UnsupportedMediaTypeError 415 the body is of a type or coding that the route does not read
     │   ├── ValidationError         422  the body is not of the route's shape
     │   ├── RateLimitError          429  too many requests, here or upstream
     │   └── CallerLeftError         499  the caller disconnected (telemetry only)
@@ -177,6 +178,13 @@ class PayloadTooLargeError(CallerError):
         super().__init__(message, headers={"Connection": "close"})
 
 
+class UnsupportedMediaTypeError(CallerError):
+    """The body is of a content type, character set or content coding that the route does not read."""
+
+    status = 415
+    default_message = "The body must be JSON in UTF-8, with Content-Type: application/json."
+
+
 class ValidationError(CallerError):
     """The request is not of the route's shape; ``details`` names each field."""
 
@@ -265,6 +273,7 @@ PUBLIC_ERRORS: tuple[type[ServiceError], ...] = (
     MethodNotAllowedError,
     RequestTimeoutError,
     PayloadTooLargeError,
+    UnsupportedMediaTypeError,
     ValidationError,
     RateLimitError,
     UpstreamError,

@@ -97,7 +97,7 @@ def request(  # noqa: PLR0913 - a request has so many parts
     sent = dict(headers or {})
     if body is not None:
         sent.setdefault("Content-Type", "application/json")
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        body = body if isinstance(body, (bytes, Iterator)) else json.dumps(body).encode()
     if token is not None:
         sent["Authorization"] = f"Bearer {token}"
     connection = HTTPConnection("127.0.0.1", port, timeout=timeout_s)

@@ -103,6 +103,8 @@ PER_PROCESS = (
 
 ARGON2_HASH = re.compile(r"\$argon2(id|i|d)\$v=\d+\$m=\d+,t=\d+,p=\d+\$[A-Za-z0-9+/]+\$[A-Za-z0-9+/]+")
 ARGON2_HASH_SIZES = frozenset({16, 20, 24, 32, 48, 64})
+SIGNAL_PATH = re.compile(r"(/v1/(traces|metrics|logs))/*$")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 STRIPPED_HASH = re.compile(r"=\d+=\d+,t=\d+,p=\d+")
 """An argon2 hash after a shell, or compose, has expanded its ``$`` parts as variables."""
 
@@ -175,6 +177,15 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
         ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", settings.otel_exporter_otlp_logs_endpoint),
     ):
         yield from _url_problems(name, value)
+    signal = SIGNAL_PATH.search(settings.otel_exporter_otlp_endpoint)
+    if signal is not None:
+        yield (
+            "OTEL_EXPORTER_OTLP_ENDPOINT",
+            (
+                f"OTEL_EXPORTER_OTLP_ENDPOINT must not end in {signal[1]}: each signal's path is appended to "
+                f"it. Remove it, or set OTEL_EXPORTER_OTLP_{signal[2].upper()}_ENDPOINT."
+            ),
+        )
     for name, value in (
         ("LOGIN_FAILURES_PER_NAME", settings.login_failures_per_name),
         ("LOGIN_FAILURES_PER_ADDRESS", settings.login_failures_per_address),
@@ -275,6 +286,8 @@ def _password_problems(name: str, secret: SecretStr) -> Iterator[tuple[str, str]
         yield name, f"{name} is an argon2 hash without its $ parts. Put it in single quotes in a shell."
     elif not value.strip():
         yield name, f"{name} must be set: a password of your own, or its argon2 hash."
+    elif CONTROL.search(value):
+        yield name, f"{name} contains a line end or another control character, which nobody can type."
     elif value.startswith("$argon2"):
         if not _is_hash(value):
             yield name, f"{name} is not a complete argon2 hash. Put it in single quotes in a shell."

@@ -1,19 +1,20 @@
 """Limits requests: valid HTTP only, the size and time of a body, and the number in all and per caller.
 
-A declared size over the limit is refused here; a chunked body is counted by Starlette's middleware as it
-arrives. The caller is known before a byte of a body is read, so that nobody can use up what belongs to
-others: a caller has a share of the places, and strangers have none of them. Requests whose body is still
+A declared size over the limit is refused at once, a chunked body is counted as it arrives. The caller is
+known before a byte of a body is read, so that nobody can use up what belongs to others: a caller has a share
+of the places and of the memory for bodies, and strangers have none of them. Requests whose body is still
 arriving are bounded separately from requests in flight: otherwise clients that announce a body and never send
 it could use up the capacity.
 """
 
 import asyncio
 from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv6Address, ip_address
 from typing import Final
 
 from starlette.datastructures import MutableHeaders
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.config.settings import Settings
@@ -26,7 +27,7 @@ from service.errors import (
     RequestTimeoutError,
     ServiceError,
 )
-from service.middleware.errors import error_response
+from service.middleware.errors import error_response, is_openai_path
 from service.telemetry.instruments import Instruments
 from service.telemetry.providers import PROBES
 
@@ -52,6 +53,12 @@ STRANGERS: Final = 256
 """How many requests without a valid token there may be at the same time, from one address and in all;
 sign-ins and all others are counted apart."""
 
+BODY_BYTES_PER_S: Final = 1_048_576
+"""What has arrived of a body prolongs its time limit: a large one takes longer."""
+
+LARGEST_BODIES: Final = 8
+"""Memory for the bodies of all requests, in bodies of the largest permitted size; a caller has half of it."""
+
 LINGER_BYTES = 262_144
 LINGER_S = 1.0
 """Limits of the lingering close: how much of a refused body is still read after the answer, and for how long.
@@ -69,12 +76,9 @@ class RequestLimitsMiddleware:
 
     def __init__(self, app: ASGIApp, settings: Settings, instruments: Instruments) -> None:
         self._app = app
-        self._body_limits = {LOGIN: min(LOGIN_BODY_BYTES, settings.max_body_bytes)}
-        self._max_body_bytes = settings.max_body_bytes
-        self._size_limited = {
-            limit: RequestBodyLimitMiddleware(app, limit)
-            for limit in {settings.max_body_bytes, *self._body_limits.values()}
-        }
+        self._sign_in = _BodyLimit(min(LOGIN_BODY_BYTES, settings.max_body_bytes), "of a sign-in")
+        self._own = _BodyLimit(settings.max_body_bytes, "MAX_BODY_BYTES")
+        self._v1 = _BodyLimit(settings.max_v1_body_bytes, "MAX_V1_BODY_BYTES")
         self._body_timeout_s = settings.request_body_timeout_s
         self._capacity = _Capacity(settings, instruments)
 
@@ -90,23 +94,43 @@ class RequestLimitsMiddleware:
             return
         if MALFORMED in scope:
             raise BadRequestError("This is not a valid HTTP request.")
-        max_bytes = self._body_limits.get(scope["path"], self._max_body_bytes)
-        if exchange.declared_bytes > max_bytes:
-            error = PayloadTooLargeError(
-                f"The request's body is {exchange.declared_bytes} bytes long; the limit is {max_bytes}."
-            )
-            # Starlette's middleware would answer a declared size in a format of its own.
-            await error_response(error, scope)(scope, receive, exchange.send)
-            return
+        limit = self._limit(scope)
         try:
+            limit.check(exchange.declared_bytes)
             exchange.arrive()
         except ServiceError as error:
+            exchange.leave()
             await error_response(error, scope)(scope, receive, exchange.send)
             return
         try:
-            await self._size_limited[max_bytes](scope, exchange.receive, exchange.send)
+            await self._app(scope, partial(exchange.receive, limit), exchange.send)
         finally:
             exchange.leave()
+
+    def _limit(self, scope: Scope) -> "_BodyLimit":
+        if scope["path"] == LOGIN:
+            return self._sign_in
+        return self._v1 if is_openai_path(scope) else self._own
+
+
+@dataclass(frozen=True, slots=True)
+class _BodyLimit:
+    """The largest body of some routes.
+
+    Args:
+        max_bytes: The limit.
+        name: Names the limit in the refusal; a setting's name where it is one.
+    """
+
+    max_bytes: int
+    name: str
+
+    def check(self, size: int) -> None:
+        """Raise ``PayloadTooLargeError`` for a body of so many bytes, declared or received so far."""
+        if size > self.max_bytes:
+            raise PayloadTooLargeError(
+                f"The request's body is too large; the limit {self.name} is {self.max_bytes:,} bytes."
+            )
 
 
 class _Capacity:
@@ -121,6 +145,8 @@ class _Capacity:
             settings.max_in_flight * ARRIVING_PER_IN_FLIGHT,
             settings.in_flight_per_user * ARRIVING_PER_IN_FLIGHT,
         )
+        largest = max(settings.max_body_bytes, settings.max_v1_body_bytes)
+        self.body_bytes = _Places(LARGEST_BODIES * largest, LARGEST_BODIES // 2 * largest)
         self.signing_in = _Places(STRANGERS, STRANGERS_PER_ADDRESS)
         self.public = _Places(STRANGERS, STRANGERS_PER_ADDRESS)
         self.gauge = instruments.requests_in_flight
@@ -128,7 +154,7 @@ class _Capacity:
 
 
 class _Places:
-    """A number of places, of which each holder can have a smaller number.
+    """A number of places (or of bytes), of which each holder can have a smaller number.
 
     Args:
         total: Places in all.
@@ -141,18 +167,18 @@ class _Places:
         self._taken = 0
         self._by_holder: Counter[str] = Counter()
 
-    def take(self, holder: str) -> bool:
-        """Take a place; False where none is left, for all or for this holder."""
-        if self._taken >= self._total or self._by_holder[holder] >= self._each:
+    def take(self, holder: str, number: int = 1) -> bool:
+        """Take places; False where so many are not left, for all or for this holder."""
+        if self._taken + number > self._total or self._by_holder[holder] + number > self._each:
             return False
-        self._taken += 1
-        self._by_holder[holder] += 1
+        self._taken += number
+        self._by_holder[holder] += number
         return True
 
-    def give_back(self, holder: str) -> None:
-        """Give a place back."""
-        self._taken -= 1
-        self._by_holder[holder] -= 1
+    def give_back(self, holder: str, number: int = 1) -> None:
+        """Give places back."""
+        self._taken -= number
+        self._by_holder[holder] -= number
         if not self._by_holder[holder]:
             del self._by_holder[holder]
 
@@ -197,6 +223,8 @@ class _Exchange:
         self._holder = ""
         self._place: _Places | None = None
         self._in_flight = False
+        self._received_bytes = 0
+        self._held_bytes = 0
         length, chunked, token = b"0", False, b""
         for name, value in scope["headers"]:
             if name == b"content-length":
@@ -233,6 +261,17 @@ class _Exchange:
             raise AuthenticationError
         else:
             self._take(capacity.arriving)
+        self._hold(self.declared_bytes)
+
+    def _hold(self, size: int) -> None:
+        """Count the body's bytes, which stay in memory until the request is over."""
+        more = size - self._held_bytes
+        if more <= 0:
+            return
+        if not self._capacity.body_bytes.take(self._holder, more):
+            self._capacity.rejected.add(1, {"reason": "overloaded"})
+            raise OverloadedError
+        self._held_bytes = size
 
     def _take(self, places: _Places) -> None:
         if not places.take(self._holder):
@@ -253,14 +292,23 @@ class _Exchange:
             self._place = None
 
     def leave(self) -> None:
-        """Give back the request's place."""
+        """Give back the request's place, and its share of the memory for bodies."""
         self._give_back()
+        if self._held_bytes:
+            self._capacity.body_bytes.give_back(self._holder, self._held_bytes)
+            self._held_bytes = 0
         if self._in_flight:
             self._in_flight = False
             self._capacity.gauge.add(-1)
 
-    async def receive(self) -> Message:
-        """Receive a message; raises ``RequestTimeoutError`` where the body takes too long."""
+    async def receive(self, limit: _BodyLimit) -> Message:
+        """Receive a message.
+
+        Raises:
+            RequestTimeoutError: The body takes too long.
+            PayloadTooLargeError: The body is larger than the limit.
+            OverloadedError: There is no memory left for it, or no place for the request.
+        """
         if not self.body_pending:
             return await self._receive()
         try:
@@ -268,6 +316,11 @@ class _Exchange:
                 message = await self._receive()
         except TimeoutError:
             raise RequestTimeoutError from None
+        arrived = len(message.get("body", b""))
+        self._received_bytes += arrived
+        self._body_until_s += arrived / BODY_BYTES_PER_S
+        limit.check(self._received_bytes)
+        self._hold(self._received_bytes)
         self.body_pending = message.get("more_body", False)
         if not self.body_pending and message["type"] == "http.request":
             # Sign-ins have a queue of their own, behind the limit of those that may arrive.

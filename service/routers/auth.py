@@ -12,6 +12,7 @@ from service.errors import (
     PayloadTooLargeError,
     RateLimitError,
     RequestTimeoutError,
+    UnsupportedMediaTypeError,
     ValidationError,
 )
 from service.middleware.request_limits import address_of
@@ -27,6 +28,7 @@ router = APIRouter(prefix="/auth", tags=["auth"], route_class=JsonRoute)
         AuthenticationError,
         RequestTimeoutError,
         PayloadTooLargeError,
+        UnsupportedMediaTypeError,
         ValidationError,
         RateLimitError,
         OverloadedError,

@@ -16,6 +16,7 @@ from service.errors import (
     RequestTimeoutError,
     ServiceError,
     ShuttingDownError,
+    UnsupportedMediaTypeError,
     UpstreamError,
     UpstreamTimeoutError,
     ValidationError,
@@ -39,7 +40,7 @@ from service.utils.disconnect import cancel_on_disconnect
 router = APIRouter(prefix="/llm", tags=["llm"], route_class=JsonRoute)
 
 UPSTREAM_ERRORS = (BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError)
-BODY_ERRORS = (RequestTimeoutError, PayloadTooLargeError, ValidationError)
+BODY_ERRORS = (RequestTimeoutError, PayloadTooLargeError, UnsupportedMediaTypeError, ValidationError)
 UNAVAILABLE = (OverloadedError, ShuttingDownError)
 
 

@@ -22,12 +22,13 @@ from service.errors import (
     RequestTimeoutError,
     ServiceError,
     ShuttingDownError,
+    UnsupportedMediaTypeError,
     UpstreamError,
     UpstreamTimeoutError,
     ValidationError,
 )
 from service.middleware.errors import OPENAI_PREFIX, openai_error_body
-from service.routers.bodies import read_json, refuse
+from service.routers.bodies import json_content, read_json, refuse
 from service.routers.schemas import (
     CHAT_ANSWER,
     CHAT_REQUEST,
@@ -64,6 +65,9 @@ CHAT_FIELDS: Final[Mapping[str, tuple[type | tuple[type, ...], str]]] = {
     "presence_penalty": (NUMBER, "must be a number"),
 }
 """The types of fields that make LiteLLM fail with 500 when they have another one, as tried with it."""
+
+MAX_INTEGER: Final = 2**63 - 1
+"""OTLP and most JSON parsers of providers have no larger integer."""
 
 _MODEL_NAME = re.compile(MODEL_NAME)
 
@@ -119,6 +123,8 @@ def read_chat(content: bytes, passed: AbstractSet[str]) -> JsonBody:
             not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool)
         ):
             refuse(name, problem)
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            refuse(name, "must be a number of at most 64 bits")
     options = body.fields.get("stream_options")
     if options is not None and not isinstance(options.get("include_usage"), bool | None):
         refuse("stream_options.include_usage", "must be true or false")
@@ -160,7 +166,7 @@ DONE = event(b"[DONE]")
 ALWAYS = (AuthenticationError, BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError)
 UNAVAILABLE = (OverloadedError, ShuttingDownError)
 CALL_ERRORS = (
-    *(*ALWAYS, RequestTimeoutError, PayloadTooLargeError, ValidationError),
+    *(*ALWAYS, RequestTimeoutError, PayloadTooLargeError, UnsupportedMediaTypeError, ValidationError),
     *(CircuitOpenError, *UNAVAILABLE),
 )
 
@@ -202,7 +208,7 @@ async def chat_completions(request: Request, call: ModelCallDep) -> Response:
     `[DONE]` follows it.
     """
     generation = call.services.generation
-    body = read_chat(await request.body(), call.services.pass_litellm_fields)
+    body = read_chat(await json_content(request), call.services.pass_litellm_fields)
     spec = call.spec(
         body.as_request("chat", generation.default_model, _passed_headers(request)), streamed=body.stream
     )
@@ -225,7 +231,7 @@ async def chat_completions(request: Request, call: ModelCallDep) -> Response:
 async def embeddings(request: Request, call: ModelCallDep) -> Response:
     """OpenAI's embeddings; the model must be named, since the default one chats."""
     generation = call.services.generation
-    body = read_embeddings(await request.body(), call.services.pass_litellm_fields)
+    body = read_embeddings(await json_content(request), call.services.pass_litellm_fields)
     spec = call.spec(body.as_request("embeddings", generation.default_model, _passed_headers(request)))
     answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
     return Response(answer.reply.content, media_type=JSON)

@@ -94,10 +94,10 @@ class AttemptSpans:
             )
             temperature = request.body.get("temperature")
             if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
-                invocation.temperature = temperature
+                # A double, as the conventions have it: OTLP cannot encode an integer of more than 64 bits.
+                invocation.temperature = float(temperature)
             max_tokens = request.body.get("max_tokens")
-            # OTLP's integers have 64 bits.
-            if type(max_tokens) is int and abs(max_tokens) < 2**63:
+            if type(max_tokens) is int:
                 invocation.max_tokens = max_tokens
             if stream:
                 invocation.request_stream = True

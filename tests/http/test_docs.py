@@ -12,15 +12,15 @@ from tests.http.support import module_app
 
 EVERYWHERE = {405, 500}
 ERRORS = {
-    ("post", "/auth/login"): {401, 408, 413, 422, 429, 503},
+    ("post", "/auth/login"): {401, 408, 413, 415, 422, 429, 503},
     ("get", "/auth/me"): {401, 503},
     ("post", "/auth/logout"): {401, 503},
-    ("post", "/llm/generate"): {400, 401, 408, 413, 422, 429, 502, 503, 504},
+    ("post", "/llm/generate"): {400, 401, 408, 413, 415, 422, 429, 502, 503, 504},
     ("get", "/llm/models"): {400, 401, 429, 502, 503, 504},
     ("get", "/llm/cache/stats"): {401, 422, 503},
     ("delete", "/llm/cache"): {401, 403, 422, 502, 503},
-    ("post", "/v1/chat/completions"): {400, 401, 408, 413, 422, 429, 502, 503, 504},
-    ("post", "/v1/embeddings"): {400, 401, 408, 413, 422, 429, 502, 503, 504},
+    ("post", "/v1/chat/completions"): {400, 401, 408, 413, 415, 422, 429, 502, 503, 504},
+    ("post", "/v1/embeddings"): {400, 401, 408, 413, 415, 422, 429, 502, 503, 504},
     ("get", "/v1/models"): {400, 401, 429, 502, 503, 504},
     ("get", "/v1/models/{model}"): {400, 401, 404, 422, 429, 502, 503, 504},
     ("get", "/health"): set[int](),

@@ -35,7 +35,7 @@ def fake() -> Iterator[FakeUpstream]:
 @pytest.fixture(scope="module")
 def app(fake: FakeUpstream) -> Iterator[AppUnderTest]:
     with module_app(
-        litellm_url=fake.url, litellm_api_key="key-for-litellm", max_body_bytes=100_000
+        litellm_url=fake.url, litellm_api_key="key-for-litellm", max_v1_body_bytes=100_000
     ) as served:
         yield served
 

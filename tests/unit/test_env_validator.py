@@ -126,6 +126,9 @@ PASSWORDS = ["AUTH_ADMIN_PASSWORD", "AUTH_USER_PASSWORD"]
         ("aZ5!xx9", "too short: it needs at least 8 characters"),
         ("$argon2id$v=19$broken", "is not a complete argon2 hash. Put it in single quotes"),
         ("$argon2", "is not a complete argon2 hash. Put it in single quotes"),
+        ("cW5zJ4kd7fQ2\n", "contains a line end or another control character"),
+        ("cW5zJ4\r\nkd7fQ2", "contains a line end or another control character"),
+        ("cW5zJ4\tkd7fQ2\x7f", "contains a line end or another control character"),
     ],
 )
 def test_a_bad_password_is_refused(read: Read, name: str, value: str | None, sentence: str) -> None:
@@ -245,6 +248,19 @@ def test_a_url_with_credentials_is_refused_and_does_not_show_them(read: Read, na
 def test_urls_are_accepted_and_empty_is_unset(read: Read, name: str) -> None:
     for value in ("http://host:4000", "https://host.example/v1", "http://[::1]:4317", ""):
         assert read(**{name: value}).errors == ()
+
+
+@pytest.mark.parametrize("signal", ["traces", "metrics", "logs"])
+@pytest.mark.parametrize("base", ["http://host:4318", "https://host/otlp"])
+def test_the_base_endpoint_is_not_that_of_one_signal(read: Read, base: str, signal: str) -> None:
+    for end in ("", "/", "//"):
+        (error,) = read(OTEL_EXPORTER_OTLP_ENDPOINT=f"{base}/v1/{signal}{end}").errors
+        assert error == (
+            f"OTEL_EXPORTER_OTLP_ENDPOINT must not end in /v1/{signal}: each signal's path is appended to "
+            f"it. Remove it, or set OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT."
+        )
+    own = f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT"
+    assert read(**{own: f"{base}/v1/{signal}", "OTEL_EXPORTER_OTLP_ENDPOINT": base}).errors == ()
 
 
 @pytest.mark.parametrize("name", ["LOGIN_FAILURES_PER_NAME", "LOGIN_FAILURES_PER_ADDRESS", "RATE_LIMIT"])

@@ -14,6 +14,7 @@ TABLE = {
     "NotFoundError": (404, False),
     "MethodNotAllowedError": (405, False),
     "PayloadTooLargeError": (413, False),
+    "UnsupportedMediaTypeError": (415, False),
     "RateLimitError": (429, True),
     "BadRequestError": (400, False),
     "UpstreamTimeoutError": (504, True),
