@@ -1,4 +1,4 @@
-"""Makes the vectors of all questions in the two files with a real model, into ``vectors.npz``.
+"""Makes the vectors of all questions in the files with a real model, into ``vectors.npz``.
 
 The model is all-MiniLM-L6-v2 with its weights in a package; it belongs in an environment of its own:
 

@@ -19,7 +19,7 @@ def test_the_default_threshold_is_precise_on_the_labelled_pairs() -> None:
 
 
 def test_the_pairs_that_were_held_out_are_no_worse() -> None:
-    found = quality(DEFAULT, held_out=True)
+    found = quality(DEFAULT, file="held_out")
 
     assert found.precision >= 0.99
     assert found.recall >= 0.5
