@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import combinations
 
-from service.cache.semantic import guard_of
+from service.cache.guard import guard_of
 from tests.semantic.pairs import FILES, Pair, pairs, questions, similarity, vectors
 
 DEFAULT = 0.9

@@ -9,8 +9,8 @@ import numpy as np
 
 FOLDER = Path(__file__).parent
 FILES = ("pairs", "hard", "held_out")
-"""``pairs`` are plain questions. ``hard`` and ``held_out`` are one list, written to break the guard and divided by
-chance before the guard was changed: it was changed with the first half in view and measured on the second."""
+"""``pairs`` are plain questions. ``hard`` and ``held_out`` are one list, written to break the guard and
+divided by chance before the guard was changed: with the first half in view, and measured on the second."""
 
 VECTORS = FOLDER / "vectors.npz"
 
