@@ -16,7 +16,6 @@ from typing import Final
 from service.cache.wording import (
     ACTIONS,
     CASELESS,
-    COMPOUNDS,
     ENGLISH,
     FIRST_WORDS,
     FOREIGN,
@@ -140,12 +139,7 @@ def _split_end(text: str) -> tuple[str, str]:
 
 def _plain(text: str) -> str:
     """The text with one spelling for each word that has several, but not where words are the subject."""
-    text = SPACES.sub(" ", text)
-    return WORD.sub(_one_spelling, COMPOUND.sub(_in_two_words, text))
-
-
-def _in_two_words(found: re.Match[str]) -> str:
-    return found[0] if _word_before(found) in MENTIONED_AFTER else found[0].replace("-", COMPOUNDS[found[0]])
+    return WORD.sub(_one_spelling, SPACES.sub(" ", text))
 
 
 def _one_spelling(found: re.Match[str]) -> str:
@@ -156,22 +150,20 @@ def _one_spelling(found: re.Match[str]) -> str:
     if "'" in word:
         return _expanded(found)
     if lowered in CASELESS:
-        word = lowered
-    if _word_before(found) in MENTIONED_AFTER:
-        return word
-    if word in NUMBERS and not NOUN_NEXT.match(found.string, found.end()):
-        return word
-    return NUMBERS.get(word, SPELLINGS.get(word, word))
+        return SPELLINGS.get(lowered, lowered)
+    if word in NUMBERS:
+        return NUMBERS[word] if _counts(found) else word
+    return SPELLINGS[word] if word in SPELLINGS and _is_used(found) else word
 
 
 def _expanded(found: re.Match[str]) -> str:
-    """A contraction in full, where it is one: "When do I use it's?" asks about the word."""
+    """A contraction in full, where it begins the question: elsewhere it may be quoted, or a name."""
     word = found[0]
     start, _, ending = word.partition("'")
     if ending == "s" and start.lower() in CASELESS:
         return f"{start.lower()}'s"
-    before = _word_before(found)
-    if (before and before not in CONTRACTED_AFTER) or not CLAUSE_NEXT.match(found.string, found.end()):
+    begins = found.start() == 0 or BEFORE_CONTRACTION.fullmatch(found.string, 0, found.start())
+    if not begins or not CLAUSE_NEXT.match(found.string, found.end()):
         return word
     if word.lower() in IRREGULAR:
         return IRREGULAR[word.lower()]
@@ -182,6 +174,23 @@ def _expanded(found: re.Match[str]) -> str:
     return f"{start} is" if ending == "s" and start.lower() in BEFORE_IS else word
 
 
+def _counts(found: re.Match[str]) -> bool:
+    """Whether a number says how many are wanted: "give me three tips", "how do I merge two lists"."""
+    before = _word_before(found)
+    counts = before in COUNTED_AFTER or (before in ACTIONS and found.string.startswith("how "))
+    return counts and NOUN_NEXT.match(found.string, found.end()) is not None
+
+
+def _is_used(found: re.Match[str]) -> bool:
+    """Whether a word stands for a thing: "Why does colour have a u?" asks about the word itself."""
+    before = _word_before(found)
+    if not before:
+        return found.start() == 0
+    if before in {"a", "an", "the", "my", "your", "their", "our"}:
+        return True
+    return before not in FUNCTION_WORDS | MENTIONED_AFTER and _first_word(found.string) in INTERROGATIVES
+
+
 def _word_before(found: re.Match[str]) -> str:
     """The word before, in small letters; empty at the start of a sentence or a clause."""
     before = found.string[max(0, found.start() - LONGEST_BEFORE) : found.start()].rstrip(" ")
@@ -190,12 +199,11 @@ def _word_before(found: re.Match[str]) -> str:
 
 
 LONGEST_BEFORE: Final = 24
-MENTIONED_AFTER: Final = words_of("use uses using write writes type types is are or and vs versus than of as")
-"""A word after one of these may be spoken of as a word, as in "Is grey British?"."""
-CONTRACTED_AFTER: Final = words_of("i you he she it we they who that which why what how when where")
+BEFORE_CONTRACTION: Final = re.compile(r"(?:why|I|[Yy]ou|[Hh]e|[Ss]he|[Ii]t|[Ww]e|[Tt]hey) ")
+COUNTED_AFTER: Final = words_of("give me list name suggest recommend write draft generate")
+MENTIONED_AFTER: Final = words_of("use uses using write writes type types prefer prefers say says")
 NOUN_NEXT: Final = re.compile(r" [^\W\d_]")
 CLAUSE_NEXT: Final = re.compile(r" (?!(?:or|and|vs|versus)\b)[^\W_]")
-COMPOUND: Final = re.compile(rf"\b(?:{'|'.join(COMPOUNDS)})\b")
 IRREGULAR: Final = {"can't": "cannot", "won't": "will not", "shan't": "shall not"}
 ENDINGS: Final = {"m": "am", "re": "are", "ve": "have", "ll": "will"}
 NEGATED: Final = words_of("is are was were do does did has have had would should could must need")
@@ -350,8 +358,8 @@ _THINGS = _of(frozenset(THINGS))
 FRAMES: Final[tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]] = tuple(
     (re.compile(pattern), instead)
     for pattern, instead in (
-        # Words that are written in two ways.
-        (r"\bregular expression\b", "regex"),
+        # One word for what has two.
+        (r"^is it (?:okay|ok) (?=to |if |for )", "is it OK "),
         (r"(?:(?<='s )|(?<=the ))capital city(?= of |$)", "capital"),
         # "What is X?", in other words.
         (r"^(what|who|where|why|how) (?:exactly|actually) (is|are|do|does)\b", r"\1 \2"),

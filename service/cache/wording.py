@@ -88,7 +88,8 @@ translate translation spell spelling spelled pronounce pronounced pronunciation 
 sentence sentences letter letters syllable syllables rhyme rhymes grammar typo typos proofread rewrite
 paraphrase correct conjugate contraction punctuation capitalize capitalise say said says mean means meaning
 synonym synonyms antonym antonyms plural singular quote quotes regex command function variable keyword
-operator string strings case apostrophe british american americans britons dialect hyphen hyphens
+operator string strings case apostrophe british american americans britons dialect hyphen hyphens hyphenated
+written origin etymology uppercase lowercase count tokenize tokens token characters repeat echo abbreviate
 """)
 """Where one of these stands, single letters of the other words may be what is asked about."""
 
@@ -162,18 +163,6 @@ THINGS: Final = {
 """Things that are explained in the singular and in the plural alike. The plural of other words is something
 else: glasses, customs, arms."""
 
-COMPOUNDS: Final = {
-    **dict.fromkeys(
-        (
-            "cast-iron", "noise-canceling", "noise-cancelling", "open-source", "two-factor", "multi-factor",
-            "step-by-step", "long-term", "short-term", "full-time", "part-time", "stainless-steel",
-        ),
-        " ",
-    ),
-    "e-mail": "", "e-mails": "",
-}  # fmt: skip
-"""Words that are written with a hyphen and without, and what stands for it then."""
-
 SYSTEMS: Final = words_of("linux Linux ubuntu Ubuntu debian Debian fedora Fedora macos macOS Windows")
 """Operating systems: something is done in or on them."""
 
@@ -200,7 +189,7 @@ def _spellings() -> dict[str, str]:
         "favourite": "favorite", "favourites": "favorites", "centre": "center", "centres": "centers",
         "theatre": "theater", "theatres": "theaters", "grey": "gray", "mould": "mold", "tyre": "tire",
         "tyres": "tires", "aeroplane": "airplane", "aeroplanes": "airplanes", "jewellery": "jewelry",
-        "pyjamas": "pajamas", "aluminium": "aluminum", "okay": "OK", "ok": "OK",
+        "pyjamas": "pajamas", "aluminium": "aluminum",
         "cancelling": "canceling", "travelling": "traveling", "modelling": "modeling",
         "labelling": "labeling",
         "postgres": "postgresql", "Postgres": "postgresql", "whilst": "while", "amongst": "among",
