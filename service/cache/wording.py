@@ -96,7 +96,9 @@ written origin etymology uppercase lowercase count tokenize tokens token charact
 LANGUAGES: Final = words_of("""
 arabic bulgarian chinese croatian czech danish dutch english estonian finnish french german greek hebrew
 hindi hungarian italian japanese korean latin norwegian persian polish portuguese romanian russian spanish
-swedish thai turkish ukrainian urdu vietnamese
+swedish thai turkish ukrainian urdu vietnamese afrikaans albanian basque bengali cantonese catalan esperanto
+farsi gaelic icelandic indonesian irish klingon latvian lithuanian malay mandarin nepali punjabi sanskrit
+serbian slovak slovenian swahili tagalog tamil telugu welsh yiddish zulu
 """)
 
 CASELESS: Final = words_of("""
