@@ -29,9 +29,9 @@ class Recorded:
         self.dimension = dimension
 
     async def play(self, exchange: Exchange) -> None:
-        """Answer with the text's vector."""
+        """Answer with the text's vector; an exclamation mark does not move it."""
         text = exchange.request.json["input"]
-        vector = [float(number) for number in vectors()[text][: self.dimension]]
+        vector = [float(number) for number in vectors()[text.removesuffix("!")][: self.dimension]]
         body = {"object": "list", "model": MODEL, "data": [{"index": 0, "embedding": vector}]}
         await exchange.respond(200, {"Content-Type": "application/json"}, json.dumps(body).encode())
 
@@ -111,6 +111,25 @@ def test_near_is_not_the_same(upstream: FakeUpstream, qdrant: FakeQdrant) -> Non
         assert ask(app, SAME, token, temperature=0.5).headers["x-cache"] == "MISS"
         assert ask(app, SAME, token, model="other-model").headers["x-cache"] == "MISS"
         assert ask(app, SAME, token).headers["x-cache"] == "HIT"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("How much do I owe you?", "How much do you owe me?"),
+        ("Recommend books about children.", "Recommend books for children."),
+        ("Can people sue you?", "Can you sue people?"),
+        ("Can you report me for this?", "Can I report you for this?"),
+    ],
+)
+def test_who_does_what_decides(upstream: FakeUpstream, qdrant: FakeQdrant, first: str, second: str) -> None:
+    with running_app(**settings(upstream, qdrant_url=qdrant.url)) as app:
+        token = app.token()
+        ask(app, first, token)
+        stored(app)
+
+        assert ask(app, second, token).headers["x-cache"] == "MISS"
+        assert ask(app, f"{first}!", token).json["cache_kind"] == "semantic", "the same but for a mark"
 
 
 def test_a_store_whose_filter_fails_is_not_believed(upstream: FakeUpstream, qdrant: FakeQdrant) -> None:
