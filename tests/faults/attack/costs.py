@@ -165,7 +165,7 @@ PLACES: Final[Sequence[tuple[str, str, str]]] = (
     ("/v1/chat/completions", '{"model":"refusing","messages":[{"role":"user","content":"', '"}]}'),
     ("/v1/chat/completions", '{"model":"refusing",' + CHAT + ',"stop":[', "]}"),
     ("/v1/chat/completions", '{"model":"refusing","messages":[', "]}"),
-    ("/v1/embeddings", '{"model":"demo","input":[', "]}"),
+    ("/v1/embeddings", '{"model":"demo","input":[[', "]]}"),
     ("/v1/embeddings", '{"model":"demo","input":"', '"}'),
 )
 """Where a value can stand: a path, and what is before and after it. In a text, a value is broken JSON or a

@@ -32,11 +32,12 @@ class Failing:
 @contextmanager
 def failing() -> Iterator[Failing]:
     """Start the service, its store and its disk."""
-    with tempfile.TemporaryDirectory() as folder, FakeQdrant(slow_s=3.0).serving() as store:
+    with tempfile.TemporaryDirectory() as folder, FakeQdrant(slow_s=1.5).serving() as store:
         disk = Disk(Path(folder))
         given = {**disk.variables, "QDRANT_URL": store.url, "CACHE_MAX_ENTRIES": "20000"}
         with Target(given, (str(SCRIPT),)) as target:
             yield Failing(target, store, disk)
+            target.process.stop()
 
 
 @ALONE.row(

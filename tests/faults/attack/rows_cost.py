@@ -50,7 +50,7 @@ def _(target: Target, found: Finding) -> None:
         measured(target, found, "/v1/chat/completions", filled(chat, unit, b"]}"), f"chat {unit.decode()}")
     schema = filled(b'{"prompt":"h","response_format":{"x":[', b"1", b"]}}")
     measured(target, found, "/llm/generate", schema, "response_format 1")
-    tokens = filled(b'{"model":"demo","input":[', b"12345", b"]}")
+    tokens = filled(b'{"model":"demo","input":[[', b"12345", b"]]}")
     measured(target, found, "/v1/embeddings", tokens, "input 12345")
 
 
@@ -69,7 +69,7 @@ def _(target: Target, found: Finding) -> None:
 @COST.row(
     "embeddings of 1,947 inputs with 30 MB of answer",
     f"one call, then {LARGE_CALLS} at once while /health is asked",
-    "the answers as they are; under 50 ms for one call, 200 ms for eight; no memory but the answers'",
+    "the answers as they are; under 50 ms for one call, 400 ms for eight; no memory but the answers'",
 )
 def _(target: Target, found: Finding) -> None:
     content = large_embeddings()
@@ -87,8 +87,8 @@ def _(target: Target, found: Finding) -> None:
     grown = target.gauges.peak_bytes() - before
     found.say(f"{LARGE_CALLS} calls: {held_s * 1_000:.0f} ms, peak +{grown / MIB:.0f} MiB")
     found.expect(all(same), "an answer is not the upstream's")
-    # Others wait while pieces of all eight answers are passed on, which take the limit of one call each.
-    found.expect(held_s < LARGE_CALLS / 2 * LIMIT_S, f"the loop is kept for {held_s * 1_000:.0f} ms")
+    # Another request may wait for one turn of each call; a turn has the limit of a call.
+    found.expect(held_s < LARGE_CALLS * LIMIT_S, f"the loop is kept for {held_s * 1_000:.0f} ms")
     found.expect(grown < 2 * LARGE_CALLS * len(content), "the memory is not bounded by the answers")
 
 

@@ -31,7 +31,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "RATE_LIMIT": "10000000/minute",
     "CACHE_ENABLED": "true",
     "QDRANT_PATH": ":memory:",
-    "CACHE_MAX_ENTRIES": "500",
+    "CACHE_MAX_ENTRIES": "300",
     "STREAM_WRITE_TIMEOUT_S": "2",
     "RETRY_BASE_DELAY_S": "0.05",
     "OTEL_TRACES_EXPORTER": "none",
