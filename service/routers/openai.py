@@ -28,7 +28,7 @@ from service.errors import (
     ValidationError,
 )
 from service.middleware.errors import OPENAI_PREFIX, openai_error_body
-from service.routers.bodies import json_content, read_json, refuse
+from service.routers.bodies import MAX_INPUT_VALUES, MAX_VALUES, json_content, read_json, refuse
 from service.routers.schemas import (
     CHAT_ANSWER,
     CHAT_REQUEST,
@@ -133,7 +133,7 @@ def read_chat(content: bytes, passed: AbstractSet[str]) -> JsonBody:
 
 def read_embeddings(content: bytes, passed: AbstractSet[str]) -> JsonBody:
     """An embeddings request; ``ValidationError`` where it cannot be one. Arguments as ``read_chat``'s."""
-    body = _read(content, passed)
+    body = _read(content, passed, MAX_INPUT_VALUES)
     if body.fields.get("model") is None:
         refuse("model", "must name a model")
     given = body.fields.get("input")
@@ -142,8 +142,8 @@ def read_embeddings(content: bytes, passed: AbstractSet[str]) -> JsonBody:
     return body
 
 
-def _read(content: bytes, passed: AbstractSet[str]) -> JsonBody:
-    fields = read_json(content)
+def _read(content: bytes, passed: AbstractSet[str], max_values: int = MAX_VALUES) -> JsonBody:
+    fields = read_json(content, max_values)
     if not isinstance(fields, dict):
         refuse("body", "must be a JSON object")
     field = control_field(fields.keys(), passed)
