@@ -81,6 +81,7 @@ def test_the_next_connection_speaks_http_1_1(app: AppUnderTest, upstream: FakeUp
     content = json.dumps(STREAMED).encode()
     lines = (
         "POST /v1/chat/completions HTTP/1.0",
+        "Host: x",
         f"Authorization: Bearer {app.token()}",
         f"Content-Length: {len(content)}",
         "Content-Type: application/json",
