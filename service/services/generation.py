@@ -14,9 +14,10 @@ from typing import Final, ParamSpec, Self, TypeVar
 
 from opentelemetry.trace import Span
 
+from service.cache.assembly import Assembler
 from service.cache.coalescing import Coalescing, NoCoalescing
 from service.cache.control import NO_DIRECTIVES
-from service.cache.entries import Assembler, Entry, tokens_of
+from service.cache.entries import Entry, tokens_of
 from service.cache.response_cache import AnswerCache, Lookup
 from service.config.settings import Settings
 from service.errors import UNREACHABLE, CallerLeftError, Cause, ServiceError, UpstreamTimeoutError
@@ -85,7 +86,7 @@ class AnswerStream:
     async def __anext__(self) -> StreamEvent:
         # The caller has the last event by now: this is not on its time.
         if self._handed_on is not None:
-            self._assembler.take(self._handed_on.payload, len(self._handed_on.raw))
+            self._assembler.take(self._handed_on)
         # The time that the caller takes to read an event does not count as the upstream's silence.
         self._limit.reschedule(min(self._end_s, self._now() + self._silence_s))
         event = self._handed_on = await anext(self._events, None)
@@ -271,9 +272,9 @@ class Generation:
                 raise self._stream_too_long() if limit.when() == end_s else self._silence() from None
             finally:
                 completion = call.completion = events.completion()
-            reply = assembler.reply(completion) if entry is None else None
-            if reply is not None:
-                self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())
+            if entry is None:
+                origin = span.get_span_context()
+                self._cache.store_streamed(call.lookup, assembler, completion, spec.request.model, origin)
         stream.completion, stream.outcome = completion, call.outcome()
 
     def _stream_too_long(self) -> UpstreamTimeoutError:
