@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from tests.client_library import assembled, read
 from tests.fakes.streams import DONE, RawStream, chunk, usage
 from tests.fakes.upstream import Answer as Reply
 from tests.fakes.upstream import FakeUpstream, Status
 from tests.harness import Answer, AppUnderTest, running_app
-from tests.http.client_library import assembled, read
 
 BODY = {"messages": [{"role": "user", "content": "What is a trace?"}], "temperature": 0}
 ROLE = chunk({"role": "assistant", "content": ""})
