@@ -289,11 +289,8 @@ class ResponseCache:
         return found
 
     def _slot(self, request: LlmRequest, user: str, control: CacheControl) -> Slot | None:
-        """Where the answer is stored; None for sampled answers and requests nested too deeply."""
-        temperature = request.body.get("temperature")
-        # An absent temperature is 1.
-        sampled = temperature is None or temperature != 0
-        if sampled and not self._settings.cache_sampled:
+        """Where the answer is stored; None where it is not, or where the request is nested too deeply."""
+        if not control.read and not control.store:
             return None
         try:
             key = key_of(self.tenant(user), request.model, request.body, request.headers)

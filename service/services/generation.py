@@ -16,7 +16,7 @@ from opentelemetry.trace import Span
 
 from service.cache.assembly import Assembler
 from service.cache.coalescing import Coalescing, NoCoalescing
-from service.cache.control import NO_DIRECTIVES
+from service.cache.control import applied
 from service.cache.entries import Entry, tokens_of
 from service.cache.response_cache import AnswerCache, Lookup
 from service.config.settings import Settings
@@ -179,6 +179,7 @@ class Generation:
         self.timeout_s = settings.llm_timeout_s
         self._llm = llm
         self._cache = cache
+        self._cache_sampled = settings.cache_sampled
         self._coalescing = coalescing
         self._on_unreachable = on_unreachable
         self._clock = clock
@@ -221,7 +222,7 @@ class Generation:
             entry, slot = call.lookup.entry, call.lookup.slot
             if entry is not None:
                 reply, call.cached_from = entry.reply(), entry.completion
-            elif slot is not None and spec.cache_control == NO_DIRECTIVES:
+            elif slot is not None and slot.control.shares:
                 reply, pays = await self._coalescing.share(
                     slot.key.digest, spec.deadline, call.progress, partial(self._ask, call, span)
                 )
@@ -296,15 +297,17 @@ class Generation:
     async def _call(self, spec: CallSpec, *, shares: bool = True) -> AsyncIterator[tuple[_Call, Span]]:
         """Look the answer up, then run the block in the ``llm call`` span; report the call once."""
         call = _Call(spec, self._clock, time.time_ns(), self._clock())
-        shares = shares and spec.cache_control == NO_DIRECTIVES
+        control = applied(
+            spec.cache_control, spec.request.body, self._cache_sampled, own_protocol=spec.own_protocol
+        )
         stopped: BaseException | None = None
         try:
             call.lookup = await self._cache.lookup(
                 spec.request,
                 spec.user,
-                spec.cache_control,
+                control,
                 spec.deadline,
-                self._coalescing.in_flight if shares else _never,
+                self._coalescing.in_flight if shares and control.shares else _never,
             )
         except BaseException as error:  # noqa: BLE001 - a caller who leaves now has made a call all the same
             stopped = error
