@@ -539,13 +539,13 @@ class Assembler:
         return Reply(content, replace(completion, text=text)), stored
 
     def _layout(self, choices: list[_Choice]) -> Layout:
-        """Where the fields were; those that no event had which every caller gets are put into the last."""
+        """Where the fields were; values that are neither in the first event nor in the last are put there."""
         first, last, counts = self._first or {}, self._last, self._counts
         only_between = {
             name: value
             for name, value in self._fields.values.items()
-            if name not in first
-            and name not in last
+            if first.get(name) is None
+            and last.get(name) is None
             and (name not in OF_LAST_EVENT or (name == "moderation" and name in self._seen_by_all))
         }
         return Layout(

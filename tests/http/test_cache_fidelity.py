@@ -197,6 +197,21 @@ def test_further_fields_of_an_answer_are_there_on_every_replay(
     assert [bool(found["choices"]) for found in events(asked.counted)] == [True, True, False]
 
 
+def test_a_further_field_between_two_that_are_null_is_there(
+    app: AppUnderTest, upstream: FakeUpstream
+) -> None:
+    pieces = (
+        chunk({"role": "assistant", "content": "It "}, citations=None),
+        chunk({"content": "is."}, citations=["https://example.org/a"]),
+        chunk({}, "stop", citations=None),
+    )
+    asked = Asked(app, upstream, RawStream((*pieces, DONE)))
+
+    assert asked.whole.json["citations"] == ["https://example.org/a"]
+    assert events(asked.streamed)[-1]["citations"] == ["https://example.org/a"]
+    assert assembled(asked.streamed.body) == assembled(asked.first.body)
+
+
 def test_the_last_event_may_add_to_what_groq_says(app: AppUnderTest, upstream: FakeUpstream) -> None:
     first, last = {"id": "req_1"}, {"id": "req_1", "usage": {"total_time": 0.1}}
     pieces = (chunk({"role": "assistant", "content": "It is."}, x_groq=first), chunk({}, "stop", x_groq=last))
