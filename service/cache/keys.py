@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-SCHEMA = 2
+SCHEMA = 3
 """Part of every key, so that entries which another version of this code wrote are not found."""
 
 IGNORED: Final = frozenset({"stream", "stream_options", "model"})

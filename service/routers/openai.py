@@ -206,6 +206,9 @@ async def chat_completions(request: Request, call: ModelCallDep) -> Response:
     Fields that are not known here reach the model, and its answer comes back unchanged. With `stream` the
     answer comes as server-sent events; a failure after the first of them is an event with an `error`, and no
     `[DONE]` follows it.
+
+    The answer may come from the cache where `temperature` is 0, `seed` is set, or the header
+    `Cache-Control: max-age=…` names the age of an answer that will do. `X-Cache` says whether it did.
     """
     generation = call.services.generation
     body = read_chat(await json_content(request), call.services.pass_litellm_fields)

@@ -39,6 +39,7 @@ class CallSpec:
         deadline: When the whole answer, or the first piece of a stream, must be there.
         streamed: Whether the caller wants the answer in pieces.
         cache_control: The directives of the caller's ``Cache-Control``.
+        own_protocol: Whether it came in this service's own protocol, not in OpenAI's.
     """
 
     request: LlmRequest
@@ -46,6 +47,7 @@ class CallSpec:
     deadline: Deadline
     streamed: bool = False
     cache_control: CacheControl = NO_DIRECTIVES
+    own_protocol: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -150,7 +150,8 @@ CACHE_WRITES: Final = Metric(
     "counter",
     "{entry}",
     "Cache writes by outcome",
-    {"outcome": ("stored", "dropped", "failed", "cleared")},
+    # skipped: an answer that says nothing, was cut off, or cannot be given back as it was.
+    {"outcome": ("stored", "dropped", "failed", "cleared", "skipped")},
 )
 REQUESTS_IN_FLIGHT: Final = Metric(
     "llmops.requests.in_flight",

@@ -39,6 +39,7 @@ class _Answer(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
+    index: msgspec.Raw = ABSENT
     message: msgspec.Raw = ABSENT
     finish_reason: msgspec.Raw = ABSENT
 
@@ -46,6 +47,8 @@ class _Choice(msgspec.Struct):
 class _Message(msgspec.Struct):
     content: msgspec.Raw = ABSENT
     refusal: msgspec.Raw = ABSENT
+    tool_calls: msgspec.Raw = ABSENT
+    function_call: msgspec.Raw = ABSENT
 
 
 _ANSWER: Final = msgspec.json.Decoder(_Answer)
@@ -63,7 +66,8 @@ def read_large(content: bytes, max_choices: int) -> dict[str, Any]:
 
     Returns:
         The answer's ``id``, ``model`` and ``usage``, where they are there; ``data`` as an empty list if it is
-        a list; of ``choices``, each one's ``finish_reason`` and the texts of its ``message``.
+        a list; of ``choices``, each one's ``index``, ``finish_reason``, and the texts and calls of its
+        ``message``; true for calls that are large.
     """
     try:
         _check_utf8(content)
@@ -106,10 +110,15 @@ def _choice(raw: msgspec.Raw) -> dict[str, Any] | None:
     if not _begins(raw, b"{"):
         return None
     choice = _CHOICE.decode(raw)
-    read = {"finish_reason": _small(choice.finish_reason)}
+    read = {"index": _small(choice.index), "finish_reason": _small(choice.finish_reason)}
     if _begins(choice.message, b"{"):
         message = _MESSAGE.decode(choice.message)
-        read["message"] = {"content": _text(message.content), "refusal": _text(message.refusal)}
+        read["message"] = {
+            "content": _text(message.content),
+            "refusal": _text(message.refusal),
+            "tool_calls": _small(message.tool_calls, otherwise=True),
+            "function_call": _small(message.function_call, otherwise=True),
+        }
     return read
 
 

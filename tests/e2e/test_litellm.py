@@ -1,5 +1,6 @@
 """The service in front of a real LiteLLM proxy, with the configuration that the demo runs."""
 
+import json
 import os
 import secrets
 import signal
@@ -15,9 +16,13 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from deploy.ports import unused_port
+from tests.client_library import assembled, read
 from tests.e2e.support import generate, stopped
 from tests.e2e.tap import Tap
-from tests.harness import ServiceProcess, request
+from tests.fakes.streams import DONE, RawStream, chunk, usage
+from tests.fakes.upstream import Answer as Completion
+from tests.fakes.upstream import FakeUpstream, Status, Stream
+from tests.harness import Answer, ServiceProcess, request
 from tests.http.streaming import data, events
 from tests.http.support import eventually
 
@@ -30,10 +35,11 @@ STOP_LIMIT_S = 10.0
 
 @dataclass(frozen=True)
 class LiteLlm:
-    """A running proxy."""
+    """A running proxy; its model ``scripted`` asks the provider."""
 
     port: int
     key: str
+    provider: FakeUpstream
 
     def variables(self, port: int | None = None, key: str | None = None) -> dict[str, str]:
         """What the service must know to use it."""
@@ -48,11 +54,23 @@ def litellm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiteLlm]:
             "LITELLM_BIN must name LiteLLM's executable; `make test` installs it and sets the variable"
         )
     folder = tmp_path_factory.mktemp("litellm")
-    proxy = LiteLlm(unused_port(), new_key())
-    output = folder / "output"
+    with FakeUpstream() as provider:
+        provider.unknown_model_error = False
+        yield from _running(binary, folder, LiteLlm(unused_port(), new_key(), provider))
+
+
+def _running(binary: str, folder: Path, proxy: LiteLlm) -> Iterator[LiteLlm]:
+    config, output = folder / "config.yaml", folder / "output"
+    model = {"model": "openai/scripted", "api_key": "none", "api_base": f"{proxy.provider.url}/v1"}
+    scripted = json.dumps({"model_name": "scripted", "litellm_params": {**model, "max_retries": 0}})
+    # No cool-down: the failures of one test are no other's.
+    config.write_text(
+        CONFIG.read_text().replace("model_list:", f"model_list:\n  - {scripted}\n")
+        + "\nrouter_settings: {num_retries: 0, disable_cooldowns: true}\n"
+    )
     with output.open("wb") as stream:
         process = subprocess.Popen(
-            [binary, "--config", str(CONFIG), "--host", "127.0.0.1", "--port", str(proxy.port)],
+            [binary, "--config", str(config), "--host", "127.0.0.1", "--port", str(proxy.port)],
             cwd=folder,
             env={
                 "PATH": os.environ["PATH"],
@@ -220,3 +238,104 @@ def test_a_wrong_key_is_our_fault_and_not_the_callers(litellm: LiteLlm, path: st
     assert answer.status == 502
     assert answer.json["error"] == "UpstreamError"
     assert "credentials" in answer.json["message"]
+
+
+@pytest.fixture(scope="module")
+def cached(litellm: LiteLlm) -> Iterator[ServiceProcess]:
+    variables = {**litellm.variables(), "CACHE_ENABLED": "true", "QDRANT_PATH": ":memory:"}
+    with ServiceProcess(variables) as process:
+        yield process.wait_ready()
+        stopped(process)
+
+
+ROLE = chunk({"role": "assistant", "content": ""})
+STOP = chunk({}, "stop")
+MORE: dict[str, Any] = {
+    "citations": ["https://example.org/a"],
+    "provider": "Somebody",
+    "service_tier": "default",
+    "system_fingerprint": "fp_1",
+    "x_groq": {"id": "req_1"},
+}
+
+
+def asked(process: ServiceProcess, provider: FakeUpstream, question: str, *pieces: bytes) -> list[Answer]:
+    """What a caller gets of a provider's stream, and then of the cache, as a stream and whole."""
+    provider.script(RawStream((*pieces, usage(), DONE)))
+    messages = [{"role": "user", "content": question}]
+    body = {"model": "scripted", "messages": messages, "temperature": 0}
+    token = process.token()
+    first = process.call("POST", "/v1/chat/completions", body=body | {"stream": True}, token=token)
+    assert (first.status, first.headers["x-cache"]) == (200, "MISS"), first.body
+    # What is not stored fails when it is asked again.
+    provider.default = provider.default_stream = Status(400)
+    bodies = (body | {"stream": True}, body)
+    again = [process.call("POST", "/v1/chat/completions", body=each, token=token) for each in bodies]
+    provider.default, provider.default_stream = Completion(), Stream()
+    return [first, *again]
+
+
+def piece(**call: Any) -> bytes:
+    return chunk({"tool_calls": [call]})
+
+
+STORED: dict[str, tuple[bytes, ...]] = {
+    "text": (ROLE, chunk({"content": "It "}), chunk({"content": "is."}), STOP),
+    "further fields": (
+        chunk({"role": "assistant", "content": ""}, **MORE),
+        chunk({"content": "It is."}, **MORE),
+        chunk({}, "stop", **MORE),
+    ),
+    "two calls": (
+        chunk({"role": "assistant", "content": None}),
+        piece(index=0, id="a", type="function", function={"name": "f", "arguments": ""}),
+        piece(index=0, function={"arguments": '{"x":1}'}),
+        piece(index=1, id="b", type="function", function={"name": "g", "arguments": '{"y":2}'}),
+        chunk({}, "tool_calls"),
+    ),
+    "a repeated name": (
+        chunk({"role": "assistant", "content": None}),
+        piece(index=0, id="a", type="function", function={"name": "f", "arguments": '{"x"'}),
+        piece(index=0, id="a", type="function", function={"name": "f", "arguments": ":1}"}),
+        chunk({}, "tool_calls"),
+    ),
+    "thoughts": (ROLE, chunk({"reasoning_content": "Hm"}), chunk({"content": "It is."}), STOP),
+}
+
+
+@pytest.mark.parametrize("pieces", STORED.values(), ids=STORED)
+def test_a_replay_is_the_first_answer(
+    cached: ServiceProcess, litellm: LiteLlm, pieces: tuple[bytes, ...]
+) -> None:
+    first, streamed, whole = asked(cached, litellm.provider, repr(pieces), *pieces)
+
+    assert (streamed.headers["x-cache"], whole.headers["x-cache"]) == ("HIT", "HIT")
+    assert assembled(streamed.body) == assembled(first.body)
+    assert read(whole.body)["choices"] == assembled(first.body)["choices"]
+
+
+def test_further_fields_reach_every_caller(cached: ServiceProcess, litellm: LiteLlm) -> None:
+    _, streamed, whole = asked(cached, litellm.provider, "And more?", *STORED["further fields"])
+
+    assert MORE.items() <= whole.json.items()
+    assert MORE.items() <= assembled(streamed.body).items()
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (
+            piece(id="a", type="function", function={"name": "f", "arguments": "{}"}),
+            piece(id="b", type="function", function={"name": "g", "arguments": "{}"}),
+            chunk({}, "tool_calls"),
+        ),
+        (STOP,),
+    ],
+    ids=["calls without an index", "nothing"],
+)
+def test_what_cannot_be_given_back_is_not_stored(
+    cached: ServiceProcess, litellm: LiteLlm, pieces: tuple[bytes, ...]
+) -> None:
+    _, streamed, whole = asked(cached, litellm.provider, repr(pieces), ROLE, *pieces)
+
+    assert [(answer.status, answer.headers["x-cache"]) for answer in (streamed, whole)] == [(400, "MISS")] * 2

@@ -209,7 +209,8 @@ def test_a_conversation_is_compared_with_its_own_kind_only(
         token = app.token()
 
         def chat(*messages: dict[str, Any]) -> str:
-            answer = app.call("POST", "/v1/chat/completions", body={"messages": messages}, token=token)
+            body = {"messages": messages, "temperature": 0}
+            answer = app.call("POST", "/v1/chat/completions", body=body, token=token)
             return answer.headers["x-cache"]
 
         before = {"role": "system", "content": "You are a guide."}
