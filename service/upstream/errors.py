@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from enum import Enum, auto
+from typing import Any, Final
 
 import httpx2
 import openai
@@ -17,9 +18,10 @@ from service.errors import (
     UpstreamError,
     UpstreamTimeoutError,
 )
-from service.upstream.reasons import CallersText, plain_name, reason_of
+from service.upstream.reasons import GENERAL, CallersText, plain_name, reason_of
 from service.upstream.transport import AnswerTooLargeError, TransportCauseError
 
+BAD_REQUEST = 400
 CONFLICT = 409
 SERVER_ERRORS = 500
 TIMEOUT = "Timeout"
@@ -30,6 +32,34 @@ UNKNOWN_MODEL = re.compile(
     r"invalid model name|model( [`'\"]?[^\s`'\"]+[`'\"]?)? (was )?(not found|does not exist)", re.IGNORECASE
 )
 NO_DEPLOYMENT = "no healthy deployments"
+
+REFUSALS = frozenset(
+    {
+        *("BadRequestError", "ContextWindowExceededError", "ContentPolicyViolationError"),
+        *("UnsupportedParamsError", "UnprocessableEntityError", "InvalidRequestError"),
+        *("RejectedRequestError", "LiteLLMUnknownProvider", "ImageFetchError"),
+        *("GuardrailRaisedException", "BlockedPiiEntityError"),
+    }
+)
+"""LiteLLM's exceptions about a request. Some reach its caller with the status 500, with the name in the text
+only."""
+
+EXCEPTION = re.compile(r"(?<![\w`.])(?:litellm\.)?([A-Z]\w*(?:Error|Exception|Provider))(?!\w)")
+
+WRONG_TYPE = re.compile(
+    r"'(?:int|float|bool|str|list|dict)' object (?:is not|has no|does not|doesn't|cannot be) "
+    r"|argument after \*\*? must be a mapping, not (?!NoneType)|argument after \* must be an iterable, not"
+    r"|type \w+ doesn't define __\w+__|unsupported operand type|not supported between instances of"
+    r"|(?:list|string) indices must be integers|unhashable type: '|expected str instance, "
+    r"|must be real number|expected string or bytes-like object|can only concatenate "
+    r"|dictionary update sequence element"
+    r"|could not convert string to float|invalid literal for int|Unsupported response_format type"
+    r"|Invalid (?:user|system|assistant|tool) message at index \d"
+)
+"""Errors of Python's about a field with another type than LiteLLM expects, to which it answers 500. Those
+about None are not among them: they are mostly about something missing in a provider's answer."""
+
+JUDGED_CHARS = 2_000
 
 
 def timed_out(timeout_s: float, cause: Cause | None = None) -> UpstreamTimeoutError:
@@ -121,31 +151,77 @@ def _from_status(
     known_model: bool,
 ) -> ServiceError:
     wait_s = retry_after(headers.get("retry-after"))
-    match status:
-        case 429:
-            return RateLimitError(
+    error: ServiceError
+    match _fault_of(status, body, request):
+        case Fault.CREDENTIALS:
+            error = UpstreamError(
+                "The model's side refused this service's credentials.",
+                retryable=False,
+                label="Credentials refused",
+            )
+        case Fault.RATE:
+            error = RateLimitError(
                 "The model's rate limit is reached. Wait for the seconds in Retry-After, then try again.",
                 retry_after_s=wait_s,
                 label="Rate limit",
             )
-        case 408:
-            return UpstreamTimeoutError(label=TIMEOUT)
-        case 401 | 402 | 403 | 407:
-            return _our_credentials()
-        # LiteLLM without a database answers a wrong key with 400 and this type.
-        case 400 if body.get("type") == "no_db_connection":
-            return _our_credentials()
-        case 400 | 404 | 413 | 415 | 422:
-            return _refused(body, request, known_model=known_model)
-        case _:
+        case Fault.TIMEOUT:
+            error = UpstreamTimeoutError(label=TIMEOUT)
+        case Fault.OWN_TIMEOUT:
+            error = BadRequestError(
+                "The model did not answer within the request's own time limit.", param="timeout"
+            )
+        case Fault.WRONG_TYPE:
+            error = BadRequestError(f"{GENERAL}: one of its fields has a wrong type.")
+        case Fault.REFUSED:
+            error = _refused(body, request, known_model=known_model)
+        case Fault.FAILED:
             again = status == CONFLICT or status >= SERVER_ERRORS
-            return UpstreamError(retry_after_s=wait_s, transient=again, label=f"HTTP {status}")
+            error = UpstreamError(retry_after_s=wait_s, transient=again, label=f"HTTP {status}")
+    return error
 
 
-def _our_credentials() -> UpstreamError:
-    return UpstreamError(
-        "The model's side refused this service's credentials.", retryable=False, label="Credentials refused"
-    )
+class Fault(Enum):
+    """What an error of the upstream is about."""
+
+    CREDENTIALS = auto()
+    RATE = auto()
+    TIMEOUT = auto()
+    OWN_TIMEOUT = auto()
+    REFUSED = auto()
+    WRONG_TYPE = auto()
+    FAILED = auto()
+
+
+BY_STATUS: Final[Mapping[int, Fault]] = {
+    **dict.fromkeys((401, 402, 403, 407), Fault.CREDENTIALS),
+    **dict.fromkeys((400, 404, 413, 415, 422), Fault.REFUSED),
+    408: Fault.TIMEOUT,
+    429: Fault.RATE,
+}
+
+
+def _fault_of(status: int, body: Mapping[str, Any], request: Mapping[str, Any]) -> Fault:
+    """What an error is about: its status says so, except where LiteLLM's status is wrong."""
+    fault = BY_STATUS.get(status, Fault.FAILED)
+    kind, text = body.get("type"), _first_line(body)
+    if status == BAD_REQUEST and kind == "no_db_connection":
+        # LiteLLM without a database answers a wrong key with this.
+        return Fault.CREDENTIALS
+    if fault is Fault.TIMEOUT and "timeout" in request:
+        return Fault.OWN_TIMEOUT
+    if status >= SERVER_ERRORS:
+        if kind == "invalid_request_error" or not REFUSALS.isdisjoint(EXCEPTION.findall(text)):
+            return Fault.REFUSED
+        if WRONG_TYPE.search(text):
+            return Fault.WRONG_TYPE
+    return fault
+
+
+def _first_line(body: Mapping[str, Any]) -> str:
+    """The upstream's own sentence; below it LiteLLM tells of its fallbacks, and how they failed."""
+    said = body.get("message")
+    return said.strip().split("\n", 1)[0][:JUDGED_CHARS] if isinstance(said, str) else ""
 
 
 def _refused(body: Mapping[str, Any], request: Mapping[str, Any], *, known_model: bool) -> ServiceError:

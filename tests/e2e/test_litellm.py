@@ -1,5 +1,6 @@
 """The service in front of a real LiteLLM proxy, with the configuration that the demo runs."""
 
+import json
 import os
 import secrets
 import signal
@@ -17,6 +18,8 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from deploy.ports import unused_port
 from tests.e2e.support import generate, stopped
 from tests.e2e.tap import Tap
+from tests.fakes.upstream import Answer as Completion
+from tests.fakes.upstream import FakeUpstream
 from tests.harness import ServiceProcess, request
 from tests.http.streaming import data, events
 from tests.http.support import eventually
@@ -30,10 +33,11 @@ STOP_LIMIT_S = 10.0
 
 @dataclass(frozen=True)
 class LiteLlm:
-    """A running proxy."""
+    """A running proxy; its model ``scripted`` asks the provider."""
 
     port: int
     key: str
+    provider: FakeUpstream
 
     def variables(self, port: int | None = None, key: str | None = None) -> dict[str, str]:
         """What the service must know to use it."""
@@ -48,11 +52,23 @@ def litellm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiteLlm]:
             "LITELLM_BIN must name LiteLLM's executable; `make test` installs it and sets the variable"
         )
     folder = tmp_path_factory.mktemp("litellm")
-    proxy = LiteLlm(unused_port(), new_key())
-    output = folder / "output"
+    with FakeUpstream() as provider:
+        provider.unknown_model_error = False
+        yield from _running(binary, folder, LiteLlm(unused_port(), new_key(), provider))
+
+
+def _running(binary: str, folder: Path, proxy: LiteLlm) -> Iterator[LiteLlm]:
+    config, output = folder / "config.yaml", folder / "output"
+    model = {"model": "openai/scripted", "api_key": "none", "api_base": f"{proxy.provider.url}/v1"}
+    scripted = json.dumps({"model_name": "scripted", "litellm_params": {**model, "max_retries": 0}})
+    # No cool-down: the failures of one test are no other's.
+    config.write_text(
+        CONFIG.read_text().replace("model_list:", f"model_list:\n  - {scripted}\n")
+        + "\nrouter_settings: {num_retries: 0, disable_cooldowns: true}\n"
+    )
     with output.open("wb") as stream:
         process = subprocess.Popen(
-            [binary, "--config", str(CONFIG), "--host", "127.0.0.1", "--port", str(proxy.port)],
+            [binary, "--config", str(config), "--host", "127.0.0.1", "--port", str(proxy.port)],
             cwd=folder,
             env={
                 "PATH": os.environ["PATH"],
@@ -165,6 +181,33 @@ def test_openais_library_speaks_through_both(service_and_tap: tuple[ServiceProce
             client.models.retrieve("nope")
         with pytest.raises(BadRequestError, match="Model 'nope' not found"):
             client.chat.completions.create(model="nope", messages=messages, stream=True)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"extra_body": 5}, {"extra_body": ["x"]}, {"timeout": "x"}, {"timeout": 0.001}]
+)
+def test_what_litellm_fails_on_because_of_the_request_is_the_callers(
+    own_fields: ServiceProcess, litellm: LiteLlm, odd: dict[str, Any]
+) -> None:
+    # LiteLLM answers these with 500 and 408. Six of them would open a circuit.
+    litellm.provider.default = Completion(delay_s=0.5)
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}]}
+    token = own_fields.token()
+    for _ in range(6):
+        answer = own_fields.call("POST", "/v1/chat/completions", body={**body, **odd}, token=token)
+        assert answer.status == 400, answer.body
+        assert answer.headers["x-llm-attempts"] == "1"
+    litellm.provider.default = Completion()
+    assert own_fields.call("POST", "/v1/chat/completions", body=body, token=token).status == 200
+
+
+@pytest.fixture(scope="module")
+def own_fields(litellm: LiteLlm) -> Iterator[ServiceProcess]:
+    """A service whose callers may send two of LiteLLM's own fields."""
+    variables = {"PASS_LITELLM_FIELDS": "extra_body,timeout", **litellm.variables()}
+    with ServiceProcess(variables) as process:
+        yield process.wait_ready()
+        stopped(process)
 
 
 def test_the_proxy_gets_our_trace(service_and_tap: tuple[ServiceProcess, Tap], litellm: LiteLlm) -> None:

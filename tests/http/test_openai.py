@@ -225,6 +225,23 @@ REFUSED = {
     ),
     "a number for a text": Refused(b'{"messages": [{"content": 5}]}', "messages.0.content"),
     "a number for tools": Refused(b'{"messages": [{}], "tools": 1}', "tools"),
+    "a number for a tool": Refused(b'{"messages": [{}], "tools": [1]}', "tools"),
+    "a tool without its type": Refused(b'{"messages": [{}], "tools": [{}]}', "tools"),
+    "nothing for a function": Refused(b'{"messages": [{}], "functions": [null]}', "functions"),
+    "a number for a part": Refused(b'{"messages": [{"content": [1]}]}', "messages.0.content"),
+    "a part without its type": Refused(b'{"messages": [{}, {"content": [{}]}]}', "messages.1.content"),
+    "a format without its type": Refused(
+        b'{"messages": [{}], "response_format": {"x": 1}}', "response_format"
+    ),
+    "a format without its schema": Refused(
+        b'{"messages": [{}], "response_format": {"type": "json_schema"}}', "response_format"
+    ),
+    "a text for search options": Refused(
+        b'{"messages": [{}], "web_search_options": "x"}', "web_search_options"
+    ),
+    "a number for thinking": Refused(b'{"messages": [{}], "thinking": 5}', "thinking"),
+    "too many choices": Refused(b'{"messages": [{}], "n": 1000000000}', "n"),
+    "no choices": Refused(b'{"messages": [{}], "n": 0}', "n"),
     "nothing": Refused(b"", "body"),
     "no JSON": Refused(b"{'a': 1}", "body"),
     "no object": Refused(b"[]", "body"),
@@ -270,7 +287,7 @@ def test_what_cannot_be_a_request_goes_no_further(
 
 
 def test_nesting_that_somebody_may_need_passes(app: AppUnderTest, token: str) -> None:
-    content = b'{"messages": [{"content": ' + b"[" * 90 + b"]" * 90 + b"}]}"
+    content = b'{"messages": [{}], "x": ' + b"[" * 90 + b"]" * 90 + b"}"
     assert app.call("POST", CHAT_PATH, body=content, token=token).status == 200
     flat = b'{"messages": [' + b",".join([b"{}"] * 300) + b"]}"
     assert app.call("POST", CHAT_PATH, body=flat, token=token).status == 200
