@@ -25,6 +25,7 @@ from service.services.call_report import CallOutcome, CallReport, CallSpec, Outc
 from service.services.circuit_breaker import ConnectionBreaker
 from service.services.circuits import Circuits, Passage
 from service.telemetry import names
+from service.telemetry.events import upstream_fields
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
 from service.upstream.messages import PATHS, Completion, ModelList, Operation, Reply
@@ -144,6 +145,7 @@ class _Call:
             first_chunk_s=self.first_chunk_s,
             started_ns=self.started_ns,
             duration_s=round(self.clock() - self.started_s, 6),
+            upstream=upstream_fields(error),
         )
 
 

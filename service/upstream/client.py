@@ -13,7 +13,7 @@ from opentelemetry.instrumentation.httpx import HTTPX2ClientInstrumentor
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
 from service.config.settings import Settings
-from service.errors import Cause, ServiceError
+from service.errors import Cause, ServiceError, UpstreamError
 from service.telemetry.names import OTHER_MODEL
 from service.telemetry.providers import Telemetry
 from service.upstream.errors import cause_of, timed_out, translate
@@ -122,9 +122,13 @@ class LlmClient:
         """
         with self._spans.attempt(request) as span:
             response = await self._send(self._urls[request.operation], deadline, request)
-            reply = await self._read(
-                response.content, partial(read_answer, response.content, response.headers, request)
-            )
+            try:
+                reply = await self._read(
+                    response.content, partial(read_answer, response.content, response.headers, request)
+                )
+            except UpstreamError as error:
+                error.upstream_status = response.status_code
+                raise
             span.completion = reply.completion
             if request.model not in self._known:
                 # A model that answers exists, even if the list does not name it, as with a wildcard.

@@ -37,6 +37,7 @@ from tests.fakes.wire import (
 )
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterator
 
 __all__ = [
@@ -76,10 +77,15 @@ def refusing_port() -> Iterator[int]:
 
 
 class FakeUpstream(Watched):
-    """A server that records every request and answers model calls by script, else by default."""
+    """A server that records every request and answers model calls by script, else by default.
 
-    def __init__(self) -> None:
+    Args:
+        tls: The context with which it speaks TLS, as localhost; without it, plain HTTP.
+    """
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         super().__init__()
+        self._tls = tls
         self.default: Behaviour = Answer()
         self.default_stream: Behaviour = Stream()
         self.models: list[str] = ["demo", "other-model"]
@@ -119,7 +125,7 @@ class FakeUpstream(Watched):
     @property
     def url(self) -> str:
         """The base URL, without /v1."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.port}" if self._tls is None else f"https://localhost:{self.port}"
 
     @property
     def requests(self) -> list[SeenRequest]:
@@ -165,7 +171,7 @@ class FakeUpstream(Watched):
             self._runner.run(self._serve())
 
     async def _serve(self) -> None:
-        server = await self._loop.create_server(self._protocol, sock=self._listener)
+        server = await self._loop.create_server(self._protocol, sock=self._listener, ssl=self._tls)
         await self._stop.wait()
         server.close()
         tasks = list(self._tasks)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from openai import InternalServerError, OpenAI
 
 from tests.fakes.streams import DONE, RawStream, chunk, text
-from tests.fakes.upstream import FakeUpstream, NotJson, Reset, Status
-from tests.harness import Answer, AppUnderTest
+from tests.fakes.upstream import FakeUpstream, NotJson, Reset, Silent, Status, refusing_port
+from tests.harness import Answer, AppUnderTest, running_app
 from tests.http.openai_bodies import ANSWERS, REQUESTS
 from tests.http.streaming import CHAT
 from tests.http.support import (
@@ -338,6 +339,43 @@ def test_a_body_over_the_limit(app: AppUnderTest, token: str, declared: bool) ->
     assert_openai_error(app, answer, "PayloadTooLargeError")
 
 
+def test_a_spent_quota_is_said_once_and_touches_no_circuit(
+    app: AppUnderTest, fake: FakeUpstream, token: str
+) -> None:
+    fake.default = fake.default_stream = Status(
+        429, {"error": {"message": "no", "code": "insufficient_quota"}}
+    )
+    for stream in (False, True) * 3:
+        answer = app.call("POST", CHAT_PATH, body={**CHAT, "stream": stream}, token=token)
+        assert (answer.status, answer.headers["x-llm-attempts"]) == (429, "1")
+        assert answer.headers["x-should-retry"] == "false"
+        assert "retry-after" not in answer.headers
+        assert assert_openai_error(app, answer, "RateLimitError")["code"] == "insufficient_quota"
+    assert app.value("llmops.circuit_breaker.open_callers", model="demo") == 0
+
+
+def test_the_library_does_not_repeat_what_our_deadline_has_ended(upstream: FakeUpstream) -> None:
+    # Each repeat would be paid for, and none be seen.
+    upstream.default = Silent()
+    with running_app(litellm_url=upstream.url, llm_timeout_s=0.3) as app:
+        url = f"http://127.0.0.1:{app.port}/v1"
+        with OpenAI(base_url=url, api_key=app.token(), max_retries=2) as client:
+            with pytest.raises(InternalServerError) as caught:
+                client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "x"}])
+            assert caught.value.status_code == 504
+            assert caught.value.response.headers["x-should-retry"] == "false"
+    assert len(upstream.chat_requests) == 1
+
+
+def test_a_connection_that_was_not_made_is_worth_a_repeat() -> None:
+    with refusing_port() as port:
+        url = f"http://127.0.0.1:{port}"
+        with running_app(litellm_url=url, retry_max=0) as app:
+            answer = app.call("POST", CHAT_PATH, body=CHAT, token=app.token())
+    assert answer.status == 504
+    assert "x-should-retry" not in answer.headers
+
+
 @pytest.mark.parametrize(
     ("behaviour", "status", "name", "again"),
     [
@@ -345,7 +383,7 @@ def test_a_body_over_the_limit(app: AppUnderTest, token: str, declared: bool) ->
             Status(400, {"error": {"message": "context", "code": "context_length_exceeded"}}),
             400,
             "BadRequestError",
-            None,
+            "false",
         ),
         (Status(401), 502, "UpstreamError", "false"),
         (Status(500), 502, "UpstreamError", None),
