@@ -24,6 +24,7 @@ EXPOSED_HEADERS = (
     "X-Request-ID",
     "traceresponse",
     "Retry-After",
+    "X-Should-Retry",
     "RateLimit",
     "RateLimit-Policy",
     "Server-Timing",

@@ -26,6 +26,7 @@ from service.services.call_report import CallOutcome, CallReport, CallSpec, Outc
 from service.services.circuit_breaker import ConnectionBreaker
 from service.services.circuits import Circuits, Passage
 from service.telemetry import names
+from service.telemetry.events import upstream_fields
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
 from service.upstream.messages import PATHS, Completion, ModelList, Operation, Reply
@@ -148,6 +149,7 @@ class _Call:
             first_chunk_s=self.first_chunk_s,
             started_ns=self.started_ns,
             duration_s=round(self.clock() - self.started_s, 6),
+            upstream=upstream_fields(error),
         )
 
 
@@ -257,6 +259,7 @@ class Generation:
                 call.cached_from = entry.completion
                 events = _StoredStream(entry)
             else:
+                await self._llm.check_model(spec.request.model, spec.deadline)
                 passage = call.passage = held.enter_context(
                     self._circuits.call(spec.request.model, spec.user)
                 )
@@ -336,6 +339,7 @@ class Generation:
     async def _ask(self, call: _Call, span: Span) -> Reply:
         """Ask the model for a whole answer, with retries, and store it."""
         spec = call.spec
+        await self._llm.check_model(spec.request.model, spec.deadline)
         with self._circuits.call(spec.request.model, spec.user) as call.passage:
             reply = await self._whole[spec.request.operation](call.progress, spec.deadline, call)
         self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())

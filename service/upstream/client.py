@@ -16,7 +16,7 @@ from opentelemetry.instrumentation.httpx import HTTPX2ClientInstrumentor
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
 from service.config.settings import Settings
-from service.errors import Cause, ServiceError
+from service.errors import Cause, UpstreamError
 from service.telemetry.names import OTHER_MODEL
 from service.telemetry.providers import Telemetry
 from service.upstream.errors import cause_of, timed_out, translate
@@ -30,6 +30,7 @@ from service.upstream.messages import (
     read_answer,
     read_models,
 )
+from service.upstream.offered_models import WILDCARD, OfferedModels
 from service.upstream.reasons import load_rules
 from service.upstream.spans import AttemptSpans
 from service.upstream.stream import LlmStream, Reading
@@ -122,6 +123,7 @@ class LlmClient:
         self._instruments = telemetry.instruments
         self._spans = AttemptSpans(telemetry, settings, self.known)
         self._readers = readers
+        self._offered = OfferedModels(self._read_offered)
         self._known: set[str] = set()
         self._unlisted: set[str] = set()
         self._keep_listed([settings.default_model])
@@ -148,7 +150,12 @@ class LlmClient:
                 request,
                 known_model=request.model in self._known,
             )
-            reply = await self._read(response.content, read)
+            try:
+                reply = await self._read(response.content, read)
+            except UpstreamError as error:
+                if error.upstream_status is None:
+                    error.upstream_status = response.status_code
+                raise
             span.completion = reply.completion
             if request.model not in self._known:
                 # A model that answers exists, even if the list does not name it, as with a wildcard.
@@ -214,19 +221,31 @@ class LlmClient:
 
     async def models(self) -> ModelList:
         """The models that the upstream lists now, in its order; raises as ``ask``."""
-        response = await self._send(f"{self._root}/v1/models", Deadline.after(self._timeout_s))
-        listed = await self._read(response.content, partial(read_models, response.content))
-        self._keep_listed(listed.names)
+        listed = await self._list()
+        self._offered.learn(listed.names)
         return listed
 
     async def learn_models(self) -> bool:
-        """Learn which names may stand on a metric, without a span or metric; whether that succeeded."""
+        """Learn which models may be asked for, and stand on a metric; whether that succeeded."""
+        return await self._offered.refresh()
+
+    async def check_model(self, model: str, deadline: Deadline) -> None:
+        """Raise ``BadRequestError`` for a model that the upstream does not offer, as far as that is known."""
+        await self._offered.check(model, deadline)
+
+    async def _read_offered(self) -> None:
+        # Without a span or metric: no caller asked for it.
         with suppress_instrumentation():
-            try:
-                await self.models()
-            except ServiceError:
-                return False
-        return True
+            # LiteLLM puts the models that it knows in the place of a wildcard, unless it is asked for both.
+            listed = await self._list("?return_wildcard_routes=true")
+        wildcards = [name for name in listed.names if WILDCARD in name]
+        self._offered.learn(listed.names, wildcards)
+
+    async def _list(self, query: str = "") -> ModelList:
+        response = await self._send(f"{self._root}/v1/models{query}", Deadline.after(self._timeout_s))
+        listed = await self._read(response.content, partial(read_models, response.content))
+        self._keep_listed([name for name in listed.names if WILDCARD not in name])
+        return listed
 
     async def ping(self) -> None:
         """Ask LiteLLM whether it is alive and ready; no model is called. Raises as ``ask``."""

@@ -185,6 +185,106 @@ def test_openais_library_speaks_through_both(service_and_tap: tuple[ServiceProce
             client.chat.completions.create(model="nope", messages=messages, stream=True)
 
 
+@pytest.mark.parametrize(
+    "odd", [{"extra_body": 5}, {"extra_body": ["x"]}, {"timeout": "x"}, {"timeout": 0.001}]
+)
+def test_what_litellm_fails_on_because_of_the_request_is_the_callers(
+    own_fields: ServiceProcess, litellm: LiteLlm, odd: dict[str, Any]
+) -> None:
+    # LiteLLM answers these with 500 and 408. Six of them would open a circuit.
+    litellm.provider.default = Completion(delay_s=0.5)
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}]}
+    token = own_fields.token()
+    for _ in range(6):
+        answer = own_fields.call("POST", "/v1/chat/completions", body={**body, **odd}, token=token)
+        assert answer.status == 400, answer.body
+        assert answer.headers["x-llm-attempts"] == "1"
+    litellm.provider.default = Completion()
+    assert own_fields.call("POST", "/v1/chat/completions", body=body, token=token).status == 200
+
+
+UNPAID = "You exceeded your current quota, please check your plan and billing details."
+PROVIDER_SAYS: dict[str, tuple[int, dict[str, str], int, str | None, bool]] = {
+    "context": (
+        *(
+            400,
+            {
+                "message": "The maximum context length is 8192 tokens.",
+                "code": "context_length_exceeded",
+            },
+        ),
+        *(400, "context_length_exceeded", True),
+    ),
+    "policy": (
+        *(400, {"message": "Your request was rejected by us.", "code": "content_policy_violation"}),
+        *(400, "content_policy_violation", True),
+    ),
+    "parameter": (
+        *(400, {"message": "Unsupported parameter: 'max_tokens' is not supported.", "param": "max_tokens"}),
+        *(400, "unsupported_parameter", True),
+    ),
+    "no such model": (
+        *(404, {"message": "There is nothing here", "code": "model_not_found"}),
+        *(400, "model_not_found", True),
+    ),
+    "quota": (*(429, {"message": UNPAID, "code": "insufficient_quota"}), *(429, "insufficient_quota", True)),
+    "rate": (
+        *(429, {"message": "Rate limit reached", "code": "rate_limit_exceeded"}),
+        *(429, "rate_limit_exceeded", False),
+    ),
+    "key": (
+        *(401, {"message": "Incorrect API key provided: x.", "code": "invalid_api_key"}),
+        *(502, None, True),
+    ),
+    "failure": (*(500, {"message": "The server had an error"}), *(502, None, False)),
+}
+
+
+@pytest.mark.parametrize("case", PROVIDER_SAYS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_provider_says_keeps_its_reason_and_code_through_both(
+    service_and_tap: tuple[ServiceProcess, Tap],
+    litellm: LiteLlm,
+    case: str,
+    stream: bool,  # noqa: FBT001 - pytest passes it by name
+) -> None:
+    process, _ = service_and_tap
+    status, said, answered, code, final = PROVIDER_SAYS[case]
+    kind = {"type": "server_error" if status >= 500 else "invalid_request_error", "param": None}
+    litellm.provider.default = Status(status, {"error": {**kind, **said}}, headers={"retry-after": "40"})
+    if case == "quota":
+        litellm.provider.default = Status(status, {"error": {**kind, **said}})
+    # `hi` is in many a reason.
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+    answer = process.call("POST", "/v1/chat/completions", body=body, token=process.token())
+    litellm.provider.default = Completion()
+
+    assert (answer.status, answer.json["error"]["code"]) == (answered, code), answer.body
+    assert (answer.headers.get("x-should-retry") == "false") is final
+    # LiteLLM hands the provider's wish on, under another name.
+    assert answer.headers.get("retry-after") == (None if final else "40")
+    if answered == 400:
+        assert answer.json["error"]["message"] == f"The model refused the request: {said['message']}"
+        assert answer.json["error"]["param"] == said.get("param")
+
+    def failed() -> list[dict[str, Any]]:
+        lines = process.lines(answer.request_id)
+        return [line for line in lines if line["message"] == "llm_request_failed"]
+
+    (line,) = eventually(failed, "the call's last line")
+    assert line["llmops.upstream.status_code"] == status
+    assert line.get("llmops.upstream.code") == (code or said.get("code"))
+
+
+@pytest.fixture(scope="module")
+def own_fields(litellm: LiteLlm) -> Iterator[ServiceProcess]:
+    """A service whose callers may send two of LiteLLM's own fields."""
+    variables = {"PASS_LITELLM_FIELDS": "extra_body,timeout", **litellm.variables()}
+    with ServiceProcess(variables) as process:
+        yield process.wait_ready()
+        stopped(process)
+
+
 def test_the_proxy_gets_our_trace(service_and_tap: tuple[ServiceProcess, Tap], litellm: LiteLlm) -> None:
     process, tap = service_and_tap
     answer = generate(process, process.token())

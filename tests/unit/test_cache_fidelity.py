@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx2
@@ -17,7 +18,7 @@ from service.cache.keys import key_of, tenant_of
 from service.errors import ServiceError
 from service.routers.openai import DONE, OpenAiFormat
 from service.upstream.messages import LlmRequest, Reply, read_answer
-from service.upstream.stream import LlmStream, StreamEvent
+from service.upstream.stream import ALIVE, LlmStream, Reading, StreamEvent
 from tests.client_library import assembled, read
 
 if TYPE_CHECKING:
@@ -230,10 +231,17 @@ def taken(body: bytes) -> tuple[list[StreamEvent], Entry | None]:
     async def main() -> tuple[list[StreamEvent], Entry | None]:
         response = httpx2.Response(200, content=bytes_of())
         span = cast("AttemptSpan", Unmeasured())
-        stream, assembler = LlmStream(response, REQUEST, span, known_model=True), Assembler(1_000_000)
+        with ThreadPoolExecutor(1) as readers:
+            stream = LlmStream(response, REQUEST, span, Reading(readers, 1_000_000), known_model=True)
+            return await take(stream)
+
+    async def take(stream: LlmStream) -> tuple[list[StreamEvent], Entry | None]:
+        assembler = Assembler(1_000_000)
         events = []
         try:
             async for event in stream:
+                if event is ALIVE:
+                    continue
                 assembler.take(event)
                 events.append(event)
         except ServiceError:
@@ -284,7 +292,7 @@ def check_stream(given_events: list[dict[str, Any]], seen: Counter[str]) -> None
 def check_answer(answer: dict[str, Any], seen: Counter[str]) -> None:
     """A replay as a stream is the first answer to OpenAI's library."""
     content = json.dumps(answer).encode()
-    entry = stored(read_answer(content, {}, REQUEST))
+    entry = stored(read_answer(content, {}, REQUEST, known_model=True))
     seen["all"] += 1
     if entry is None:
         return
