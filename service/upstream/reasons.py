@@ -259,9 +259,9 @@ def _normal(text: str) -> str:
     """A text without the difference of small and capital letters of ASCII, and of kinds of white space.
 
     This is applied to whole requests. Bytes are put into small letters in a tenth of the time of a string.
+    Half a surrogate pair becomes a question mark: to keep 170,000 of them would take 47 ms.
     """
-    small = text.encode("utf-8", "surrogatepass").lower().translate(SPACES)
-    return small.decode("utf-8", "surrogatepass")
+    return text.encode("utf-8", "replace").lower().translate(SPACES).decode()
 
 
 def _slices(text: str, size: int) -> list[str]:
