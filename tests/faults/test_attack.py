@@ -64,6 +64,17 @@ def test_a_megabyte_of_values_costs_no_more_than_one_of_text(target: Target, uni
     assert least_s(values) < 2 * least_s(PLAIN)
 
 
+def test_a_refusal_costs_the_same_for_half_a_surrogate_pair_as_for_a_letter(target: Target) -> None:
+    refused = replace(PLAIN, before=PLAIN.before.replace("{", '{"model":"refusing",', 1))
+    costs = Costs(target)
+
+    def least_s(unit: str) -> float:
+        recipe = replace(refused, unit=unit)
+        return min(costs.of(recipe.path, recipe.body, recipe.what).total_s for _ in range(3))
+
+    assert least_s("\\ud800") < 2 * least_s("\\u00e9")
+
+
 @dataclass
 class Other:
     """Another server, with which the same conversations are had."""

@@ -3,6 +3,7 @@
 import re
 import secrets
 import time
+from collections import Counter
 from typing import Any
 
 from tests.fakes.mlflow import Kept
@@ -107,16 +108,17 @@ def _(target: Target, found: Finding) -> None:
     "the listed model has its own name and cost on the metrics",
 )
 def _(target: Target, found: Finding) -> None:
+    statuses: Counter[int] = Counter()
     for number in range(INVENTED):
         body = {"prompt": f"{number}", "model": f"invented-{secrets.token_hex(2)}-{number}"}
-        target.call("POST", "/llm/generate", body=body)
+        statuses[target.call("POST", "/llm/generate", body=body).status] += 1
     target.call("POST", "/llm/generate", body={"prompt": secrets.token_hex(8), "model": "listed"})
 
     def models() -> set[str]:
         return {str(point.attributes.get("model")) for point in target.receiver.latest("llmops.llm.calls")}
 
     wait_for(lambda: "listed" in models(), 10)
-    found.say(f"{len(models())} names on llmops.llm.calls")
+    found.say(f"{dict(statuses)}, {len(models())} names on llmops.llm.calls")
     found.expect("listed" in models(), "the listed model is 'other'")
     found.expect(len(models()) <= MAX_MODELS, "the names are not bounded")
 
