@@ -34,8 +34,8 @@ class SecurityHeadersMiddleware:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = message["headers"]
-                present = {name.lower() for name, _ in headers}
-                message["headers"] = [*headers, *(field for field in fields if field[0] not in present)]
+                present = [field[0] for field in headers]
+                message["headers"] = [*headers, *[field for field in fields if field[0] not in present]]
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

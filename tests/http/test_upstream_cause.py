@@ -38,6 +38,13 @@ def app(upstream: FakeUpstream) -> Iterator[AppUnderTest]:
         yield app
 
 
+@pytest.fixture
+def patient(upstream: FakeUpstream) -> Iterator[AppUnderTest]:
+    """An app whose time limit no busy machine reaches."""
+    with running_app(litellm_url=upstream.url, **{**SETTINGS, "llm_timeout_s": 30.0}) as app:
+        yield app
+
+
 def ask(app: AppUnderTest, *, stream: bool = False) -> Answer:
     return app.call("POST", "/llm/generate", body={"prompt": "Why?", "stream": stream}, token=app.token())
 
@@ -87,12 +94,12 @@ STATUS, CODE = "llmops.upstream.status_code", "llmops.upstream.code"
     ],
 )
 def test_what_the_upstream_said_stands_on_span_and_line(
-    app: AppUnderTest, upstream: FakeUpstream, status: int, said: dict[str, str], code: str | None
+    patient: AppUnderTest, upstream: FakeUpstream, status: int, said: dict[str, str], code: str | None
 ) -> None:
     upstream.script(*[Status(status, {"error": said})] * 2)
-    answer = ask(app)
-    spans = [span for span in trace_of(app, answer.request_id) if span.name == "chat demo"]
-    lines = app.lines(answer.request_id)
+    answer = ask(patient)
+    spans = [span for span in trace_of(patient, answer.request_id) if span.name == "chat demo"]
+    lines = patient.lines(answer.request_id)
     told = [
         line for line in lines if line["message"] == "llm_request_failed" or "Attempt " in line["message"]
     ]
@@ -101,21 +108,21 @@ def test_what_the_upstream_said_stands_on_span_and_line(
         assert (fields[STATUS], fields.get(CODE)) == (status, code)
 
 
-def test_an_answer_that_is_none_has_its_status(app: AppUnderTest, upstream: FakeUpstream) -> None:
+def test_an_answer_that_is_none_has_its_status(patient: AppUnderTest, upstream: FakeUpstream) -> None:
     upstream.script(NotJson())
-    answer = ask(app)
-    (span,) = [span for span in trace_of(app, answer.request_id) if span.name == "chat demo"]
+    answer = ask(patient)
+    (span,) = [span for span in trace_of(patient, answer.request_id) if span.name == "chat demo"]
     assert attributes(span)[STATUS] == 200
 
 
-def test_an_error_within_a_stream_has_its_code(app: AppUnderTest, upstream: FakeUpstream) -> None:
+def test_an_error_within_a_stream_has_its_code(patient: AppUnderTest, upstream: FakeUpstream) -> None:
     error = {"message": "litellm.ContextWindowExceededError: too long", "type": None, "code": "400"}
     upstream.script(RawStream((text("a "), event(json.dumps({"error": error}).encode()))))
-    answer = ask(app, stream=True)
-    (span,) = [span for span in trace_of(app, answer.request_id) if span.name == "chat demo"]
+    answer = ask(patient, stream=True)
+    (span,) = [span for span in trace_of(patient, answer.request_id) if span.name == "chat demo"]
     assert attributes(span)[STATUS] == 400
     assert attributes(span)[CODE] == "context_length_exceeded"
-    (line,) = [line for line in app.lines(answer.request_id) if line["message"] == "llm_request_failed"]
+    (line,) = [line for line in patient.lines(answer.request_id) if line["message"] == "llm_request_failed"]
     assert (line["error"], line[CODE]) == ("BadRequestError", "context_length_exceeded")
 
 
