@@ -4,6 +4,7 @@
 ``SemanticCache`` where it is on, ``NoCache`` where it is off.
 """
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -19,7 +20,7 @@ from service.cache.assembly import Assembler
 from service.cache.control import CacheControl, Kind, Result
 from service.cache.embedded import open_embedded
 from service.cache.entries import DamagedEntryError, Entry, EntryMemory, is_complete
-from service.cache.keys import CacheKey, key_of, tenant_of
+from service.cache.keys import LARGE_REQUEST_BYTES, CacheKey, key_of, large_key_of, tenant_of
 from service.cache.semantic import Question, SemanticIndex, question_point
 from service.cache.store import (
     COLLECTION,
@@ -251,7 +252,7 @@ class ResponseCache:
         if request.operation != "chat":
             # Embeddings are not looked up: they count as no look-up, not as a bypassed one.
             return Lookup()
-        slot = self._slot(request, user, control)
+        slot = await self._slot(request, user, control)
         if slot is None or not control.read:
             self._instruments.cache_lookups.add(1, {"kind": "exact", "result": "bypass"})
             self.results["bypass"] += 1
@@ -281,22 +282,28 @@ class ResponseCache:
             self._instruments.cache_lookup_duration.record(lookup_s, {"kind": "exact"})
             age_s = 0.0 if entry is None else max(0.0, self._now() - entry.created_at)
             found = Lookup(result, "exact", entry, shared, age_s, None, lookup_s, slot)
-            if result == "miss":
+            if result == "miss" and len(request.content) <= LARGE_REQUEST_BYTES:
                 found = await self._lookup_similar(found, slot, request, deadline, in_flight)
             else:
                 self.results[result] += 1
             _describe(span, found)
         return found
 
-    def _slot(self, request: LlmRequest, user: str, control: CacheControl) -> Slot | None:
+    async def _slot(self, request: LlmRequest, user: str, control: CacheControl) -> Slot | None:
         """Where the answer is stored; None where it is not, or where the request is nested too deeply."""
         if not control.read and not control.store:
             return None
+        tenant, number = self.tenant(user), self.clearings.number
+        if len(request.content) > LARGE_REQUEST_BYTES:
+            key = await asyncio.get_running_loop().run_in_executor(
+                None, large_key_of, tenant, request.model, request.content, request.headers
+            )
+            return Slot(key, control, number)
         try:
-            key = key_of(self.tenant(user), request.model, request.body, request.headers)
+            key = key_of(tenant, request.model, request.body, request.headers)
         except RecursionError:
             return None
-        return Slot(key, control, self.clearings.number)
+        return Slot(key, control, number)
 
     def _accept(self, key: CacheKey, payload: Mapping[str, Any] | None, epoch: int) -> Entry | None:
         """The entry in a payload that the store returned; None where it is missing, damaged or expired."""

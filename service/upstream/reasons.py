@@ -33,13 +33,15 @@ BLOCK_CHARS: Final = ECHO_CHARS // 2
 MAX_CANDIDATES: Final = 5_000
 MAX_VALUES: Final = 50_000
 MAX_CONTAINERS: Final = 20_000
+MAX_TEXT_CHARS: Final = 1_048_576
 """Limits of what is compared. Beyond them the reason is held back, as nobody knows whether it echoes."""
 
 MESSAGES: Final = frozenset({"messages", "input", "prompt", "instructions", "system", "prediction"})
 """The fields of a request that hold what was said. The others hold parameters and tools, whose values are
 often a part of the reason, as in "Invalid value: 'foo'"."""
 
-NO_TEXT: Final = frozenset({"role", "type"})
+NO_TEXT: Final = frozenset({"role", "type", "data", "file_data"})
+DATA_URL: Final = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,")
 NAMES: Final = frozenset({"name", "id", "tool_call_id", "call_id"})
 IDENTIFIER: Final = re.compile(r"[\w.-]{1,64}")
 """A value under one of ``NAMES`` that is an identifier, such as a tool's name, is no text either."""
@@ -202,8 +204,12 @@ class CallersText:
             inner = value
             if isinstance(value, dict):
                 inner = [held for name, held in value.items() if not _is_a_name(name, held)]
-            texts += [held for held in inner if isinstance(held, str)]
+            # Images and files in base64 are no text.
+            texts += [held for held in inner if isinstance(held, str) and not DATA_URL.match(held)]
             waiting += [held for held in inner if isinstance(held, (dict, list))]
+        if sum(map(len, texts)) > MAX_TEXT_CHARS:
+            self._too_many = True
+            return []
         return texts
 
 
