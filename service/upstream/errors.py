@@ -133,11 +133,16 @@ def error_of(answer: Mapping[str, Any], *, is_error: bool = False) -> Mapping[st
         is_error: Whether the event's name says that it is an error.
     """
     said = answer.get("error")
+    if isinstance(said, dict) and not any(said.values()) and (answer.get("choices") or answer.get("data")):
+        # Some send the fields of an error, all of them empty, with each answer.
+        said = None
     if isinstance(said, str) and said:
         # Beside a text, the other fields belong to the error too.
         return {**answer, "message": answer.get("message") or said}
+    if isinstance(said, dict):
+        return said
     if said:
-        return said if isinstance(said, dict) else {}
+        return {}
     if is_error or "error" in (answer.get("object"), answer.get("type")):
         return answer
     return None

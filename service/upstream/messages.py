@@ -188,9 +188,10 @@ def read_answer(
         ServiceError: It is an error with the status of an answer.
     """
     payload = read_needed(content)
-    said = error_of(payload)
-    if said is not None and not (payload.get("choices") or payload.get("data")):
-        raise from_event(said, headers, request.body, known_model=known_model)
+    error = error_of(payload)
+    if error is not None:
+        # Beside choices too: they are a part of an answer, and would be stored as a whole one.
+        raise from_event(error, headers, request.body, known_model=known_model)
     if request.operation == "embeddings":
         if not isinstance(payload.get("data"), list):
             raise invalid_answer()
