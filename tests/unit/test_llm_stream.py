@@ -208,3 +208,17 @@ def test_nothing_is_left_to_the_garbage_collector(pieces: list[bytes]) -> None:
 def test_the_status_in_an_error_is_its_own() -> None:
     _, error = _events(b'data: {"error":{"code":"429"}}\n\n')
     assert isinstance(error, RateLimitError)
+
+
+def test_the_status_beside_an_error_is_its_own() -> None:
+    _, error = _events(b'event: error\ndata: {"error":{"message":"x"},"status_code":429}\n\n')
+    assert isinstance(error, RateLimitError)
+
+
+@pytest.mark.parametrize("raw", [b"\xed\xa0\x80", b"\xff"])
+@pytest.mark.parametrize("piece", [TEXT, WHOLE])
+def test_what_is_not_utf_8_is_no_answer(raw: bytes, piece: bytes) -> None:
+    """A half of a surrogate pair, which json takes from bytes, cannot be sent to the collector."""
+    found, error = _events(piece.replace(b'"a"', b'"' + raw + b'"'), DONE)
+    assert found == []
+    assert isinstance(error, UpstreamError)
