@@ -122,6 +122,9 @@ ERROR: Final = b"error"
 PING: Final = b"ping"
 """The name of an event without content; Anthropic's protocol has it."""
 
+MAX_IN_A_ROW = 100
+"""How many events are read from what has arrived before other requests have their turn, after some 5 ms."""
+
 MAX_DRAIN_S = 0.1
 """How long the end of the body is waited for after the last event, so that the connection can be reused."""
 
@@ -259,7 +262,9 @@ class LlmStream:
                 async for data in body:
                     alive = True
                     try:
-                        for raw in decoder.feed(data):
+                        for number, raw in enumerate(decoder.feed(data), 1):
+                            if number % MAX_IN_A_ROW == 0:
+                                await asyncio.sleep(0)
                             event = await self._event(raw)
                             if event is not None:
                                 alive = False

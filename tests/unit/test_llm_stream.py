@@ -205,6 +205,20 @@ def test_nothing_is_left_to_the_garbage_collector(pieces: list[bytes]) -> None:
     assert left == []
 
 
+@pytest.mark.parametrize("event", [b": ping\n\n", TEXT])
+def test_many_events_at_once_leave_others_their_turn(event: bytes) -> None:
+    async def turns() -> int:
+        reading = asyncio.create_task(_read([TEXT + event * 10_000 + STOP + DONE]))
+        number = 0
+        while not reading.done():
+            await asyncio.sleep(0)
+            number += 1
+        assert reading.result()[1] is None
+        return number
+
+    assert asyncio.run(turns()) >= 100
+
+
 def test_the_status_in_an_error_is_its_own() -> None:
     _, error = _events(b'data: {"error":{"code":"429"}}\n\n')
     assert isinstance(error, RateLimitError)
