@@ -51,6 +51,7 @@ METHOD: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}(?: |\Z)|\r?\Z")
 """The start of a head, complete or not; bytes that cannot become a method are refused at once."""
 
 HTTP_1_0: Final = "1.0"
+VERSIONS: Final = frozenset({HTTP_1_0, "1.1"})
 CRLF: Final = b"\r\n"
 HEAD_END: Final = b"\r\n\r\n"
 
@@ -210,6 +211,9 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Decide how the body is framed, then hand the request to the app; llhttp calls it."""
         version = self.parser.get_http_version()
+        if version not in VERSIONS:
+            # llhttp knows 0.9 and 2.0 too, whose answers are framed in other ways.
+            raise MalformedError
         self._body = body_of(self.headers, version)
         self.app = cast("ASGI3Application", self.config.loaded_app)
         if version == HTTP_1_0:
