@@ -52,6 +52,7 @@ METHOD: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}(?: |\Z)|\r?\Z")
 """The start of a head, complete or not; bytes that cannot become a method are refused at once."""
 
 HTTP_1_0: Final = "1.0"
+VERSIONS: Final = frozenset({HTTP_1_0, "1.1"})
 CRLF: Final = b"\r\n"
 HEAD_END: Final = b"\r\n\r\n"
 
@@ -213,7 +214,7 @@ class Protocol(HttpToolsProtocol):
         version = self.parser.get_http_version()
         hosts = sum(name == b"host" for name, _ in self.headers)
         # llhttp reads HTTP/0.9 and HTTP/2.0, too. A proxy in front goes by Host (RFC 9112, section 3.2).
-        if version not in {HTTP_1_0, "1.1"} or hosts > 1 or (version == "1.1" and not hosts):
+        if version not in VERSIONS or hosts > 1 or (version == "1.1" and not hosts):
             raise MalformedError
         self._body = body_of(self.headers, version)
         self.app = cast("ASGI3Application", self.config.loaded_app)

@@ -268,7 +268,8 @@ class _Exchange:
     def _hold(self, size: int) -> None:
         """Count the body's bytes, which stay in memory until the request is over."""
         more = size - self._held_bytes
-        if more <= 0:
+        # Sign-ins are small and few, and must get in when callers hold all of the memory.
+        if more <= 0 or self._scope["path"] == LOGIN:
             return
         if not self._capacity.body_bytes.take(self._holder, more):
             self._capacity.rejected.add(1, {"reason": "overloaded"})

@@ -16,7 +16,7 @@ from opentelemetry.instrumentation.httpx import HTTPX2ClientInstrumentor
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
 from service.config.settings import Settings
-from service.errors import Cause, UpstreamError
+from service.errors import Cause, ServiceError, UpstreamError
 from service.telemetry.names import OTHER_MODEL
 from service.telemetry.providers import Telemetry
 from service.upstream.errors import cause_of, timed_out, translate
@@ -32,7 +32,7 @@ from service.upstream.messages import (
 )
 from service.upstream.offered_models import WILDCARD, OfferedModels
 from service.upstream.reasons import load_rules
-from service.upstream.spans import AttemptSpans
+from service.upstream.spans import AttemptSpan, AttemptSpans
 from service.upstream.stream import LlmStream, Reading
 from service.upstream.transport import UpstreamClient, UpstreamTransport
 from service.utils.deadline import Deadline
@@ -177,22 +177,7 @@ class LlmClient:
             ServiceError: As ``ask``; iterating the stream raises the same.
         """
         with self._spans.attempt(request, stream=True) as span:
-            response = await self._open_stream(request, deadline)
-            events = LlmStream(
-                response,
-                request,
-                span,
-                self._reading,
-                known_model=request.model in self._known,
-            )
-            try:
-                async with asyncio.timeout(deadline.left_s):
-                    await events.first()
-            except BaseException as error:
-                await events.aclose()
-                if isinstance(error, TimeoutError):
-                    raise timed_out(deadline.limit_s, Cause.READ_TIMEOUT) from None
-                raise
+            events = await self._open_stream(request, deadline, span)
             try:
                 self._remember(request.model)
                 span.suspend()
@@ -201,23 +186,54 @@ class LlmClient:
                 await events.aclose()
                 span.completion = events.completion()
 
-    async def _open_stream(self, request: LlmRequest, deadline: Deadline) -> httpx2.Response:
+    async def _open_stream(self, request: LlmRequest, deadline: Deadline, span: AttemptSpan) -> LlmStream:
         """Ask for a stream with token counts at its end, and without them where the model refuses that."""
-        url = self._urls[request.operation]
         asks = self._asks_for_usage and request.model not in self._without_usage
         if not asks or request.asks_for_usage:
-            return await self._send(url, deadline, request.streamed(with_usage=False), stream=True)
+            return await self._begin_stream(request, deadline, span, with_usage=False)
         try:
-            return await self._send(
-                url, deadline, request.streamed(with_usage=True), stream=True, refusal_of=STREAM_OPTIONS
-            )
+            return await self._begin_stream(request, deadline, span, with_usage=True)
         except FieldRefusedError:
-            self._without_usage[request.model] = True
-            logger.warning(
-                "The model refuses stream_options; from now on its streams come without token counts",
-                extra={"model": request.model},
-            )
-        return await self._send(url, deadline, request.streamed(with_usage=False), stream=True)
+            events = await self._begin_stream(request, deadline, span, with_usage=False)
+        # Not before this has succeeded: a caller can have the field named by what is refused for another
+        # reason, and would take the token counts from everybody.
+        self._without_usage[request.model] = True
+        logger.warning(
+            "The model refuses stream_options; from now on its streams come without token counts",
+            extra={"model": request.model},
+        )
+        return events
+
+    async def _begin_stream(
+        self, request: LlmRequest, deadline: Deadline, span: AttemptSpan, *, with_usage: bool
+    ) -> LlmStream:
+        """Wait for a stream's first event; ``FieldRefusedError`` where the token counts are refused."""
+        refusal_of = STREAM_OPTIONS if with_usage else None
+        response = await self._send(
+            self._urls[request.operation],
+            deadline,
+            request.streamed(with_usage=with_usage),
+            stream=True,
+            refusal_of=refusal_of,
+        )
+        known_model = request.model in self._known
+        events = LlmStream(response, request, span, self._reading, known_model=known_model)
+        try:
+            async with asyncio.timeout(deadline.left_s):
+                await events.first()
+        except BaseException as error:
+            await events.aclose()
+            if isinstance(error, TimeoutError):
+                raise timed_out(deadline.limit_s, Cause.READ_TIMEOUT) from None
+            # Some refuse in the first event of a 200, which need not have a status.
+            if (
+                with_usage
+                and isinstance(error, ServiceError)
+                and STREAM_OPTIONS.search(events.error.decode("utf-8", "replace"))
+            ):
+                raise FieldRefusedError from None
+            raise
+        return events
 
     async def models(self) -> ModelList:
         """The models that the upstream lists now, in its order; raises as ``ask``."""

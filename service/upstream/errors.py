@@ -33,6 +33,7 @@ SECONDS = re.compile(r"[0-9]+(\.[0-9]+)?")
 MAX_DIGITS = 16
 OTHER_CODE = "other"
 
+STATUS_FIELDS: Final = ("status_code", "status", "http_status", "code")
 STATUS_BY_TYPE: Final = {
     "invalid_request_error": 400,
     "context_length_exceeded": 400,
@@ -243,11 +244,18 @@ def error_of(answer: Mapping[str, Any], *, is_error: bool = False) -> Mapping[st
         is_error: Whether the event's name says that it is an error.
     """
     said = answer.get("error")
+    is_answer = isinstance(answer.get("choices"), list) or isinstance(answer.get("data"), list)
+    if is_answer and isinstance(said, dict) and not any(said.values()):
+        # Some send the fields of an error, all of them empty, with each answer.
+        said = None
     if isinstance(said, str) and said:
         # Beside a text, the other fields belong to the error too.
         return {**answer, "message": answer.get("message") or said}
+    if isinstance(said, dict):
+        # The status may stand beside it.
+        return {**{name: answer[name] for name in STATUS_FIELDS if name in answer}, **said}
     if said:
-        return said if isinstance(said, dict) else {}
+        return {}
     if is_error or "error" in (answer.get("object"), answer.get("type")):
         return answer
     return None
@@ -273,7 +281,7 @@ def status_of(said: Mapping[str, Any]) -> int | None:
     It is a number in one of several fields (LiteLLM sends it as ``code``, as text), or follows from the
     error's type in OpenAI's or Anthropic's protocol.
     """
-    for name in ("status_code", "status", "http_status", "code"):
+    for name in STATUS_FIELDS:
         text = str(said.get(name, ""))
         if re.fullmatch(r"[45]\d\d", text):
             return int(text)

@@ -36,6 +36,9 @@ class _Answer(msgspec.Struct):
     usage: msgspec.Raw = ABSENT
     data: msgspec.Raw = ABSENT
     choices: msgspec.Raw = ABSENT
+    error: msgspec.Raw = ABSENT
+    object: msgspec.Raw = ABSENT
+    type: msgspec.Raw = ABSENT
 
 
 class _Choice(msgspec.Struct):
@@ -65,9 +68,9 @@ def read_large(content: bytes, max_choices: int) -> dict[str, Any]:
         max_choices: How many choices are read.
 
     Returns:
-        The answer's ``id``, ``model`` and ``usage``, where they are there; ``data`` as an empty list if it is
-        a list; of ``choices``, each one's ``index``, ``finish_reason``, and the texts and calls of its
-        ``message``; true for calls that are large.
+        The answer's ``id``, ``model`` and ``usage``, and the fields that make it an error, where they are
+        there; ``data`` as an empty list if it is a list; of ``choices``, each one's ``index``,
+        ``finish_reason``, and the texts and calls of its ``message``; true for calls that are large.
     """
     try:
         _check_utf8(content)
@@ -97,7 +100,8 @@ def _decode(content: bytes) -> _Answer:
 
 
 def _read(answer: _Answer, max_choices: int) -> dict[str, Any]:
-    read = {name: _small(getattr(answer, name)) for name in ("id", "model", "usage")}
+    read = {name: _small(getattr(answer, name)) for name in ("id", "model", "usage", "object", "type")}
+    read["error"] = _small(answer.error, otherwise=True)
     if _begins(answer.data, b"["):
         read["data"] = []
     if _begins(answer.choices, b"["):
