@@ -287,7 +287,7 @@ def test_a_model_that_refuses_stream_options_is_asked_without_them_from_then_on(
     token = app.token()
     upstream.script(refusal, *[RawStream([*WHOLE[:3], DONE])] * 2, RawStream(WHOLE))
     answers = [stream(app, token), stream(app, token)]
-    other = stream(app, token, {**STREAMED, "model": "other"})
+    other = stream(app, token, {**STREAMED, "model": "other-model"})
 
     assert [events(answer.body) for answer in (*answers, other)] == [SHOWN] * 3
     assert [answer.headers["x-llm-attempts"] for answer in (*answers, other)] == ["1"] * 3
