@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check faults bench lock clean env dashboards stack-test stack-programs demo-stack compose-test
+.PHONY: help demo test check faults attack bench lock clean env dashboards stack-test stack-programs demo-stack compose-test
 
 COVERAGE_FLOOR := 97
 UV_VERSION := 0.13.9
@@ -68,6 +68,9 @@ check: $(VENV) ## Lint, check formatting, types and import rules, then test, the
 
 faults: $(VENV) ## Play the table of upstream faults against a real process; ARGS="429" plays some
 	$(RUN) python -m tests.faults $(ARGS)
+
+attack: $(VENV) ## Attack a real process for under three minutes, while a second user uses it; ARGS="--seed 5"
+	$(RUN) python -m tests.faults.attack $(ARGS)
 
 # The gateways that it is measured beside; where npm is not, without the one from there.
 PORTKEY := .bench/node_modules/.packages

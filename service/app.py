@@ -15,6 +15,7 @@ from service.errors import ServiceError
 from service.middleware.errors import ErrorMiddleware, handle_error
 from service.middleware.request_id import RequestIdMiddleware, sanitize_scope
 from service.middleware.request_limits import RequestLimitsMiddleware
+from service.middleware.security_headers import SecurityHeadersMiddleware
 from service.middleware.shutdown import ShutdownMiddleware
 from service.routers import auth, cache, llm, openai, system
 from service.telemetry.providers import Telemetry
@@ -24,6 +25,7 @@ EXPOSED_HEADERS = (
     "X-Request-ID",
     "traceresponse",
     "Retry-After",
+    "X-Should-Retry",
     "RateLimit",
     "RateLimit-Policy",
     "Server-Timing",
@@ -81,6 +83,8 @@ def _middleware(settings: Settings, telemetry: Telemetry) -> list[Middleware]:
     return [
         # The request's context and id headers, which everything inside needs for logs and answers.
         Middleware(RequestIdMiddleware, server_timing=settings.server_timing),
+        # What browsers and proxies must not do with an answer, whoever makes it.
+        Middleware(SecurityHeadersMiddleware),
         # CORS fields on every answer, errors included, so that a permitted browser can read them.
         Middleware(
             CORSMiddleware,

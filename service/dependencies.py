@@ -131,9 +131,10 @@ class ModelCall:
     cache_control: CacheControl
     request_id: str
 
-    def spec(self, request: LlmRequest, *, streamed: bool = False) -> CallSpec:
-        """The call of the use case for this request."""
-        return CallSpec(request, self.user.username, self.deadline, streamed, self.cache_control)
+    def spec(self, request: LlmRequest, *, streamed: bool = False, own_protocol: bool = False) -> CallSpec:
+        """The call of the use case for this request; arguments as ``CallSpec`` has them."""
+        name, control = self.user.username, self.cache_control
+        return CallSpec(request, name, self.deadline, streamed, control, own_protocol)
 
 
 async def _model_call(request: Request, user: Annotated[User, Depends(model_caller)]) -> ModelCall:

@@ -64,7 +64,7 @@ class ServiceError(Exception):
         retry_after_s: Seconds until a retry makes sense, where the upstream or a limiter named them; becomes
             ``Retry-After``, rounded up. Without it, the class's default applies, if it has one.
         retryable: Whether the caller is advised to try again, where it differs from the class's advice.
-        transient: Whether this service itself may try again at once.
+        transient: Whether this service itself may try again at once; as ``retryable`` where it is not said.
         label: What happened in two or three words, for the log lines of attempts.
         cause: Why the exchange with the upstream failed below HTTP, where that is what happened.
         details: One entry for each field at fault: ``field``, ``message``, ``type``.
@@ -85,7 +85,7 @@ class ServiceError(Exception):
         *,
         retry_after_s: float | None = None,
         retryable: bool | None = None,
-        transient: bool = True,
+        transient: bool | None = None,
         label: str | None = None,
         cause: Cause | None = None,
         details: Sequence[Mapping[str, str]] = (),
@@ -96,13 +96,16 @@ class ServiceError(Exception):
         self.message = message or self.default_message
         self.retry_after_s = retry_after_s
         self.retryable = self.retry if retryable is None else retryable
-        self.transient = transient
+        self.transient = self.retryable if transient is None else transient
         self.label = label or type(self).__name__
         self.cause = cause
         self.details = tuple(details)
         self.headers = dict(headers or {})
         self.param = param
         self.code = code or self.default_code
+        # What the upstream said, in any case, for telemetry: its status, and one of a closed set of codes.
+        self.upstream_status: int | None = None
+        self.upstream_code: str | None = None
         super().__init__(self.message)
 
     @property

@@ -12,6 +12,7 @@ import re
 import socket
 import sys
 from collections.abc import Iterable
+from contextvars import Context
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 import httptools
@@ -51,6 +52,7 @@ METHOD: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}(?: |\Z)|\r?\Z")
 """The start of a head, complete or not; bytes that cannot become a method are refused at once."""
 
 HTTP_1_0: Final = "1.0"
+VERSIONS: Final = frozenset({HTTP_1_0, "1.1"})
 CRLF: Final = b"\r\n"
 HEAD_END: Final = b"\r\n\r\n"
 
@@ -210,6 +212,10 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Decide how the body is framed, then hand the request to the app; llhttp calls it."""
         version = self.parser.get_http_version()
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        # llhttp reads HTTP/0.9 and HTTP/2.0, too. A proxy in front goes by Host (RFC 9112, section 3.2).
+        if version not in VERSIONS or hosts > 1 or (version == "1.1" and not hosts):
+            raise MalformedError
         self._body = body_of(self.headers, version)
         self.app = cast("ASGI3Application", self.config.loaded_app)
         if version == HTTP_1_0:
@@ -342,7 +348,8 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def _answer_malformed(self) -> None:
-        task = self.loop.create_task(self._refuse())
+        # Behind an answer this runs in that request's context; the refusal would be a part of its trace.
+        task = self.loop.create_task(self._refuse(), context=Context())
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
 

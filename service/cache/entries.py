@@ -1,4 +1,4 @@
-"""Cached answers: how they are stored, kept in memory, and put together from a stream."""
+"""Cached answers: which are stored, in which form, and how they are kept in memory."""
 
 import base64
 import json
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
+from service.cache.assembly import Layout, can_be_streamed
 from service.cache.keys import CacheKey
 from service.cache.store import Point
 from service.errors import ServiceError
@@ -22,7 +23,7 @@ from service.upstream.messages import (
     name_of,
     read_needed,
 )
-from service.upstream.stream import StreamEvent, event
+from service.upstream.stream import StreamEvent
 
 COMPLETE: Final = frozenset({"stop", "tool_calls", "function_call"})
 """Finish reasons of a complete answer: neither a length limit nor a content filter cut it off."""
@@ -30,9 +31,6 @@ COMPLETE: Final = frozenset({"stop", "tool_calls", "function_call"})
 COMPRESS_FROM_BYTES = 1_024
 OVERHEAD_BYTES = 1_024
 """Approximate size of an entry in memory beside its content."""
-
-HEAD: Final = ("id", "created", "model", "system_fingerprint", "service_tier")
-HANDLED_IN_DELTA: Final = frozenset({"role", "content", "tool_calls"})
 
 
 class DamagedEntryError(ValueError):
@@ -50,6 +48,7 @@ class Entry:
         expires_at: Unix time in seconds.
         content: The answer as ``chat.completion`` JSON: the upstream's bytes, unless it was streamed.
         completion: What was read from it; its cost is that of the call that it was made for.
+        layout: Where in a stream its fields are, as JSON; empty where they are in every event.
     """
 
     key: CacheKey
@@ -58,11 +57,12 @@ class Entry:
     expires_at: float
     content: bytes
     completion: Completion
+    layout: bytes = b""
 
     @property
     def size_bytes(self) -> int:
         """Approximate size in memory."""
-        return len(self.content) + len(self.completion.text) + OVERHEAD_BYTES
+        return len(self.content) + len(self.layout) + len(self.completion.text) + OVERHEAD_BYTES
 
     def point(self) -> Point:
         """The entry as it is stored: the answer, and nothing of the question."""
@@ -73,6 +73,7 @@ class Entry:
             "created": self.created_at,
             "expires": self.expires_at,
             "cost": self.completion.cost,
+            **({"layout": self.layout.decode()} if self.layout else {}),
             **_packed(self.content),
         }
         return Point(self.key.point_id, payload)
@@ -93,6 +94,9 @@ class Entry:
             answer = read_needed(content)
             created_at, expires_at = float(created), float(expires)
             choices = complete_choices(answer)
+            layout = str(payload.get("layout", "")).encode()
+            if layout and len(Layout.from_json(layout).choices) != len(choices):
+                raise DamagedEntryError("layout")
             text = choices[0]["message"].get("content") if choices else None
         except (ServiceError, KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
             raise DamagedEntryError(type(error).__name__) from None
@@ -109,30 +113,17 @@ class Entry:
             id=name_of(answer, "id"),
             finish_reasons=tuple(choice["finish_reason"] for choice in choices),
         )
-        return cls(key, model, created_at, expires_at, content, completion)
+        return cls(key, model, created_at, expires_at, content, completion, layout)
 
     def reply(self) -> Reply:
         """The answer for a caller who is not billed for it."""
         return Reply(self.content, replace(self.completion, cost=0.0))
 
     def events(self) -> Iterator[StreamEvent]:
-        """The answer as a stream: for each choice one event with all of it, and one with its end."""
-        payload = json.loads(self.content)
-        head = {name: payload[name] for name in HEAD if name in payload}
-        head["object"] = "chat.completion.chunk"
-        for place, choice in enumerate(payload["choices"]):
-            index = choice.get("index", place)
-            message = choice.get("message") or {}
-            more = {"logprobs": choice["logprobs"]} if choice.get("logprobs") else {}
-            text = message.get("content")
-            yield _chunk(
-                head,
-                [{"index": index, "delta": _delta(message), "finish_reason": None, **more}],
-                text if index == 0 and isinstance(text, str) else "",
-            )
-            yield _chunk(head, [{"index": index, "delta": {}, "finish_reason": choice.get("finish_reason")}])
-        if isinstance(payload.get("usage"), dict):
-            yield replace(_chunk({**head, "usage": payload["usage"]}, []), usage_only=True)
+        """The answer as a stream."""
+        answer = json.loads(self.content)
+        layout = Layout.from_json(self.layout) if self.layout else Layout.of(answer)
+        return layout.events(answer)
 
 
 def tokens_of(completion: Completion) -> int:
@@ -143,7 +134,7 @@ def tokens_of(completion: Completion) -> int:
 
 
 def is_complete(reply: Reply) -> bool:
-    """Whether an answer may be stored: each choice came to its natural end, and none is a refusal."""
+    """Whether an answer may be stored: each choice says something and came to its natural end."""
     reasons = reply.completion.finish_reasons
     if not reasons or not COMPLETE.issuperset(reasons):
         return False
@@ -157,7 +148,10 @@ def is_complete(reply: Reply) -> bool:
 
 
 def complete_choices(answer: Mapping[str, Any]) -> list[Any]:
-    """The choices of an answer; none of them unless all are complete and none is a refusal.
+    """The choices of an answer; none of them unless all are complete.
+
+    A refusal is not complete, nor is a choice with neither text nor a call of a tool, nor one that would be
+    another when it is replayed as a stream.
 
     Args:
         answer: The parsed answer, which may be anything that JSON can express.
@@ -170,10 +164,22 @@ def complete_choices(answer: Mapping[str, Any]) -> list[Any]:
     choices = answer["choices"]
     if len(choices) > MAX_CHOICES:
         return []
-    for choice in choices:
-        if choice.get("finish_reason") not in COMPLETE or (choice.get("message") or {}).get("refusal"):
+    for place, choice in enumerate(choices):
+        message = choice["message"]
+        if choice.get("finish_reason") not in COMPLETE or message.get("refusal"):
+            return []
+        if not _says_something(message) or not can_be_streamed(choice, place):
             return []
     return list(choices)
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    """Whether a message has text that is not blank, or a call of a tool; its thoughts do not count."""
+    content = message.get("content")
+    if not isinstance(content, str | None):
+        return False
+    calls = bool(message.get("tool_calls")) or bool(message.get("function_call"))
+    return calls or bool(content and content.strip())
 
 
 def _packed(content: bytes) -> dict[str, str]:
@@ -188,25 +194,6 @@ def _unpacked(payload: Mapping[str, Any]) -> bytes:
     if "packed" in payload:
         return zlib.decompress(base64.b64decode(payload["packed"], validate=True))
     return str(payload["body"]).encode()
-
-
-def _chunk(head: Mapping[str, Any], choices: list[Any], text: str = "") -> StreamEvent:
-    payload = {**head, "choices": choices}
-    return StreamEvent(event(json.dumps(payload, separators=(",", ":")).encode()), text)
-
-
-def _delta(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as the only delta of a stream, where tool calls have an index."""
-    delta: dict[str, Any] = {"role": message.get("role", "assistant"), "content": message.get("content")}
-    calls = message.get("tool_calls")
-    if isinstance(calls, list):
-        delta["tool_calls"] = [
-            {"index": place, **call} for place, call in enumerate(calls) if isinstance(call, dict)
-        ]
-    delta.update(
-        {name: value for name, value in message.items() if name not in HANDLED_IN_DELTA and value is not None}
-    )
-    return delta
 
 
 @dataclass(slots=True)
@@ -287,118 +274,3 @@ class EntryMemory:
         ]
         for digest in digests:
             self.discard(digest)
-
-
-EVENTS_PER_ANSWER = 64
-"""Bytes of a stream's events for one byte of the answer, at most: a token of four letters comes in an event
-of two or three hundred bytes."""
-
-
-class Assembler:
-    """Puts the events of one stream together into an answer.
-
-    It gives up for good on events that it does not understand, and on an answer that is too large.
-
-    Args:
-        max_bytes: The largest answer that may be stored; 0 takes nothing.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._left_bytes = max_bytes * EVENTS_PER_ANSWER
-        self._head: dict[str, Any] = {}
-        self._usage: Mapping[str, Any] | None = None
-        self._choices: dict[int, dict[str, Any]] = {}
-        self._failed = max_bytes == 0
-
-    def take(self, payload: Mapping[str, Any] | None, size_bytes: int) -> None:
-        """Take one event; raises nothing, whatever it contains."""
-        if self._failed:
-            return
-        self._left_bytes -= size_bytes
-        if payload is None or self._left_bytes < 0:
-            self._failed = True
-            self._choices.clear()
-            return
-        try:
-            self._add(payload)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-            self._failed = True
-
-    def reply(self, completion: Completion) -> Reply | None:
-        """The answer as if it had not been streamed; None where there is none to be stored.
-
-        Args:
-            completion: What the stream knows of the answer.
-        """
-        if self._failed or not self._choices:
-            return None
-        choices = [choice for _, choice in sorted(self._choices.items())]
-        payload = {
-            **self._head,
-            "object": "chat.completion",
-            "choices": choices,
-            **({"usage": self._usage} if self._usage else {}),
-        }
-        text = choices[0]["message"].get("content") or ""
-        if not isinstance(text, str):
-            return None
-        return Reply(json.dumps(payload, separators=(",", ":")).encode(), replace(completion, text=text))
-
-    def _add(self, payload: Mapping[str, Any]) -> None:
-        for name in HEAD:
-            if payload.get(name) is not None:
-                self._head.setdefault(name, payload[name])
-        if isinstance(payload.get("usage"), dict):
-            self._usage = payload["usage"]
-        for given in payload.get("choices") or ():
-            index = given.get("index", 0)
-            if type(index) is not int:
-                raise TypeError("the index of a choice is no integer")
-            choice = self._choices.setdefault(
-                index,
-                {"index": index, "message": {"role": "assistant", "content": None}, "finish_reason": None},
-            )
-            _merge(choice["message"], given.get("delta") or {})
-            if given.get("finish_reason") is not None:
-                choice["finish_reason"] = given["finish_reason"]
-            if isinstance(given.get("logprobs"), dict):
-                _merge(choice.setdefault("logprobs", {}), given["logprobs"])
-
-
-def _merge(whole: dict[str, Any], piece: Mapping[str, Any]) -> None:
-    """Add a delta: strings and lists are appended, tool calls go by their index, other values replace."""
-    for name, value in piece.items():
-        if value is None:
-            whole.setdefault(name, None)
-        elif name == "tool_calls":
-            for call in value:
-                _merge_call(whole, call)
-        elif isinstance(value, str) and isinstance(whole.get(name), str) and name != "role":
-            whole[name] += value
-        elif isinstance(value, list) and isinstance(whole.get(name), list):
-            whole[name] = [*whole[name], *value]
-        elif isinstance(value, dict) and isinstance(whole.get(name), dict):
-            _merge(whole[name], value)
-        else:
-            whole[name] = dict(value) if isinstance(value, dict) else value
-
-
-def _merge_call(message: dict[str, Any], call: Mapping[str, Any]) -> None:
-    place = call.get("index", 0)
-    calls: list[dict[str, Any]] = message.setdefault("tool_calls", None) or []
-    message["tool_calls"] = calls
-    if type(place) is not int or place > len(calls):
-        raise ValueError("a tool call is out of order")
-    if place == len(calls):
-        calls.append({})
-    known = calls[place]
-    for name, value in call.items():
-        if name == "index" or value is None:
-            continue
-        if name == "function":
-            function = known.setdefault("function", {"name": "", "arguments": ""})
-            for part in ("name", "arguments"):
-                function[part] += value.get(part) or ""
-            function.update({n: v for n, v in value.items() if n not in {"name", "arguments"}})
-        else:
-            known.setdefault(name, value)

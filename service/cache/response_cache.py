@@ -4,6 +4,7 @@
 ``SemanticCache`` where it is on, ``NoCache`` where it is off.
 """
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -15,10 +16,11 @@ from typing import Any, Literal, Protocol, Self
 
 from opentelemetry.trace import Span, SpanContext
 
+from service.cache.assembly import Assembler
 from service.cache.control import CacheControl, Kind, Result
 from service.cache.embedded import open_embedded
-from service.cache.entries import Assembler, DamagedEntryError, Entry, EntryMemory, is_complete
-from service.cache.keys import CacheKey, key_of, tenant_of
+from service.cache.entries import DamagedEntryError, Entry, EntryMemory, is_complete
+from service.cache.keys import LARGE_REQUEST_BYTES, CacheKey, key_of, large_key_of, tenant_of
 from service.cache.semantic import Question, SemanticIndex, question_point
 from service.cache.store import (
     COLLECTION,
@@ -36,7 +38,7 @@ from service.errors import UpstreamError, ValidationError
 from service.telemetry import names
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
-from service.upstream.messages import LlmRequest, Reply
+from service.upstream.messages import Completion, LlmRequest, Reply
 from service.utils.deadline import Deadline
 
 FRESH_S = 10.0
@@ -155,6 +157,20 @@ class AnswerCache(Protocol):
         """
         ...
 
+    def store_streamed(
+        self, lookup: Lookup, assembler: Assembler, completion: Completion, model: str, origin: SpanContext
+    ) -> None:
+        """Store a streamed answer, as ``store`` does, if it could be put together.
+
+        Args:
+            lookup: The call's look-up.
+            assembler: What put the answer together.
+            completion: What the stream knows of the answer.
+            model: The model that was asked.
+            origin: The call's span, linked from the span of the write.
+        """
+        ...
+
 
 class NoCache:
     """The cache where it is off: finds nothing, stores nothing, and leaves no telemetry."""
@@ -175,6 +191,11 @@ class NoCache:
         return Assembler(0)
 
     def store(self, lookup: Lookup, reply: Reply, model: str, origin: SpanContext) -> None:
+        """Store nothing."""
+
+    def store_streamed(
+        self, lookup: Lookup, assembler: Assembler, completion: Completion, model: str, origin: SpanContext
+    ) -> None:
         """Store nothing."""
 
 
@@ -231,7 +252,7 @@ class ResponseCache:
         if request.operation != "chat":
             # Embeddings are not looked up: they count as no look-up, not as a bypassed one.
             return Lookup()
-        slot = self._slot(request, user, control)
+        slot = await self._slot(request, user, control)
         if slot is None or not control.read:
             self._instruments.cache_lookups.add(1, {"kind": "exact", "result": "bypass"})
             self.results["bypass"] += 1
@@ -261,25 +282,28 @@ class ResponseCache:
             self._instruments.cache_lookup_duration.record(lookup_s, {"kind": "exact"})
             age_s = 0.0 if entry is None else max(0.0, self._now() - entry.created_at)
             found = Lookup(result, "exact", entry, shared, age_s, None, lookup_s, slot)
-            if result == "miss":
+            if result == "miss" and len(request.content) <= LARGE_REQUEST_BYTES:
                 found = await self._lookup_similar(found, slot, request, deadline, in_flight)
             else:
                 self.results[result] += 1
             _describe(span, found)
         return found
 
-    def _slot(self, request: LlmRequest, user: str, control: CacheControl) -> Slot | None:
-        """Where the answer is stored; None for sampled answers and requests nested too deeply."""
-        temperature = request.body.get("temperature")
-        # An absent temperature is 1.
-        sampled = temperature is None or temperature != 0
-        if sampled and not self._settings.cache_sampled:
+    async def _slot(self, request: LlmRequest, user: str, control: CacheControl) -> Slot | None:
+        """Where the answer is stored; None where it is not, or where the request is nested too deeply."""
+        if not control.read and not control.store:
             return None
+        tenant, number = self.tenant(user), self.clearings.number
+        if len(request.content) > LARGE_REQUEST_BYTES:
+            key = await asyncio.get_running_loop().run_in_executor(
+                None, large_key_of, tenant, request.model, request.content, request.headers
+            )
+            return Slot(key, control, number)
         try:
-            key = key_of(self.tenant(user), request.model, request.body, request.headers)
+            key = key_of(tenant, request.model, request.body, request.headers)
         except RecursionError:
             return None
-        return Slot(key, control, self.clearings.number)
+        return Slot(key, control, number)
 
     def _accept(self, key: CacheKey, payload: Mapping[str, Any] | None, epoch: int) -> Entry | None:
         """The entry in a payload that the store returned; None where it is missing, damaged or expired."""
@@ -318,16 +342,33 @@ class ResponseCache:
 
     def store(self, lookup: Lookup, reply: Reply, model: str, origin: SpanContext) -> None:
         """Put the answer into memory and into the writer's queue, if it may be stored."""
-        slot, settings = lookup.slot, self._settings
-        if slot is None or not slot.control.store:
+        if lookup.slot is not None and lookup.slot.control.store:
+            self._store(lookup.slot, reply, b"", model, origin)
+
+    def store_streamed(
+        self, lookup: Lookup, assembler: Assembler, completion: Completion, model: str, origin: SpanContext
+    ) -> None:
+        """As ``store`` does, if the answer could be put together."""
+        if lookup.slot is None or not lookup.slot.control.store:
             return
-        tenant = slot.key.tenant
+        assembled = assembler.answer(completion)
+        if assembled is None:
+            self._instruments.cache_writes.add(1, {"outcome": "skipped"})
+        else:
+            reply, layout = assembled
+            self._store(lookup.slot, reply, layout, model, origin)
+
+    def _store(self, slot: Slot, reply: Reply, layout: bytes, model: str, origin: SpanContext) -> None:
+        settings, tenant = self._settings, slot.key.tenant
         if self.clearings.affected(tenant, model, since=slot.epoch):
             return
-        if len(reply.content) > settings.cache_max_entry_bytes or not is_complete(reply):
+        size_bytes = len(reply.content) + len(layout)
+        if size_bytes > settings.cache_max_entry_bytes or not is_complete(reply):
+            self._instruments.cache_writes.add(1, {"outcome": "skipped"})
             return
         now = self._now()
-        entry = Entry(slot.key, model, now, now + settings.cache_ttl_s, reply.content, reply.completion)
+        expires_at = now + settings.cache_ttl_s
+        entry = Entry(slot.key, model, now, expires_at, reply.content, reply.completion, layout)
         self.memory.put(entry)
         self.writer.put(
             Write(COLLECTION, entry.point, entry.size_bytes, entry.expires_at, origin, tenant, model)

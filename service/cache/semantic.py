@@ -1,19 +1,14 @@
-"""Questions with the same meaning: their vectors, and the guard against similar questions that differ.
-
-Embeddings rate "Is 5 more than 7?" and "Is 7 more than 5?" as almost equal. So two questions are compared
-only where their guards are equal, too: hashes of the words that decide the answer.
-"""
+"""Questions with the same meaning, found by their vectors; the guard is in ``service/cache/guard.py``."""
 
 import hashlib
 import json
 import math
-import re
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from service.cache.entries import Entry
+from service.cache.guard import guard_of
 from service.cache.keys import CacheKey, scope_of
 from service.cache.store import COLLECTION, Breaker, Found, GuardedStore, Point, StoreError, equal_to
 from service.config.settings import Settings
@@ -21,183 +16,6 @@ from service.errors import ServiceError, UpstreamError
 from service.upstream.client import LlmClient
 from service.upstream.messages import LlmRequest, to_json
 from service.utils.deadline import Deadline
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-def _classes(text: str) -> dict[str, str]:
-    """Each word after a colon, mapped to the name before it."""
-    lines = (line.split(":") for line in text.strip().splitlines())
-    return {word: name for name, words in lines for word in words.split()}
-
-
-SWAPPING_PREPOSITIONS: Final = _words("of in on at for about using via within behind")
-"""Their two sides can be swapped: the symptoms of the flu are flu symptoms."""
-
-STOP_WORDS: Final = _words("""
-a an the this that these those it its with through as
-and is are am be do does what what's whats which who whom whose when where why how
-i i'm i'd me my mine we us our you your they them their one there there's here
-can could would will please kindly hi hello hey thanks thank ok
-explain describe tell show give provide define definition meaning mean means meant called
-way ways exactly actually really just basically
-term terms concept idea purpose role use used work works working look like
-another person people someone somebody to
-""")
-"""Left out of the guard. Any other word that is in one question only keeps the two apart: a list of the words
-that matter would never be complete."""
-
-SYNONYMS: Final = _classes("""
-0: zero
-1: one
-2: two
-3: three
-4: four
-5: five
-6: six
-7: seven
-8: eight
-9: nine
-10: ten
-11: eleven
-12: twelve
-13: thirteen
-14: fourteen
-15: fifteen
-16: sixteen
-17: seventeen
-18: eighteen
-19: nineteen
-20: twenty
-not: not no never n't cannot isn't aren't doesn't don't didn't can't won't wouldn't shouldn't couldn't
-suggest: suggest recommend propose
-create: create make making made
-plane: airplane aeroplane airplanes planes
-tire: tire tyre tires tyres
-canceling: cancelling canceling
-word: synonym word
-leak: leaking leaky
-color: color colour colors colours
-center: center centre
-""")
-"""Words and spellings with the same meaning, by the one that stands for them."""
-
-PHRASES: Final = (
-    (r"\bhow long (?:does it take|do (?:i|you) (?:need|have)) to\b", "howlong "),
-    (r"\bmeant by\b", " "),
-    (r"\bhow (?:do|can|could|should|would|does|might) (?:i|you|we|one|they|people)\b(?: go about)?", " "),
-    (r"\bhow to\b", " "),
-    (r"\bi (?:want|need|would like|'d like) to\b", " "),
-    (r"\b(?:can|could|would|will) you(?: please)?\b", " "),
-    (r"\bwhat(?:'s| is| are) (?:the )?(?:best |right |good )?(?:way|ways) (?:to|of)\b", " "),
-    (r"\b(\w+)-(\w+)\b", r"\1 \2"),
-)
-"""Phrases that do not change what is asked, and what they are replaced with."""
-
-LANGUAGES: Final = {
-    name: _words(words)
-    for name, words in (
-        ("de", "der die das und ist nicht wie was ich wer wo warum kann ein eine mit für auf den"),
-        ("fr", "le la les est et une des que qui quel quelle comment pourquoi je pas dans pour du"),
-        ("es", "el la los las es y una que qué cómo por para cuál dónde del está quién un"),
-        ("it", "il lo gli è e una che come perché quale dove chi di della sono per un"),
-        ("pt", "o os as é e uma que como qual onde quem não para por do da um"),
-        ("nl", "de het een en is niet wat hoe waarom waar wie van voor met ik"),
-        ("en", "the is are what how why where who of to and in a an do does can for i my with"),
-    )
-}
-"""The most common words of some languages."""
-
-
-QUOTED = re.compile(r"```.*?```|`[^`]+`|\"[^\"]+\"|\u201c[^\u201d]+\u201d|\u00ab[^\u00bb]+\u00bb", re.DOTALL)
-CODE = re.compile(r"[_\\/@#=<>{}\[\]()|~^&*+$\u20ac\u00a3%]|\w\.\w|[a-z][A-Z]|::")
-"""Matches in words that are compared letter by letter: code, paths, amounts of money."""
-
-TOKEN = re.compile(r"\d+(?:[.,:/-]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)*|[^\w\s.,!?;:'\"-]")
-COMPILED_PHRASES = tuple((re.compile(pattern), plain) for pattern, plain in PHRASES)
-ALTERNATIVES = re.compile(r"\b(\w+) (?:and|or|vs|versus) (?:(?:a|an|the) )?(\w+)\b")
-QUESTION_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("when", re.compile(r"\bwhen\b|\bwhat (?:time|date|year|day)\b|\bwhich (?:year|day|date)\b")),
-    ("where", re.compile(r"\bwhere\b|\bwhat (?:place|location)\b")),
-    ("who", re.compile(r"\bwho(?:m|se|'s)?\b")),
-    ("why", re.compile(r"\bwhy\b")),
-)
-"""The kind of answer that is asked for, by the words that say it. They are stop words otherwise."""
-
-MIN_STEM_CHARS = 3
-
-
-def guard_of(text: str) -> str:
-    """A hash of what must not differ between two questions that are compared by meaning.
-
-    Args:
-        text: A question; it cannot be read back from the hash.
-    """
-    features = json.dumps(list(_features(unicodedata.normalize("NFKC", text))), ensure_ascii=True)
-    return hashlib.sha256(features.encode()).hexdigest()
-
-
-def _features(text: str) -> Iterator[str]:
-    text = text.replace("\u2019", "'")
-    quoted = QUOTED.findall(text)
-    # A pattern for whole words would backtrack in long ones.
-    words = QUOTED.sub(" ", text).split()
-    plain = " ".join(word for word in words if not CODE.search(word)).casefold()
-    for name, pattern in QUESTION_KINDS:
-        if pattern.search(plain):
-            yield f"asked:{name}"
-    yield f"language:{language_of(text)}"
-    for exact in (*quoted, *(word for word in words if CODE.search(word))):
-        yield f"exact:{exact.strip('.,;:!?')}"
-    yield from _stems(plain)
-
-
-def _stems(text: str) -> list[str]:
-    """The stems of the words that matter, in order; alternatives ("A or B") are sorted."""
-    for pattern, plain in COMPILED_PHRASES:
-        text = pattern.sub(plain, text)
-    text = ALTERNATIVES.sub(lambda pair: " ".join(sorted((pair[1], pair[2]))), text)
-    parts: list[list[str]] = [[]]
-    for found in TOKEN.finditer(text):
-        # "France's capital" equals "the capital of France".
-        word = found[0].replace(",", "").removesuffix("'s")
-        if word in SWAPPING_PREPOSITIONS:
-            parts.append([])
-        elif word not in STOP_WORDS:
-            parts[-1].append(stem_of(SYNONYMS.get(word, word)))
-    return [stem for part in reversed(parts) for stem in part]
-
-
-def stem_of(word: str) -> str:
-    """The word without the ending of a plural or a verb form; an approximation."""
-    for ending, instead in (("ies", "y"), ("sses", "ss"), ("ing", ""), ("ed", ""), ("es", ""), ("s", "")):
-        stem = word.removesuffix(ending)
-        if stem == word or len(stem) < MIN_STEM_CHARS or (ending == "s" and stem[-1] in "sui"):
-            continue
-        if ending in {"ing", "ed"} and stem[-1] == stem[-2] and stem[-1] not in "lsz":
-            stem = stem[:-1]
-        return (stem + instead).removesuffix("e") if not instead else stem + instead
-    return word.removesuffix("e") if len(word) > MIN_STEM_CHARS else word
-
-
-def language_of(text: str) -> str:
-    """The language with the most common words in the text; for other scripts than Latin, the script."""
-    scripts: dict[str, int] = {}
-    for letter in text:
-        if letter.isalpha():
-            script = unicodedata.name(letter, "?").split(" ")[0]
-            scripts[script] = scripts.get(script, 0) + 1
-    script = max(scripts, key=lambda name: scripts[name], default="")
-    if script != "LATIN":
-        return script
-    words = {found[0].casefold() for found in TOKEN.finditer(text)}
-    votes = {name: len(words & common) for name, common in LANGUAGES.items()}
-    best = max(votes, key=lambda name: votes[name])
-    # Texts too short to tell count as English, so that they are compared with each other.
-    return best if votes[best] > votes["en"] else "en"
-
 
 MAX_QUESTION_CHARS = 2_000
 """A longer text is more than one question, and embedding models read the first 256 or 512 tokens only."""

@@ -286,11 +286,11 @@ def _password_problems(name: str, secret: SecretStr) -> Iterator[tuple[str, str]
         yield name, f"{name} is an argon2 hash without its $ parts. Put it in single quotes in a shell."
     elif not value.strip():
         yield name, f"{name} must be set: a password of your own, or its argon2 hash."
-    elif CONTROL.search(value):
-        yield name, f"{name} contains a line end or another control character, which nobody can type."
     elif value.startswith("$argon2"):
         if not _is_hash(value):
             yield name, f"{name} is not a complete argon2 hash. Put it in single quotes in a shell."
+    elif CONTROL.search(value):
+        yield name, f"{name} contains a line end or another control character, which nobody can type."
     elif value.strip().lower() in PUBLISHED_PASSWORDS or PLACEHOLDER.search(_normalized(value)):
         yield name, f"{name} must be different from published defaults: choose a password of your own."
     elif len(value) < MIN_PASSWORD_CHARS:

@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     cache_enabled: bool = True
     cache_ttl_s: int = Field(3_600, ge=1, le=31_536_000)
     cache_scope: Literal["user", "shared"] = "user"
-    cache_sampled: bool = True
+    cache_sampled: Literal["never", "ask", "generate", "always"] = "generate"
     cache_timeout_s: float = Field(0.25, gt=0, le=10)
     cache_max_entries: int = Field(20_000, ge=1, le=1_000_000_000)
     cache_max_entry_bytes: int = Field(1_048_576, ge=1_024, le=33_554_432)

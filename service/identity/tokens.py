@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,10 +29,14 @@ REQUIRED_CLAIMS = ["exp", "iat", "iss", "aud", "sub", "jti"]
 FINGERPRINT_CHARS = 32
 MAX_TOKEN_CHARS = 4_096
 HASHING_THREADS = 2
-"""Maximum number of passwords that are hashed at the same time; each takes a core and 19 MiB."""
+"""Maximum number of strangers' passwords that are hashed at the same time; each takes a core and 19 MiB. One
+more thread hashes those from addresses that have signed in to the name before."""
 
 MAX_WAITING = 16
 """Maximum number of sign-ins that wait for a thread; further ones are refused before any work is done."""
+
+MAX_WAITING_EACH = 8
+"""Maximum number of sign-ins from one address that wait for a thread."""
 
 DELAY_S = 1.0
 """Delay of a sign-in to a name that had too many failures, from an address that has not signed in to it."""
@@ -108,9 +113,9 @@ class Authenticator:
         self._verified: cachetools.LRUCache[bytes, tuple[float, User]] = cachetools.LRUCache(
             MAX_CACHED_TOKENS
         )
-        self._threads = CapacityLimiter(HASHING_THREADS)
+        self._strangers = _Queue(HASHING_THREADS)
+        self._proven = _Queue(1)
         self._sleep = sleep
-        self._waiting = 0
         self._limits = _SignInLimits(settings)
         self._revoked: dict[str, dict[str, float]] = {}
         self._valid_from: dict[str, int] = {}
@@ -138,21 +143,21 @@ class Authenticator:
             RateLimitError: Too many attempts from this address, or failures for this name from it.
         """
         self._refuse_beyond(await self._limits.arrive(username, address))
-        if self._waiting >= MAX_WAITING:
+        if await self._limits.is_attacked(username, address):
+            await self._sleep(DELAY_S)
+        queue = self._proven if self._limits.is_proven(username, address) else self._strangers
+        if not queue.enter(address):
             self._rejected.add(1, {"reason": "overloaded"})
             raise OverloadedError("Too many sign-ins are waiting. Try again later.")
-        self._waiting += 1
         try:
-            if await self._limits.is_attacked(username, address):
-                await self._sleep(DELAY_S)
-            async with self._threads:
+            async with queue.threads:
                 # Again, so that parallel attempts can exceed the limit by at most one per thread.
                 self._refuse_beyond(await self._limits.wait_s(username, address))
                 user = await anyio.to_thread.run_sync(self._matching_user, username, password)
                 if user is None:
                     await self._limits.failed(username, address)
         finally:
-            self._waiting -= 1
+            queue.leave(address)
         if user is None:
             self._attempts.add(1, {"outcome": "wrong_credentials"})
             # The name is not logged: users sometimes type the password into the wrong field.
@@ -165,6 +170,10 @@ class Authenticator:
             request.user = user.username
         logger.info("login_succeeded", extra={"user": user.username})
         return self._session(user)
+
+    def has_signed_in(self, address: str) -> bool:
+        """Whether anybody has signed in from an address since the process started."""
+        return self._limits.is_known(address)
 
     def _refuse_beyond(self, wait_s: float | None) -> None:
         if wait_s is not None:
@@ -275,6 +284,31 @@ class Authenticator:
         return int(claims["exp"]) + self._settings.jwt_leeway_s, user, claims
 
 
+class _Queue:
+    """Sign-ins that wait for a thread, or have one; an address can have half of the places.
+
+    Args:
+        threads: Maximum number of passwords that are hashed at the same time.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = CapacityLimiter(threads)
+        self._waiting: Counter[str] = Counter()
+
+    def enter(self, address: str) -> bool:
+        """Take a place; False where none is left, for all or for this address."""
+        if self._waiting.total() >= MAX_WAITING or self._waiting[address] >= MAX_WAITING_EACH:
+            return False
+        self._waiting[address] += 1
+        return True
+
+    def leave(self, address: str) -> None:
+        """Give a place back."""
+        self._waiting[address] -= 1
+        if not self._waiting[address]:
+            del self._waiting[address]
+
+
 class _SignInLimits:
     """Limits sign-ins so that a stranger slows down their own address, and not the owner of a name.
 
@@ -294,6 +328,7 @@ class _SignInLimits:
         self._names = Rate(settings.login_failures_per_name)
         self._key = secrets.token_bytes(16)
         self._proven: cachetools.LRUCache[bytes, bool] = cachetools.LRUCache(COUNTER_SLOTS)
+        self._known: cachetools.LRUCache[bytes, bool] = cachetools.LRUCache(COUNTER_SLOTS)
 
     def _digest(self, *values: str) -> bytes:
         return hashlib.blake2b("\0".join(values).encode(), key=self._key, digest_size=16).digest()
@@ -301,12 +336,17 @@ class _SignInLimits:
     def _slot(self, *values: str) -> str:
         return str(int.from_bytes(self._digest(*values)[:8]) % COUNTER_SLOTS)
 
-    def _is_proven(self, username: str, address: str) -> bool:
+    def is_proven(self, username: str, address: str) -> bool:
+        """Whether this address knew the password of this name."""
         return self._digest(username, address) in self._proven
+
+    def is_known(self, address: str) -> bool:
+        """Whether this address knew the password of any name."""
+        return self._digest(address) in self._known
 
     async def arrive(self, username: str, address: str) -> float | None:
         """Count an attempt; return the seconds until one is allowed, None where this one is."""
-        if not self._is_proven(username, address):
+        if not self.is_proven(username, address):
             slot = self._slot(address)
             if not await self._addresses.hit(slot):
                 return max(1.0, (await self._addresses.window(slot)).reset_s)
@@ -314,20 +354,21 @@ class _SignInLimits:
 
     async def wait_s(self, username: str, address: str) -> float | None:
         """Return the seconds until the address is allowed to try the name again; None if it is now."""
-        rate = self._proven_pairs if self._is_proven(username, address) else self._pairs
+        rate = self._proven_pairs if self.is_proven(username, address) else self._pairs
         slot = self._slot(username, address)
         return None if await rate.test(slot) else max(1.0, (await rate.window(slot)).reset_s)
 
     async def is_attacked(self, username: str, address: str) -> bool:
         """Whether the name had too many failures, and the address has not signed in to it."""
-        return not self._is_proven(username, address) and not await self._names.test(self._slot(username))
+        return not self.is_proven(username, address) and not await self._names.test(self._slot(username))
 
     async def failed(self, username: str, address: str) -> None:
         """Count a failed sign-in."""
         slot = self._slot(username, address)
-        await (self._proven_pairs if self._is_proven(username, address) else self._pairs).hit(slot)
+        await (self._proven_pairs if self.is_proven(username, address) else self._pairs).hit(slot)
         await self._names.hit(self._slot(username))
 
     def succeeded(self, username: str, address: str) -> None:
         """Remember that this address knows the password of this name."""
         self._proven[self._digest(username, address)] = True
+        self._known[self._digest(address)] = True

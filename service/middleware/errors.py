@@ -95,15 +95,16 @@ def error_response(error: Exception, scope: Scope) -> JSONResponse:
     """Return the answer to an error, in the format of the path's protocol, and record the error."""
     found = record_error(error)
     headers = dict(found.headers)
-    wait_s = found.default_retry_after_s if found.retry_after_s is None else found.retry_after_s
+    wait_s = found.retry_after_s
+    if wait_s is None and found.retryable:
+        wait_s = found.default_retry_after_s
     if wait_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
-    if not is_openai_path(scope):
-        return JSONResponse(error_body(found), status_code=found.status, headers=headers)
-    if not found.retryable and found.status >= InternalError.status:
-        # OpenAI's client libraries retry every 5xx unless this field tells them not to.
+    if not found.retryable:
+        # OpenAI's client libraries retry 408, 409, 429 and every 5xx unless this field tells them not to.
         headers["X-Should-Retry"] = "false"
-    return JSONResponse(openai_error_body(found), status_code=found.status, headers=headers)
+    body = openai_error_body(found) if is_openai_path(scope) else error_body(found)
+    return JSONResponse(body, status_code=found.status, headers=headers)
 
 
 def record_error(error: Exception) -> ServiceError:

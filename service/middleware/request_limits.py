@@ -51,7 +51,7 @@ MIN_SHORT: Final = 16
 STRANGERS_PER_ADDRESS: Final = 16
 STRANGERS: Final = 256
 """How many requests without a valid token there may be at the same time, from one address and in all;
-sign-ins and all others are counted apart."""
+sign-ins, sign-ins from addresses that have signed in before, and all others are counted apart."""
 
 BODY_BYTES_PER_S: Final = 1_048_576
 """What has arrived of a body prolongs its time limit: a large one takes longer."""
@@ -138,9 +138,9 @@ class _Capacity:
 
     def __init__(self, settings: Settings, instruments: Instruments) -> None:
         self.calls = _Places(settings.max_in_flight, settings.in_flight_per_user)
-        self.short = _Places(
-            max(MIN_SHORT, int(settings.max_in_flight * SHORT_PER_IN_FLIGHT)), settings.in_flight_per_user
-        )
+        short = max(MIN_SHORT, int(settings.max_in_flight * SHORT_PER_IN_FLIGHT))
+        share = settings.in_flight_per_user / settings.max_in_flight
+        self.short = _Places(short, max(1, int(short * share)))
         self.arriving = _Places(
             settings.max_in_flight * ARRIVING_PER_IN_FLIGHT,
             settings.in_flight_per_user * ARRIVING_PER_IN_FLIGHT,
@@ -148,6 +148,7 @@ class _Capacity:
         largest = max(settings.max_body_bytes, settings.max_v1_body_bytes)
         self.body_bytes = _Places(LARGEST_BODIES * largest, LARGEST_BODIES // 2 * largest)
         self.signing_in = _Places(STRANGERS, STRANGERS_PER_ADDRESS)
+        self.signing_in_again = _Places(STRANGERS, STRANGERS_PER_ADDRESS)
         self.public = _Places(STRANGERS, STRANGERS_PER_ADDRESS)
         self.gauge = instruments.requests_in_flight
         self.rejected = instruments.requests_rejected
@@ -256,7 +257,8 @@ class _Exchange:
         if scope["method"] in WITHOUT_BODY or not self.body_pending:
             self._admit(capacity.short if user is not None else capacity.public)
         elif scope["path"] == LOGIN:
-            self._take(capacity.signing_in)
+            known = services_of(scope).auth.has_signed_in(address_of(scope))
+            self._take(capacity.signing_in_again if known else capacity.signing_in)
         elif user is None:
             raise AuthenticationError
         else:
@@ -266,7 +268,8 @@ class _Exchange:
     def _hold(self, size: int) -> None:
         """Count the body's bytes, which stay in memory until the request is over."""
         more = size - self._held_bytes
-        if more <= 0:
+        # Sign-ins are small and few, and must get in when callers hold all of the memory.
+        if more <= 0 or self._scope["path"] == LOGIN:
             return
         if not self._capacity.body_bytes.take(self._holder, more):
             self._capacity.rejected.add(1, {"reason": "overloaded"})
@@ -324,7 +327,7 @@ class _Exchange:
         self.body_pending = message.get("more_body", False)
         if not self.body_pending and message["type"] == "http.request":
             # Sign-ins have a queue of their own, behind the limit of those that may arrive.
-            if self._place is not self._capacity.signing_in:
+            if self._scope["path"] != LOGIN:
                 self._admit(self._capacity.calls)
             else:
                 self._in_flight = True

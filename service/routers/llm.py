@@ -85,7 +85,8 @@ async def generate(
     the counts and the cost, or `error` with an error's body.
     """
     generation = call.services.generation
-    spec = call.spec(body.as_request(generation.default_model), streamed=body.stream)
+    request_ = body.as_request(generation.default_model)
+    spec = call.spec(request_, streamed=body.stream, own_protocol=True)
     if body.stream:
         return EventStream(
             generation.stream(spec), GenerateFormat(call.request_id), call.services.stream_times

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Final
@@ -28,7 +28,7 @@ from service.errors import (
     ValidationError,
 )
 from service.middleware.errors import OPENAI_PREFIX, openai_error_body
-from service.routers.bodies import json_content, read_json, refuse
+from service.routers.bodies import MAX_INPUT_VALUES, MAX_VALUES, json_content, read_json, refuse
 from service.routers.schemas import (
     CHAT_ANSWER,
     CHAT_REQUEST,
@@ -37,12 +37,13 @@ from service.routers.schemas import (
     MODEL,
     MODEL_NAME,
     MODELS,
+    check_response_format,
     openai_errors,
 )
 from service.routers.streaming import EventStream
 from service.services.call_report import CallOutcome
 from service.upstream.control_fields import control_field
-from service.upstream.messages import Completion, LlmRequest, Operation, with_fields
+from service.upstream.messages import MAX_CHOICES, Completion, LlmRequest, Operation, with_fields
 from service.upstream.stream import StreamEvent, event
 from service.utils.disconnect import cancel_on_disconnect
 
@@ -55,6 +56,8 @@ CHAT_FIELDS: Final[Mapping[str, tuple[type | tuple[type, ...], str]]] = {
     "tool_choice": ((str, dict), "must be a text or an object"),
     "response_format": (dict, "must be an object"),
     "logit_bias": (dict, "must be an object"),
+    "web_search_options": (dict, "must be an object"),
+    "thinking": (dict, "must be an object"),
     "stop": ((str, list), "must be a text or a list"),
     "n": (int, "must be a whole number"),
     "max_tokens": (NUMBER, "must be a number"),
@@ -113,27 +116,56 @@ def read_chat(content: bytes, passed: AbstractSet[str]) -> JsonBody:
         refuse("messages", "must be a list of objects")
     for number, message in enumerate(messages):
         # LiteLLM answers these with 500, as if it had failed itself.
-        if not isinstance(message.get("content"), str | list | None):
+        given = message.get("content")
+        if not isinstance(given, str | list | None):
             refuse(f"messages.{number}.content", "must be a text or a list of parts")
+        if isinstance(given, list) and not _have(given, "type"):
+            refuse(f"messages.{number}.content", "must be a list of objects, each with a type")
         if not isinstance(message.get("tool_calls"), list | None):
             refuse(f"messages.{number}.tool_calls", "must be a list")
-    for name, (kind, problem) in CHAT_FIELDS.items():
-        value = body.fields.get(name)
-        if value is not None and (
-            not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool)
-        ):
-            refuse(name, problem)
-        if isinstance(value, int) and abs(value) > MAX_INTEGER:
-            refuse(name, "must be a number of at most 64 bits")
+    _check_types(body.fields)
+    _check_shapes(body.fields)
     options = body.fields.get("stream_options")
     if options is not None and not isinstance(options.get("include_usage"), bool | None):
         refuse("stream_options.include_usage", "must be true or false")
     return body
 
 
+def _check_types(fields: Mapping[str, Any]) -> None:
+    for name, (kind, problem) in CHAT_FIELDS.items():
+        value = fields.get(name)
+        if value is not None and (
+            not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool)
+        ):
+            refuse(name, problem)
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            refuse(name, "must be a number of at most 64 bits")
+
+
+def _check_shapes(fields: Mapping[str, Any]) -> None:
+    """Refuse fields of the right type whose parts make LiteLLM fail with 500, for some of its providers."""
+    for name, key in (("tools", "type"), ("functions", "name")):
+        if not _have(fields.get(name) or (), key):
+            refuse(name, f"must be a list of objects, each with a {key}")
+    choices, shape = fields.get("n"), fields.get("response_format")
+    # LiteLLM's mock makes as many as are asked for, until there is no memory left.
+    if choices is not None and not 1 <= choices <= MAX_CHOICES:
+        refuse("n", f"must be from 1 to {MAX_CHOICES}")
+    if shape is not None:
+        try:
+            check_response_format(shape)
+        except ValueError as error:
+            refuse("response_format", str(error))
+
+
+def _have(entries: Iterable[object], key: str) -> bool:
+    """Whether each of the entries is an object with a text under this key."""
+    return all(isinstance(entry, dict) and isinstance(entry.get(key), str) for entry in entries)
+
+
 def read_embeddings(content: bytes, passed: AbstractSet[str]) -> JsonBody:
     """An embeddings request; ``ValidationError`` where it cannot be one. Arguments as ``read_chat``'s."""
-    body = _read(content, passed)
+    body = _read(content, passed, MAX_INPUT_VALUES)
     if body.fields.get("model") is None:
         refuse("model", "must name a model")
     given = body.fields.get("input")
@@ -142,8 +174,8 @@ def read_embeddings(content: bytes, passed: AbstractSet[str]) -> JsonBody:
     return body
 
 
-def _read(content: bytes, passed: AbstractSet[str]) -> JsonBody:
-    fields = read_json(content)
+def _read(content: bytes, passed: AbstractSet[str], max_values: int = MAX_VALUES) -> JsonBody:
+    fields = read_json(content, max_values)
     if not isinstance(fields, dict):
         refuse("body", "must be a JSON object")
     field = control_field(fields.keys(), passed)
@@ -206,6 +238,9 @@ async def chat_completions(request: Request, call: ModelCallDep) -> Response:
     Fields that are not known here reach the model, and its answer comes back unchanged. With `stream` the
     answer comes as server-sent events; a failure after the first of them is an event with an `error`, and no
     `[DONE]` follows it.
+
+    The answer may come from the cache where `temperature` is 0, `seed` is set, or the header
+    `Cache-Control: max-age=…` names the age of an answer that will do. `X-Cache` says whether it did.
     """
     generation = call.services.generation
     body = read_chat(await json_content(request), call.services.pass_litellm_fields)

@@ -35,6 +35,16 @@ def _encodable(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def check_response_format(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a format without its parts, which LiteLLM answers with 500 for some providers."""
+    kind = value.get("type")
+    if not isinstance(kind, str):
+        raise ValueError("must have a type")  # noqa: TRY004 - pydantic takes no TypeError
+    if kind == "json_schema" and not isinstance(value.get(kind), dict):
+        raise ValueError("must have a json_schema")
+    return value
+
+
 def _plain_text(value: SecretStr) -> SecretStr:
     """Refuse half a surrogate pair, which pydantic does not look for in a secret."""
     try:
@@ -89,9 +99,9 @@ class GenerateRequest(Inbound):
     system_prompt: str | None = Field(None, min_length=1)
     temperature: float | None = Field(None, ge=0, le=2)
     max_tokens: Annotated[int, Field(ge=1, le=10_000_000), BeforeValidator(_whole)] | None = None
-    response_format: Annotated[dict[str, Any], AfterValidator(_encodable)] | None = Field(
-        None, examples=[{"type": "json_object"}]
-    )
+    response_format: (
+        Annotated[dict[str, Any], AfterValidator(_encodable), AfterValidator(check_response_format)] | None
+    ) = Field(None, examples=[{"type": "json_object"}])
     stream: bool = Field(default=False, description="Whether the answer comes as server-sent events.")
 
     def as_request(self, default_model: str) -> LlmRequest:

@@ -1,5 +1,11 @@
 """Liveness, readiness, and the documentation."""
 
+import re
+from base64 import b64encode
+from functools import lru_cache
+from hashlib import sha256
+from typing import Final
+
 from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
@@ -10,6 +16,7 @@ from service.dependencies import ServicesDep
 from service.routers.schemas import DependencyHealth, DetailedHealth, HealthResponse, errors
 
 ASSETS = "/docs-assets"
+INLINE_SCRIPT: Final = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
 
 router = APIRouter(tags=["system"])
 
@@ -62,13 +69,28 @@ async def health_detailed(services: ServicesDep) -> JSONResponse:
 @router.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> HTMLResponse:
     """Swagger UI with its files from this process, so that it works without internet access."""
-    prefix = request.scope.get("root_path", "")
-    return get_swagger_ui_html(
-        openapi_url=f"{prefix}/openapi.json",
-        title="LLM API",
-        swagger_js_url=f"{prefix}{ASSETS}/swagger-ui-bundle.js",
-        swagger_css_url=f"{prefix}{ASSETS}/swagger-ui.css",
-        swagger_favicon_url=f"{prefix}{ASSETS}/favicon.png",
+    page, policy = _docs_page(request.scope.get("root_path", ""))
+    return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+
+
+@lru_cache(8)
+def _docs_page(prefix: str) -> tuple[bytes, str]:
+    """The page below a prefix of paths, and the policy that lets it load its own files and nothing else."""
+    page = bytes(
+        get_swagger_ui_html(
+            openapi_url=f"{prefix}/openapi.json",
+            title="LLM API",
+            swagger_js_url=f"{prefix}{ASSETS}/swagger-ui-bundle.js",
+            swagger_css_url=f"{prefix}{ASSETS}/swagger-ui.css",
+            swagger_favicon_url=f"{prefix}{ASSETS}/favicon.png",
+        ).body
+    )
+    digests = [b64encode(sha256(script).digest()).decode() for script in INLINE_SCRIPT.findall(page)]
+    scripts = " ".join(["'self'", *(f"'sha256-{digest}'" for digest in digests)])
+    # Swagger UI sets styles on elements, and its style sheet holds images.
+    return page, (
+        f"default-src 'none'; script-src {scripts}; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 

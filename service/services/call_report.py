@@ -7,8 +7,8 @@ MLflow.
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
@@ -39,6 +39,7 @@ class CallSpec:
         deadline: When the whole answer, or the first piece of a stream, must be there.
         streamed: Whether the caller wants the answer in pieces.
         cache_control: The directives of the caller's ``Cache-Control``.
+        own_protocol: Whether it came in this service's own protocol, not in OpenAI's.
     """
 
     request: LlmRequest
@@ -46,6 +47,7 @@ class CallSpec:
     deadline: Deadline
     streamed: bool = False
     cache_control: CacheControl = NO_DIRECTIVES
+    own_protocol: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,7 @@ class CallOutcome:
         first_chunk_s: Seconds until the first piece of a streamed answer.
         started_ns: Unix time in nanoseconds.
         duration_s: Seconds from the call's start until now.
+        upstream: What the upstream said or did where the call failed, as fields of the log line.
     """
 
     outcome: Outcome
@@ -85,6 +88,7 @@ class CallOutcome:
     first_chunk_s: float | None
     started_ns: int
     duration_s: float
+    upstream: Mapping[str, str | int] = field(default_factory=dict)
 
 
 class CallReport:
@@ -234,6 +238,7 @@ def _write_line(spec: CallSpec, outcome: CallOutcome, record_id: str) -> None:
         "streamed": spec.streamed or None,
         "first_chunk_s": outcome.first_chunk_s,
         "duration_s": outcome.duration_s,
+        **outcome.upstream,
     }
     succeeded = outcome.outcome in SUCCESSFUL
     logger.log(

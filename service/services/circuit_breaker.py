@@ -49,7 +49,7 @@ def verdict_on_call(error: BaseException | None) -> Verdict:
         case None:
             return "success"
         case UpstreamFailure():
-            return "failure" if error.retryable else "unknown"
+            return "failure" if error.retryable or error.transient else "unknown"
         case BadRequestError() | RateLimitError():
             return "answered"
         case _:

@@ -14,9 +14,10 @@ from typing import Final, ParamSpec, Self, TypeVar
 
 from opentelemetry.trace import Span
 
+from service.cache.assembly import Assembler
 from service.cache.coalescing import Coalescing, NoCoalescing
-from service.cache.control import NO_DIRECTIVES
-from service.cache.entries import Assembler, Entry, tokens_of
+from service.cache.control import applied
+from service.cache.entries import Entry, tokens_of
 from service.cache.response_cache import AnswerCache, Lookup
 from service.config.settings import Settings
 from service.errors import UNREACHABLE, CallerLeftError, Cause, ServiceError, UpstreamTimeoutError
@@ -25,6 +26,7 @@ from service.services.call_report import CallOutcome, CallReport, CallSpec, Outc
 from service.services.circuit_breaker import ConnectionBreaker
 from service.services.circuits import Circuits, Passage
 from service.telemetry import names
+from service.telemetry.events import upstream_fields
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
 from service.upstream.messages import PATHS, Completion, ModelList, Operation, Reply
@@ -85,7 +87,7 @@ class AnswerStream:
     async def __anext__(self) -> StreamEvent:
         # The caller has the last event by now: this is not on its time.
         if self._handed_on is not None:
-            self._assembler.take(self._handed_on.payload, len(self._handed_on.raw))
+            self._assembler.take(self._handed_on)
         event: StreamEvent | None = ALIVE
         while event is ALIVE:
             # The time that the caller takes to read an event does not count as the upstream's silence.
@@ -147,6 +149,7 @@ class _Call:
             first_chunk_s=self.first_chunk_s,
             started_ns=self.started_ns,
             duration_s=round(self.clock() - self.started_s, 6),
+            upstream=upstream_fields(error),
         )
 
 
@@ -181,6 +184,7 @@ class Generation:
         self.timeout_s = settings.llm_timeout_s
         self._llm = llm
         self._cache = cache
+        self._cache_sampled = settings.cache_sampled
         self._coalescing = coalescing
         self._on_unreachable = on_unreachable
         self._clock = clock
@@ -223,7 +227,7 @@ class Generation:
             entry, slot = call.lookup.entry, call.lookup.slot
             if entry is not None:
                 reply, call.cached_from = entry.reply(), entry.completion
-            elif slot is not None and spec.cache_control == NO_DIRECTIVES:
+            elif slot is not None and slot.control.shares:
                 reply, pays = await self._coalescing.share(
                     slot.key.digest, spec.deadline, call.progress, partial(self._ask, call, span)
                 )
@@ -255,6 +259,7 @@ class Generation:
                 call.cached_from = entry.completion
                 events = _StoredStream(entry)
             else:
+                await self._llm.check_model(spec.request.model, spec.deadline)
                 passage = call.passage = held.enter_context(
                     self._circuits.call(spec.request.model, spec.user)
                 )
@@ -274,9 +279,9 @@ class Generation:
                 raise self._stream_too_long() if limit.when() == end_s else self._silence() from None
             finally:
                 completion = call.completion = events.completion()
-            reply = assembler.reply(completion) if entry is None else None
-            if reply is not None:
-                self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())
+            if entry is None:
+                origin = span.get_span_context()
+                self._cache.store_streamed(call.lookup, assembler, completion, spec.request.model, origin)
         stream.completion, stream.outcome = completion, call.outcome()
 
     def _stream_too_long(self) -> UpstreamTimeoutError:
@@ -298,15 +303,17 @@ class Generation:
     async def _call(self, spec: CallSpec, *, shares: bool = True) -> AsyncIterator[tuple[_Call, Span]]:
         """Look the answer up, then run the block in the ``llm call`` span; report the call once."""
         call = _Call(spec, self._clock, time.time_ns(), self._clock())
-        shares = shares and spec.cache_control == NO_DIRECTIVES
+        control = applied(
+            spec.cache_control, spec.request.body, self._cache_sampled, own_protocol=spec.own_protocol
+        )
         stopped: BaseException | None = None
         try:
             call.lookup = await self._cache.lookup(
                 spec.request,
                 spec.user,
-                spec.cache_control,
+                control,
                 spec.deadline,
-                self._coalescing.in_flight if shares else _never,
+                self._coalescing.in_flight if shares and control.shares else _never,
             )
         except BaseException as error:  # noqa: BLE001 - a caller who leaves now has made a call all the same
             stopped = error
@@ -332,6 +339,7 @@ class Generation:
     async def _ask(self, call: _Call, span: Span) -> Reply:
         """Ask the model for a whole answer, with retries, and store it."""
         spec = call.spec
+        await self._llm.check_model(spec.request.model, spec.deadline)
         with self._circuits.call(spec.request.model, spec.user) as call.passage:
             reply = await self._whole[spec.request.operation](call.progress, spec.deadline, call)
         self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())

@@ -11,6 +11,8 @@ from opentelemetry.sdk._logs import LogRecordProcessor, ReadWriteLogRecord
 from opentelemetry.util.types import AttributeValue
 
 from service.config.logging import CONTEXT_FIELDS, EVENT_NAME
+from service.errors import ServiceError
+from service.telemetry import names
 
 
 def emit(
@@ -31,6 +33,18 @@ def emit(
         level: A level of ``logging``.
     """
     logger.log(level, message, extra={EVENT_NAME: event, **fields})
+
+
+def upstream_fields(error: BaseException | None) -> dict[str, str | int]:
+    """What the upstream said or did, as attributes of an attempt's span and of log lines."""
+    if not isinstance(error, ServiceError):
+        return {}
+    fields = {
+        names.ATTR_UPSTREAM_CAUSE: None if error.cause is None else error.cause.value,
+        names.ATTR_UPSTREAM_STATUS: error.upstream_status,
+        names.ATTR_UPSTREAM_CODE: error.upstream_code,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 class SpanEventProcessor(LogRecordProcessor):

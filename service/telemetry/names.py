@@ -150,7 +150,8 @@ CACHE_WRITES: Final = Metric(
     "counter",
     "{entry}",
     "Cache writes by outcome",
-    {"outcome": ("stored", "dropped", "failed", "cleared")},
+    # skipped: an answer that says nothing, was cut off, or cannot be given back as it was.
+    {"outcome": ("stored", "dropped", "failed", "cleared", "skipped")},
 )
 REQUESTS_IN_FLIGHT: Final = Metric(
     "llmops.requests.in_flight",
@@ -288,6 +289,10 @@ ATTR_CACHE_RESULT: Final = "llmops.cache.result"
 ATTR_CACHE_SAVED_COST: Final = "llmops.cache.saved_cost"
 ATTR_UPSTREAM_CAUSE: Final = "llmops.upstream.cause"
 """Why an attempt failed below HTTP: one of the words of ``service.errors.Cause``."""
+ATTR_UPSTREAM_STATUS: Final = "llmops.upstream.status_code"
+"""The HTTP status of the upstream's answer to a failed attempt, or the one that its event names."""
+ATTR_UPSTREAM_CODE: Final = "llmops.upstream.code"
+"""OpenAI's code for what the upstream said, by its own code or LiteLLM's exception; else ``other``."""
 ATTR_RECORDS: Final = "llmops.recorder.records"
 
 EVENT_CACHE_ERROR: Final = "llmops.cache.error"

@@ -16,7 +16,7 @@ from opentelemetry.instrumentation.httpx import HTTPX2ClientInstrumentor
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
 from service.config.settings import Settings
-from service.errors import Cause, ServiceError
+from service.errors import Cause, ServiceError, UpstreamError
 from service.telemetry.names import OTHER_MODEL
 from service.telemetry.providers import Telemetry
 from service.upstream.errors import cause_of, timed_out, translate
@@ -30,8 +30,9 @@ from service.upstream.messages import (
     read_answer,
     read_models,
 )
+from service.upstream.offered_models import WILDCARD, OfferedModels
 from service.upstream.reasons import load_rules
-from service.upstream.spans import AttemptSpans
+from service.upstream.spans import AttemptSpan, AttemptSpans
 from service.upstream.stream import LlmStream, Reading
 from service.upstream.transport import UpstreamClient, UpstreamTransport
 from service.utils.deadline import Deadline
@@ -122,6 +123,7 @@ class LlmClient:
         self._instruments = telemetry.instruments
         self._spans = AttemptSpans(telemetry, settings, self.known)
         self._readers = readers
+        self._offered = OfferedModels(self._read_offered)
         self._known: set[str] = set()
         self._unlisted: set[str] = set()
         self._keep_listed([settings.default_model])
@@ -148,7 +150,12 @@ class LlmClient:
                 request,
                 known_model=request.model in self._known,
             )
-            reply = await self._read(response.content, read)
+            try:
+                reply = await self._read(response.content, read)
+            except UpstreamError as error:
+                if error.upstream_status is None:
+                    error.upstream_status = response.status_code
+                raise
             span.completion = reply.completion
             if request.model not in self._known:
                 # A model that answers exists, even if the list does not name it, as with a wildcard.
@@ -170,22 +177,7 @@ class LlmClient:
             ServiceError: As ``ask``; iterating the stream raises the same.
         """
         with self._spans.attempt(request, stream=True) as span:
-            response = await self._open_stream(request, deadline)
-            events = LlmStream(
-                response,
-                request,
-                span,
-                self._reading,
-                known_model=request.model in self._known,
-            )
-            try:
-                async with asyncio.timeout(deadline.left_s):
-                    await events.first()
-            except BaseException as error:
-                await events.aclose()
-                if isinstance(error, TimeoutError):
-                    raise timed_out(deadline.limit_s, Cause.READ_TIMEOUT) from None
-                raise
+            events = await self._open_stream(request, deadline, span)
             try:
                 self._remember(request.model)
                 span.suspend()
@@ -194,39 +186,82 @@ class LlmClient:
                 await events.aclose()
                 span.completion = events.completion()
 
-    async def _open_stream(self, request: LlmRequest, deadline: Deadline) -> httpx2.Response:
+    async def _open_stream(self, request: LlmRequest, deadline: Deadline, span: AttemptSpan) -> LlmStream:
         """Ask for a stream with token counts at its end, and without them where the model refuses that."""
-        url = self._urls[request.operation]
         asks = self._asks_for_usage and request.model not in self._without_usage
         if not asks or request.asks_for_usage:
-            return await self._send(url, deadline, request.streamed(with_usage=False), stream=True)
+            return await self._begin_stream(request, deadline, span, with_usage=False)
         try:
-            return await self._send(
-                url, deadline, request.streamed(with_usage=True), stream=True, refusal_of=STREAM_OPTIONS
-            )
+            return await self._begin_stream(request, deadline, span, with_usage=True)
         except FieldRefusedError:
-            self._without_usage[request.model] = True
-            logger.warning(
-                "The model refuses stream_options; from now on its streams come without token counts",
-                extra={"model": request.model},
-            )
-        return await self._send(url, deadline, request.streamed(with_usage=False), stream=True)
+            events = await self._begin_stream(request, deadline, span, with_usage=False)
+        # Not before this has succeeded: a caller can have the field named by what is refused for another
+        # reason, and would take the token counts from everybody.
+        self._without_usage[request.model] = True
+        logger.warning(
+            "The model refuses stream_options; from now on its streams come without token counts",
+            extra={"model": request.model},
+        )
+        return events
+
+    async def _begin_stream(
+        self, request: LlmRequest, deadline: Deadline, span: AttemptSpan, *, with_usage: bool
+    ) -> LlmStream:
+        """Wait for a stream's first event; ``FieldRefusedError`` where the token counts are refused."""
+        refusal_of = STREAM_OPTIONS if with_usage else None
+        response = await self._send(
+            self._urls[request.operation],
+            deadline,
+            request.streamed(with_usage=with_usage),
+            stream=True,
+            refusal_of=refusal_of,
+        )
+        known_model = request.model in self._known
+        events = LlmStream(response, request, span, self._reading, known_model=known_model)
+        try:
+            async with asyncio.timeout(deadline.left_s):
+                await events.first()
+        except BaseException as error:
+            await events.aclose()
+            if isinstance(error, TimeoutError):
+                raise timed_out(deadline.limit_s, Cause.READ_TIMEOUT) from None
+            # Some refuse in the first event of a 200, which need not have a status.
+            if (
+                with_usage
+                and isinstance(error, ServiceError)
+                and STREAM_OPTIONS.search(events.error.decode("utf-8", "replace"))
+            ):
+                raise FieldRefusedError from None
+            raise
+        return events
 
     async def models(self) -> ModelList:
         """The models that the upstream lists now, in its order; raises as ``ask``."""
-        response = await self._send(f"{self._root}/v1/models", Deadline.after(self._timeout_s))
-        listed = await self._read(response.content, partial(read_models, response.content))
-        self._keep_listed(listed.names)
+        listed = await self._list()
+        self._offered.learn(listed.names)
         return listed
 
     async def learn_models(self) -> bool:
-        """Learn which names may stand on a metric, without a span or metric; whether that succeeded."""
+        """Learn which models may be asked for, and stand on a metric; whether that succeeded."""
+        return await self._offered.refresh()
+
+    async def check_model(self, model: str, deadline: Deadline) -> None:
+        """Raise ``BadRequestError`` for a model that the upstream does not offer, as far as that is known."""
+        await self._offered.check(model, deadline)
+
+    async def _read_offered(self) -> None:
+        # Without a span or metric: no caller asked for it.
         with suppress_instrumentation():
-            try:
-                await self.models()
-            except ServiceError:
-                return False
-        return True
+            # LiteLLM puts the models that it knows in the place of a wildcard, unless it is asked for both.
+            listed = await self._list("?return_wildcard_routes=true")
+        wildcards = [name for name in listed.names if WILDCARD in name]
+        self._offered.learn(listed.names, wildcards)
+
+    async def _list(self, query: str = "") -> ModelList:
+        response = await self._send(f"{self._root}/v1/models{query}", Deadline.after(self._timeout_s))
+        listed = await self._read(response.content, partial(read_models, response.content))
+        self._keep_listed([name for name in listed.names if WILDCARD not in name])
+        return listed
 
     async def ping(self) -> None:
         """Ask LiteLLM whether it is alive and ready; no model is called. Raises as ``ask``."""

@@ -36,9 +36,13 @@ class _Answer(msgspec.Struct):
     usage: msgspec.Raw = ABSENT
     data: msgspec.Raw = ABSENT
     choices: msgspec.Raw = ABSENT
+    error: msgspec.Raw = ABSENT
+    object: msgspec.Raw = ABSENT
+    type: msgspec.Raw = ABSENT
 
 
 class _Choice(msgspec.Struct):
+    index: msgspec.Raw = ABSENT
     message: msgspec.Raw = ABSENT
     finish_reason: msgspec.Raw = ABSENT
 
@@ -46,6 +50,8 @@ class _Choice(msgspec.Struct):
 class _Message(msgspec.Struct):
     content: msgspec.Raw = ABSENT
     refusal: msgspec.Raw = ABSENT
+    tool_calls: msgspec.Raw = ABSENT
+    function_call: msgspec.Raw = ABSENT
 
 
 _ANSWER: Final = msgspec.json.Decoder(_Answer)
@@ -62,8 +68,9 @@ def read_large(content: bytes, max_choices: int) -> dict[str, Any]:
         max_choices: How many choices are read.
 
     Returns:
-        The answer's ``id``, ``model`` and ``usage``, where they are there; ``data`` as an empty list if it is
-        a list; of ``choices``, each one's ``finish_reason`` and the texts of its ``message``.
+        The answer's ``id``, ``model`` and ``usage``, and the fields that make it an error, where they are
+        there; ``data`` as an empty list if it is a list; of ``choices``, each one's ``index``,
+        ``finish_reason``, and the texts and calls of its ``message``; true for calls that are large.
     """
     try:
         _check_utf8(content)
@@ -93,7 +100,8 @@ def _decode(content: bytes) -> _Answer:
 
 
 def _read(answer: _Answer, max_choices: int) -> dict[str, Any]:
-    read = {name: _small(getattr(answer, name)) for name in ("id", "model", "usage")}
+    read = {name: _small(getattr(answer, name)) for name in ("id", "model", "usage", "object", "type")}
+    read["error"] = _small(answer.error, otherwise=True)
     if _begins(answer.data, b"["):
         read["data"] = []
     if _begins(answer.choices, b"["):
@@ -106,10 +114,15 @@ def _choice(raw: msgspec.Raw) -> dict[str, Any] | None:
     if not _begins(raw, b"{"):
         return None
     choice = _CHOICE.decode(raw)
-    read = {"finish_reason": _small(choice.finish_reason)}
+    read = {"index": _small(choice.index), "finish_reason": _small(choice.finish_reason)}
     if _begins(choice.message, b"{"):
         message = _MESSAGE.decode(choice.message)
-        read["message"] = {"content": _text(message.content), "refusal": _text(message.refusal)}
+        read["message"] = {
+            "content": _text(message.content),
+            "refusal": _text(message.refusal),
+            "tool_calls": _small(message.tool_calls, otherwise=True),
+            "function_call": _small(message.function_call, otherwise=True),
+        }
     return read
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import threading
 import time
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self
@@ -156,9 +157,10 @@ def read_models(content: bytes) -> ModelList:
 
 
 def read_object(content: bytes) -> dict[str, Any]:
-    """Read a JSON object; ``UpstreamError`` if the bytes are not one."""
+    """Read a JSON object; ``UpstreamError`` if the bytes are not one in UTF-8."""
     try:
-        payload = json.loads(content)
+        # Of bytes, json would take UTF-16 too, and halves of a surrogate pair that are no UTF-8.
+        payload = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         raise invalid_answer() from None
     if not isinstance(payload, dict):
@@ -174,8 +176,10 @@ def read_object(content: bytes) -> dict[str, Any]:
 
 def read_needed(content: bytes) -> dict[str, Any]:
     """Read an answer, of a large one only what this service needs; ``UpstreamError`` if it is no object."""
+    if len(content) <= LARGE_BYTES:
+        return read_object(content)
     # One choice more than are permitted, so that too many are seen to be too many.
-    return read_large(content, MAX_CHOICES + 1) if len(content) > LARGE_BYTES else read_object(content)
+    return read_large(content.removeprefix(BOM_UTF8), MAX_CHOICES + 1)
 
 
 def read_answer(
@@ -188,9 +192,10 @@ def read_answer(
         ServiceError: It is an error with the status of an answer.
     """
     payload = read_needed(content)
-    said = error_of(payload)
-    if said is not None and not (payload.get("choices") or payload.get("data")):
-        raise from_event(said, headers, request.body, known_model=known_model)
+    error = error_of(payload)
+    if error is not None:
+        # Beside choices too: they are a part of an answer, and would be stored as a whole one.
+        raise from_event(error, headers, request.body, known_model=known_model)
     if request.operation == "embeddings":
         if not isinstance(payload.get("data"), list):
             raise invalid_answer()

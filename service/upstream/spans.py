@@ -12,7 +12,8 @@ from opentelemetry.util.genai.types import Error as SpanError
 
 from service.config.settings import Settings
 from service.errors import ServiceError
-from service.telemetry.names import ATTR_LLM_COST, ATTR_LLM_ESTIMATED, ATTR_UPSTREAM_CAUSE, LLM_PROVIDER
+from service.telemetry.events import upstream_fields
+from service.telemetry.names import ATTR_LLM_COST, ATTR_LLM_ESTIMATED, LLM_PROVIDER
 from service.telemetry.providers import Telemetry
 from service.upstream.messages import Completion, LlmRequest
 
@@ -62,8 +63,7 @@ class AttemptSpans:
             failure = None
         except ServiceError as error:
             failure = SpanError(error.message, error.name)
-            if error.cause is not None:
-                invocation.attributes[ATTR_UPSTREAM_CAUSE] = error.cause.value
+            invocation.attributes.update(upstream_fields(error))
             raise
         except asyncio.CancelledError:
             failure = SpanError(None, "cancelled")

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -28,7 +28,9 @@ from service.upstream.messages import (
 )
 from service.upstream.spans import AttemptSpan
 
-END_OF_EVENT = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n|\r\n\n")
+END_OF_EVENT = re.compile(rb"(\r\n\r\n|\n\n|\r\r|\n\r\n|\r\n\n)[\r\n]*")
+"""An empty line, in the group, and those that follow it."""
+
 LINE_END = re.compile(rb"\r\n|\n|\r")
 MAX_END_BYTES = 4
 BOM: Final = b"\xef\xbb\xbf"
@@ -66,7 +68,7 @@ class EventDecoder:
             buffer = self._rest
         start = 0
         while found := END_OF_EVENT.search(buffer, max(seen, start)):
-            yield bytes(buffer[start : found.end()])
+            yield bytes(buffer[start : found.end(1)])
             start = found.end()
         if buffer is data:
             self._rest += data[start:]
@@ -86,13 +88,15 @@ def data_of(event: bytes) -> bytes:
     if event.startswith(b"data:") and event.find(b"\n") == len(event) - 2:
         # A single line: nearly every event.
         return event[5:].strip()
+    if b"data:" not in event:
+        return b""
     lines = [line[5:].removeprefix(b" ") for line in LINE_END.split(event) if line.startswith(b"data:")]
     return b"\n".join(lines).strip()
 
 
 def name_of_event(event: bytes) -> bytes:
     """The value of the event's ``event`` field; empty where it has none."""
-    if event.startswith(b"data:") and b"event" not in event:
+    if b"event:" not in event:
         return b""
     names = [line[6:].strip() for line in LINE_END.split(event) if line.startswith(b"event:")]
     return names[-1] if names else b""
@@ -117,6 +121,9 @@ ERROR: Final = b"error"
 
 PING: Final = b"ping"
 """The name of an event without content; Anthropic's protocol has it."""
+
+MAX_IN_A_ROW = 100
+"""How many events are read from what has arrived before other requests have their turn, after some 5 ms."""
 
 MAX_DRAIN_S = 0.1
 """How long the end of the body is waited for after the last event, so that the connection can be reused."""
@@ -199,6 +206,8 @@ class LlmStream:
         self._model: str | None = None
         self._usage = counts_of({})
         self._reasons: dict[int, str] = {}
+        self.error = b""
+        """The event that is an error, as it came; empty where there is none."""
 
     async def first(self) -> None:
         """Wait for the first event, which stays to be iterated; raises as iterating does."""
@@ -249,20 +258,23 @@ class LlmStream:
     async def _read(self) -> AsyncGenerator[StreamEvent, None]:
         decoder = EventDecoder(self._max_event_bytes)
         try:
-            async for data in self._server_sent():
-                alive = True
-                try:
-                    for raw in decoder.feed(data):
-                        event = await self._event(raw)
-                        if event is not None:
-                            alive = False
-                            yield event
-                        elif self._ended:
-                            return
-                except EventTooLargeError:
-                    raise invalid_answer() from None
-                if alive:
-                    yield ALIVE
+            async with aclosing(self._server_sent()) as body:
+                async for data in body:
+                    alive = True
+                    try:
+                        for number, raw in enumerate(decoder.feed(data), 1):
+                            if number % MAX_IN_A_ROW == 0:
+                                await asyncio.sleep(0)
+                            event = await self._event(raw)
+                            if event is not None:
+                                alive = False
+                                yield event
+                            elif self._ended:
+                                return
+                    except EventTooLargeError:
+                        raise invalid_answer() from None
+                    if alive:
+                        yield ALIVE
         except httpx2.HTTPError as error:
             raise from_transport(error) from None
         # Some servers close the connection without the empty line that would end their last event.
@@ -277,26 +289,31 @@ class LlmStream:
         A body that is a JSON object is read to its end and becomes the events that a stream would have. Its
         first byte decides, not its ``Content-Type``: no server-sent event begins with a brace.
         """
-        start = b""
+        start, text, past_mark = b"", b"", False
         async for data in self._bytes:
             start += data
-            text = start.removeprefix(BOM).lstrip()
-            # Not before there is something, and not while it may be a part of the byte order mark.
-            if text and not (len(start) < len(BOM) and BOM.startswith(start)):
-                break
+            # Not while it may be a part of the byte order mark.
+            if not past_mark and (len(start) >= len(BOM) or not BOM.startswith(start)):
+                start, past_mark = start.removeprefix(BOM), True
+            if past_mark:
+                text = start.lstrip()
+                if text:
+                    break
+                # Of white space, the last byte tells whether a line has begun.
+                start = start[-1:]
             yield b""
         else:
             return
         if not text.startswith(b"{"):
-            yield start.removeprefix(BOM)
+            yield start
             async for data in self._bytes:
                 yield data
             return
-        pieces = [text]
+        whole = bytearray(text)
         async for data in self._bytes:
-            pieces.append(data)
+            whole += data
             yield b""
-        answer = await self._parse(b"".join(pieces))
+        answer = await self._parse(bytes(whole))
         chunks = chunks_of(answer) if error_of(answer) is None else iter([answer])
         for chunk in chunks:
             yield event(json.dumps(chunk, separators=(",", ":")).encode())
@@ -319,13 +336,14 @@ class LlmStream:
         if data == DONE:
             self._end()
             return None
-        if not data or name == PING:
+        if name == PING or not (data or name == ERROR):
             return None
         payload = await self._parse(data, name)
         if payload.get("type") == PING.decode():
             return None
         said = error_of(payload, is_error=name == ERROR)
         if said is not None:
+            self.error = raw
             raise from_event(said, self._response.headers, self._request.body, known_model=self._known_model)
         self._span.record_chunk()
         self._id = self._id or name_of(payload, "id")
@@ -379,7 +397,9 @@ def chunks_of(answer: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     Each choice becomes one chunk with all of it and one with its end; the token counts come last.
     """
     choices = answer.get("choices")
-    if not isinstance(choices, list) or not choices or not all(isinstance(one, dict) for one in choices):
+    if not isinstance(choices, list) or not 0 < len(choices) <= MAX_CHOICES:
+        raise invalid_answer()
+    if not all(isinstance(choice, dict) for choice in choices):
         raise invalid_answer()
     head = {name: value for name, value in answer.items() if name not in {"choices", "usage"}}
     head["object"] = "chat.completion.chunk"

@@ -75,7 +75,8 @@ class UpstreamTransport(httpx2.AsyncBaseTransport):
     or the bytes that could not be parsed, and the instrumentation around this transport puts the text of an
     error on the span. Each has a ``TransportCauseError`` chained to it.
 
-    Redirects are not followed, cookies are not kept, and the environment (proxies, ``.netrc``) is not read.
+    Redirects are not followed, cookies are not kept, and of the environment only ``SSL_CERT_FILE`` and
+    ``SSL_CERT_DIR`` are read: no proxies, no ``.netrc``.
     aiohttp repeats a GET once if an idle connection turns out to be closed; it never repeats a POST.
 
     Args:
@@ -90,7 +91,8 @@ class UpstreamTransport(httpx2.AsyncBaseTransport):
         self._max_connections = max_connections
         self._max_bytes = max_bytes
         self._socket_factory = socket_factory
-        self._tls = httpx2.create_ssl_context(trust_env=False)
+        # SSL_CERT_FILE and SSL_CERT_DIR name a private authority, as they do for every program with OpenSSL.
+        self._tls = httpx2.create_ssl_context(trust_env=True)
         self._session: aiohttp.ClientSession | None = None
         self._monitors: WeakKeyDictionary[ResponseHandler, _ConnectionMonitor] = WeakKeyDictionary()
 

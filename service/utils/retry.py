@@ -20,7 +20,7 @@ from tenacity.stop import stop_never
 
 from service.errors import CircuitOpenError, RateLimitError, ServiceError, UpstreamFailure
 from service.telemetry import names
-from service.telemetry.events import emit
+from service.telemetry.events import emit, upstream_fields
 from service.telemetry.instruments import Instruments
 from service.utils.deadline import Deadline
 
@@ -82,7 +82,7 @@ Attempt = Callable[Concatenate[Progress, Deadline, P], Coroutine[Any, Any, T]]
 
 def transient(error: BaseException) -> bool:
     """Whether another attempt may succeed where this one failed."""
-    return isinstance(error, (UpstreamFailure, RateLimitError)) and error.retryable and error.transient
+    return isinstance(error, (UpstreamFailure, RateLimitError)) and error.transient
 
 
 def retrying(
@@ -238,9 +238,7 @@ class _Decider:
         self._attempts.add(1, {"operation": self._operation, "outcome": outcome, ERROR_TYPE: name})
         if not reason:
             return False
-        fields: dict[str, object] = {"attempt": number, "error": name}
-        if isinstance(error, ServiceError) and error.cause is not None:
-            fields[names.ATTR_UPSTREAM_CAUSE] = str(error.cause)
+        fields: dict[str, object] = {"attempt": number, "error": name, **upstream_fields(error)}
         logger.warning("Attempt %d: %s", number, label, extra=fields)
         if outcome != "retried":
             ended = outcome if outcome != "not_retryable" else "circuit_open"

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar, Literal
 from urllib.parse import unquote, urlsplit
@@ -71,6 +71,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the interface's name
         """Say nothing."""
+
+    def handle(self) -> None:
+        """Serve the connection until it ends, in order or by a reset."""
+        with suppress(ConnectionError):
+            super().handle()
 
     def do_GET(self) -> None:
         self._handle("GET")

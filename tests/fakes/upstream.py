@@ -37,6 +37,7 @@ from tests.fakes.wire import (
 )
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterator
 
 __all__ = [
@@ -76,13 +77,19 @@ def refusing_port() -> Iterator[int]:
 
 
 class FakeUpstream(Watched):
-    """A server that records every request and answers model calls by script, else by default."""
+    """A server that records every request and answers model calls by script, else by default.
 
-    def __init__(self) -> None:
+    Args:
+        tls: The context with which it speaks TLS, as localhost; without it, plain HTTP.
+    """
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         super().__init__()
+        self._tls = tls
         self.default: Behaviour = Answer()
         self.default_stream: Behaviour = Stream()
         self.models: list[str] = ["demo", "other-model"]
+        self.wildcards: list[str] = []
         self.models_behaviour: Behaviour | None = None
         self.health_behaviour: Behaviour | None = None
         self.embeddings_behaviour: Behaviour = Embeddings()
@@ -119,7 +126,7 @@ class FakeUpstream(Watched):
     @property
     def url(self) -> str:
         """The base URL, without /v1."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.port}" if self._tls is None else f"https://localhost:{self.port}"
 
     @property
     def requests(self) -> list[SeenRequest]:
@@ -165,7 +172,7 @@ class FakeUpstream(Watched):
             self._runner.run(self._serve())
 
     async def _serve(self) -> None:
-        server = await self._loop.create_server(self._protocol, sock=self._listener)
+        server = await self._loop.create_server(self._protocol, sock=self._listener, ssl=self._tls)
         await self._stop.wait()
         server.close()
         tasks = list(self._tasks)
@@ -241,7 +248,7 @@ class FakeUpstream(Watched):
         if _is_embeddings(request):
             return self._script.popleft() if self._script else self.embeddings_behaviour
         if request.method == "GET" and request.path in {"/models", "/v1/models"}:
-            return self.models_behaviour or self._list_of_models()
+            return self.models_behaviour or self._list_of_models(request)
         if request.method == "GET" and request.path in {"/health/liveliness", "/health/readiness"}:
             return self.health_behaviour or Status(200, {"status": "healthy"})
         return Status(404)
@@ -257,9 +264,12 @@ class FakeUpstream(Watched):
         streamed = type(self.default) is Answer and request.json.get("stream")
         return self.default_stream if streamed else self.default
 
-    def _list_of_models(self) -> Behaviour:
+    def _list_of_models(self, request: SeenRequest) -> Behaviour:
+        """The list; where any name is answered, with a wildcard if that is asked for, as LiteLLM has it."""
         entry = {"object": "model", "created": 0, "owned_by": "fake"}
-        return Status(200, {"object": "list", "data": [{"id": name, **entry} for name in self.models]})
+        wildcards = [*self.wildcards, *(() if self.unknown_model_error else ("*",))]
+        names = [*self.models, *(wildcards if "return_wildcard_routes=true" in request.query else ())]
+        return Status(200, {"object": "list", "data": [{"id": name, **entry} for name in names]})
 
     async def _play(self, behaviour: Behaviour, exchange: Exchange, gone: asyncio.Event) -> bool:
         """Play until the answer is complete or the client has gone; tell whether to keep the connection."""

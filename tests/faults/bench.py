@@ -139,7 +139,7 @@ class Bench:
         self.upstream.script(*fault.behaviours[:-1])
         self.upstream.default = fault.behaviours[-1]
         with self.stopped(fault.place) if fault.place != "answering" else ExitStack():
-            answer = self.generate(fault.model)
+            answer = self.generate("demo")
             # While nobody listens, there is nobody to see a request.
             seen = 0
         if fault.place == "answering":

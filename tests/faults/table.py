@@ -62,7 +62,6 @@ class Fault:
         delays_s: The waits between the attempts; None is one that the clock decides, below 2 s.
         gives_up: Why there is no further attempt; empty where no line says so.
         retry_after: The answer's ``Retry-After``.
-        model: The one that is asked.
         place: Whether anything listens at the upstream's address.
     """
 
@@ -77,7 +76,6 @@ class Fault:
     delays_s: tuple[float | None, ...] = ()
     gives_up: str = ""
     retry_after: str | None = None
-    model: str = "demo"
     place: Place = "answering"
 
     @property
@@ -179,9 +177,9 @@ def _too_late(  # noqa: PLR0913, PLR0917 - as many as there are columns
     )
 
 
-def _once(name: str, behaviour: Behaviour, status: int, error: str, model: str = "demo") -> Fault:
+def _once(name: str, behaviour: Behaviour, status: int, error: str) -> Fault:
     """No further attempt would end otherwise, so there is none, and nothing is said about one."""
-    return Fault(name, (behaviour,), status, error, 1, {"not_retryable": 1}, model=model)
+    return Fault(name, (behaviour,), status, error, 1, {"not_retryable": 1})
 
 
 def _answers(name: str, behaviour: Behaviour) -> Fault:
@@ -213,6 +211,7 @@ def _rate_limited(seconds: int) -> Status:
     return Status(429, headers={"Retry-After": f"{seconds}"})
 
 
+_UNKNOWN_MODEL = {"error": {"message": "Invalid model name passed in model=demo.", "param": "model"}}
 _LARGE = "x" * MAX_ANSWER_BYTES
 _TIMEOUT = "UpstreamTimeoutError"
 
@@ -256,7 +255,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _again_and_again("408", 504, _TIMEOUT, "Timeout", Status(408)),
     _failing(409),
-    _once("400, unknown model", Answer(), 400, "BadRequestError", "nope"),
+    _once("400, unknown model", Status(400, _UNKNOWN_MODEL), 400, "BadRequestError"),
     *(_once(f"{code}", Status(code), 502, "UpstreamError") for code in (401, 403)),
     *(_once(f"{code}", Status(code), 400, "BadRequestError") for code in (400, 404, 422)),
     _once("redirect", Status(302, headers={"Location": "http://127.0.0.1:1/"}), 502, "UpstreamError"),

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.upstream import FakeUpstream, Silent
+from tests.faults.attack.wire import AMBIGUOUS_FRAMING, BROKEN_CHUNKS, PROMPT, UPGRADES, chunked, head
 from tests.harness import ServiceProcess
 
 pytestmark = pytest.mark.e2e
@@ -77,25 +78,6 @@ def service() -> Iterator[Service]:
         assert not stacks
 
 
-def head(
-    method: str, path: str, token: str = "", fields: tuple[str, ...] = (), *, close: bool = False
-) -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", *fields]
-    if token:
-        lines.append(f"Authorization: Bearer {token}")
-    if close:
-        lines.append("Connection: close")
-    return ("\r\n".join(lines) + "\r\n\r\n").encode()
-
-
-def chunked(body: bytes) -> bytes:
-    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
-
-
-PROMPT = b'{"prompt": "h"}'
-UPGRADES = ("h2c", "websocket", "anything")
-
-
 @pytest.mark.parametrize("protocol", UPGRADES)
 @pytest.mark.parametrize("packets", ["one", "two", "chunked", "chunked in two"])
 def test_an_offer_to_upgrade_is_ignored_on_every_request_of_a_connection(
@@ -120,6 +102,35 @@ def test_a_body_behind_an_offer_to_upgrade_is_never_a_request(service: Service, 
 def test_an_empty_line_before_a_request_may_come_in_pieces(service: Service) -> None:
     request = head("GET", "/auth/me", service.user, close=True)
     assert service.answers(b"\r", b"\n", request) == service.answers(b"\r\n" + request) == [200]
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        b"GET /auth/me\r\nHost: x\r\n\r\n",
+        b"GET /auth/me HTTP/0.9\r\nHost: x\r\n\r\n",
+        b"GET /auth/me HTTP/2.0\r\nHost: x\r\n\r\n",
+        b"GET /auth/me HTTP/1.1\r\n\r\n",
+        b"GET /auth/me HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
+        b"POST /auth/login HTTP/1.1\r\nHost: x\r\nContent-Length: 1e1\r\n\r\n",
+    ],
+)
+def test_a_malformed_request_behind_another_is_a_trace_of_its_own(service: Service, behind: bytes) -> None:
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    first = head("GET", "/auth/me", service.user, (f"traceparent: 00-{trace_id}-00f067aa0ba902b7-01",))
+    with service.connection() as connection:
+        connection.sendall(first + behind)
+        data = b""
+        while piece := connection.recv(65_536):
+            data += piece
+    assert [int(status) for status in STATUS_LINE.findall(data)] == [200, 400]
+    ids = re.findall(rb"(?i)x-request-id: ([0-9a-f]{32})", data)
+    assert ids[0].decode() == trace_id
+    assert ids[1] != ids[0]
+
+
+def test_http_1_0_needs_no_host(service: Service) -> None:
+    assert service.answers(b"GET /health HTTP/1.0\r\n\r\n") == [200]
 
 
 def test_pipelined_requests_get_their_answers_in_order(service: Service) -> None:
@@ -175,20 +186,7 @@ def test_a_head_beyond_its_limits_is_refused_in_one_read_and_in_many(
     assert service.answers(request[:half], request[half:]) == [400]
 
 
-@pytest.mark.parametrize(
-    "framing",
-    [
-        ("Content-Length: 15", "Transfer-Encoding: chunked"),
-        ("Content-Length: 15", "Content-Length: 15"),
-        ("Content-Length: 15, 15",),
-        ("Content-Length: +15",),
-        ("Content-Length: 0x0f",),
-        ("Transfer-Encoding: gzip, chunked",),
-        ("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"),
-        ("Transfer-Encoding: xchunked",),
-        ("Transfer-Encoding : chunked",),
-    ],
-)
+@pytest.mark.parametrize("framing", AMBIGUOUS_FRAMING)
 def test_framing_that_could_be_read_in_two_ways_ends_the_connection(
     service: Service, framing: tuple[str, ...]
 ) -> None:
@@ -198,19 +196,7 @@ def test_framing_that_could_be_read_in_two_ways_ends_the_connection(
     assert service.answers(request, following) == [400]
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"f\n" + PROMPT + b"\n0\n\n",
-        b"-f\r\n" + PROMPT + b"\r\n0\r\n\r\n",
-        b"0xf\r\n" + PROMPT + b"\r\n0\r\n\r\n",
-        b"e\r\n" + PROMPT + b"\r\n0\r\n\r\n",
-        b"f\r\n" + PROMPT + b"XX0\r\n\r\n",
-        b"ffffffffffffffff\r\n" + PROMPT,
-        b"f;" + b"a" * 300 + b"\r\n" + PROMPT + b"\r\n0\r\n\r\n",
-        b"f\r\n" + PROMPT + b"\r\n0\r\nno colon\r\n\r\n",
-    ],
-)
+@pytest.mark.parametrize("body", BROKEN_CHUNKS)
 def test_broken_chunks_end_the_connection(service: Service, body: bytes) -> None:
     request = head("POST", "/llm/generate", service.user, ("Transfer-Encoding: chunked",))
     following = head("GET", "/auth/me", service.user)

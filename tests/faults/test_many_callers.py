@@ -28,10 +28,12 @@ def serving(upstream: FakeUpstream, **variables: str) -> Iterator[ServiceProcess
         yield process
 
 
-def unfinished(port: int, path: str, *fields: str) -> socket.socket:
+def unfinished(
+    port: int, path: str, *fields: str, method: str = "POST", address: str = "127.0.0.1"
+) -> socket.socket:
     """A connection on which a request's head was sent, and never its body."""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
-    lines = (f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", "Content-Length: 90")
+    connection = socket.create_connection(("127.0.0.1", port), 10, (address, 0))
+    lines = (f"{method} {path} HTTP/1.1", "Host: x", "Content-Type: application/json", "Content-Length: 90")
     connection.sendall("\r\n".join((*lines, *fields, "", "")).encode())
     return connection
 
@@ -83,6 +85,25 @@ def test_many_sign_ins_at_once_leave_model_calls_alone(upstream: FakeUpstream) -
             statuses = {attempt.result().status for attempt in attempts}
         assert answers == [200] * 10
         assert statuses <= {401, 429, 503}
+
+
+def test_one_callers_reads_leave_half_of_their_places_to_others(upstream: FakeUpstream) -> None:
+    with serving(upstream, MAX_IN_FLIGHT="200") as process, ExitStack() as held:
+        one, other = f"Authorization: Bearer {process.token()}", process.token("admin")
+        # Each is answered, and waits for a body that does not come, so that the answer is not lost.
+        for _ in range(60):
+            held.enter_context(unfinished(process.port, "/auth/me", one, method="GET"))
+        assert process.call("GET", "/auth/me", token=other).status == 200
+        assert process.call("GET", "/llm/models", token=other).status == 200
+
+
+def test_unfinished_sign_ins_from_many_addresses_leave_room_for_known_ones(upstream: FakeUpstream) -> None:
+    with serving(upstream) as process, ExitStack() as held:
+        assert process.token()
+        for number in range(400):
+            address = f"127.0.9.{1 + number % 20}"
+            held.enter_context(unfinished(process.port, "/auth/login", address=address))
+        assert process.token()
 
 
 def test_a_reader_who_takes_nothing_is_let_go(upstream: FakeUpstream) -> None:

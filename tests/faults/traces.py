@@ -51,7 +51,7 @@ def check_spans(trace: Trace, fault: Fault) -> None:
     assert call.status == ("ERROR" if fault.error else "UNSET")
 
     assert [(span.name, span.kind, span.parent_id) for span in trace.chats] == [
-        (f"chat {fault.model}", "CLIENT", call.span_id)
+        ("chat demo", "CLIENT", call.span_id)
     ] * fault.attempts
     ended = [fault.failed] * (fault.attempts - 1) + [fault.error]
     assert [span.attributes.get("error.type", "") for span in trace.chats] == ended
@@ -86,10 +86,9 @@ def _picked(event: SpanEvent, *names: str) -> tuple[Any, ...]:
 
 def expected_counts(fault: Fault) -> Counts:
     """What the call adds to the counters."""
-    model = "demo" if fault.model == "demo" else "other"
-    call = {"model": model, "outcome": "success"}
+    call = {"model": "demo", "outcome": "success"}
     if fault.error:
-        call = {"model": model, "outcome": "error", "error.type": fault.error}
+        call = {"model": "demo", "outcome": "error", "error.type": fault.error}
     counts: Counts = {(CALLS, frozenset(call.items())): 1}
     for outcome, number in fault.outcomes.items():
         attempt = {"operation": "chat", "outcome": outcome}

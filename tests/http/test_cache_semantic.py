@@ -29,9 +29,9 @@ class Recorded:
         self.dimension = dimension
 
     async def play(self, exchange: Exchange) -> None:
-        """Answer with the text's vector."""
+        """Answer with the text's vector; an exclamation mark does not move it."""
         text = exchange.request.json["input"]
-        vector = [float(number) for number in vectors()[text][: self.dimension]]
+        vector = [float(number) for number in vectors()[text.removesuffix("!")][: self.dimension]]
         body = {"object": "list", "model": MODEL, "data": [{"index": 0, "embedding": vector}]}
         await exchange.respond(200, {"Content-Type": "application/json"}, json.dumps(body).encode())
 
@@ -113,6 +113,25 @@ def test_near_is_not_the_same(upstream: FakeUpstream, qdrant: FakeQdrant) -> Non
         assert ask(app, SAME, token).headers["x-cache"] == "HIT"
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("How much do I owe you?", "How much do you owe me?"),
+        ("Recommend books about children.", "Recommend books for children."),
+        ("Can people sue you?", "Can you sue people?"),
+        ("Can you report me for this?", "Can I report you for this?"),
+    ],
+)
+def test_who_does_what_decides(upstream: FakeUpstream, qdrant: FakeQdrant, first: str, second: str) -> None:
+    with running_app(**settings(upstream, qdrant_url=qdrant.url)) as app:
+        token = app.token()
+        ask(app, first, token)
+        stored(app)
+
+        assert ask(app, second, token).headers["x-cache"] == "MISS"
+        assert ask(app, f"{first}!", token).json["cache_kind"] == "semantic", "the same but for a mark"
+
+
 def test_a_store_whose_filter_fails_is_not_believed(upstream: FakeUpstream, qdrant: FakeQdrant) -> None:
     with running_app(**settings(upstream, qdrant_url=qdrant.url, cache_similarity=0.1)) as app:
         ask(app, FIRST, app.token())
@@ -190,7 +209,8 @@ def test_a_conversation_is_compared_with_its_own_kind_only(
         token = app.token()
 
         def chat(*messages: dict[str, Any]) -> str:
-            answer = app.call("POST", "/v1/chat/completions", body={"messages": messages}, token=token)
+            body = {"messages": messages, "temperature": 0}
+            answer = app.call("POST", "/v1/chat/completions", body=body, token=token)
             return answer.headers["x-cache"]
 
         before = {"role": "system", "content": "You are a guide."}

@@ -12,7 +12,7 @@ from tests.fakes.upstream import Answer as Reply
 from tests.fakes.upstream import FakeUpstream, Stream
 from tests.harness import Answer, AppUnderTest, running_app
 
-BODY = {"messages": [{"role": "user", "content": "What is a trace?"}]}
+BODY = {"messages": [{"role": "user", "content": "What is a trace?"}], "temperature": 0}
 TOOL_CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": "it"}'}}
 
 

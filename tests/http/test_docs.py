@@ -1,7 +1,10 @@
 """Liveness, and documentation that is complete and needs no other host."""
 
+import base64
+import hashlib
 import re
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -68,6 +71,55 @@ def test_the_page_and_all_that_it_loads_come_from_here(app: AppUnderTest) -> Non
         asset = app.call("GET", path)
         assert (asset.status, bool(asset.body)) == (200, True), path
         assert asset.request_id
+
+
+class Scripts(HTMLParser):
+    """Collects a page's scripts, inline and loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inline: list[str] = []
+        self.loaded: list[str] = []
+        self.handlers: list[str] = []
+        self._inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.handlers += [name for name in given if name.startswith("on")]
+        if tag == "script":
+            source = given.get("src")
+            self._inside = source is None
+            if source is not None:
+                self.loaded.append(source)
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.inline.append(data)
+
+    def handle_endtag(self, _tag: str) -> None:
+        self._inside = False
+
+
+def test_the_policy_of_the_page_permits_its_scripts_and_no_others(app: AppUnderTest) -> None:
+    page = app.call("GET", "/docs")
+    scripts = Scripts()
+    scripts.feed(page.body.decode())
+    sources = dict(
+        directive.strip().split(" ", 1) for directive in page.headers["content-security-policy"].split(";")
+    )
+    hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in scripts.inline
+    ]
+    assert len(hashes) == 1
+    assert sources["script-src"].split() == ["'self'", *hashes]
+    assert all(source.startswith("/") for source in scripts.loaded)
+    assert not scripts.handlers
+    for directive in ("default-src", "frame-ancestors", "base-uri", "form-action"):
+        assert sources[directive] == "'none'"
+    # Its style sheet, its favicon and the document of the API.
+    for directive in ("style-src", "img-src", "connect-src"):
+        assert "'self'" in sources[directive]
 
 
 def test_every_route_is_documented(schema: dict[str, Any]) -> None:

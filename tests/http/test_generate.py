@@ -28,6 +28,7 @@ from tests.http.support import (
     assert_failed_once,
     attribute_sets,
     module_app,
+    trace_of,
 )
 
 LIMIT_S = 0.5
@@ -159,17 +160,20 @@ def assert_failed(app: AppUnderTest, answer: Answer, expected: Expected) -> None
 def test_an_unknown_model_is_the_callers_and_is_called_other_on_every_metric(
     app: AppUnderTest, token: str
 ) -> None:
+    # The list is known from here on.
+    assert app.call("GET", "/llm/models", token=token).status == 200
     before = attribute_sets(app, LLM_CALLS)
     answer = generate(app, token, model="invented-name")
 
     assert answer.status == 400
     assert_error_body(app, answer, "BadRequestError")
     assert answer.json["message"] == "Model 'invented-name' not found"
-    assert_failed_once(app, answer.request_id, "BadRequestError", before, model="other")
+    assert answer.headers["x-llm-attempts"] == "0"
+    grown = {key: count - before.get(key, 0) for key, count in attribute_sets(app, LLM_CALLS).items()}
+    labels = {"model": "other", "outcome": "error", "error.type": "BadRequestError"}
+    assert {key: count for key, count in grown.items() if count} == {frozenset(labels.items()): 1}
     assert {line["model"] for line in app.lines(answer.request_id) if "model" in line} == {"invented-name"}
-    durations = attribute_sets(app, "gen_ai.client.operation.duration")
-    models = {dict(key).get("gen_ai.request.model") for key in durations}
-    assert "other" in models
+    assert not [span for span in trace_of(app, answer.request_id) if span.name.startswith("chat")]
     data = app.metrics_out.get_metrics_data()
     assert data
     assert "invented-name" not in data.to_json()

@@ -9,9 +9,13 @@ from tests.http.support import completed_line, trace_of
 
 
 @pytest.mark.parametrize(
-    "response_format", [b'{"type":"\\ud83d"}', b'{"\\ud83d":1}', b'{"a":NaN}', b'{"a":1e999}']
+    "response_format",
+    [
+        *(b'{"type":"\\ud83d"}', b'{"\\ud83d":1}', b'{"a":NaN}', b'{"a":1e999}'),
+        *(b"{}", b'{"type":5}', b'{"type":"json_schema"}', b'{"type":"json_schema","json_schema":5}'),
+    ],
 )
-def test_a_response_format_that_no_json_can_say_is_refused(
+def test_a_response_format_that_no_json_can_say_or_no_provider_reads_is_refused(
     service: AppUnderTest, response_format: bytes
 ) -> None:
     body = b'{"prompt":"hi","response_format":' + response_format + b"}"

@@ -76,11 +76,30 @@ def test_other_answers_are_whole(app: AppUnderTest, request_line: str) -> None:
     assert "x-request-id" in head
 
 
+@pytest.mark.parametrize("version", ["0.9", "1.2", "2.0", "3.0"])
+def test_another_version_is_not_understood(app: AppUnderTest, version: str) -> None:
+    head, _ = _exchange(app, "GET /health HTTP/1.0", version=version)
+    assert head.startswith("http/1.1 400")
+    assert "connection: close" in head
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_no_content_is_an_answer(app: AppUnderTest, *, length: bool) -> None:
+    more = ["Content-Length: 0"] if length else []
+    lines = ["POST /auth/logout HTTP/1.0", f"Authorization: Bearer {app.token()}", "Connection: keep-alive"]
+    head, body = _exchange(app, "\r\n".join([*lines, *more]))
+    assert head.startswith("http/1.1 204")
+    assert "connection: close" in head
+    assert "transfer-encoding" not in head
+    assert body == b""
+
+
 def test_the_next_connection_speaks_http_1_1(app: AppUnderTest, upstream: FakeUpstream) -> None:
     upstream.script(RawStream(WHOLE))
     content = json.dumps(STREAMED).encode()
     lines = (
         "POST /v1/chat/completions HTTP/1.0",
+        "Host: x",
         f"Authorization: Bearer {app.token()}",
         f"Content-Length: {len(content)}",
         "Content-Type: application/json",

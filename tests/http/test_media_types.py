@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.upstream import FakeUpstream
+from tests.fakes.upstream import FakeUpstream, Status
 from tests.harness import Answer, AppUnderTest, running_app
 from tests.http.support import eventually
 
@@ -21,6 +21,8 @@ BODIES: Mapping[str, dict[str, Any]] = {
 }
 PATHS = sorted(BODIES)
 MIB = 2**20
+IMAGE = "data:image/png;base64,"
+REASON = "Images of this model must not be wider than they are high"
 
 
 @pytest.fixture
@@ -142,6 +144,43 @@ def test_images_fit_under_v1(app: AppUnderTest, upstream: FakeUpstream) -> None:
     assert answer.status == 200
     (seen,) = upstream.chat_requests
     assert seen.json == body
+
+
+def test_a_large_request_is_answered_from_the_cache_by_its_bytes(upstream: FakeUpstream) -> None:
+    text = "What is a trace? " * 80_000
+    body = {**MODEL, "temperature": 0, "messages": [{"role": "user", "content": text}]}
+    with running_app(litellm_url=upstream.url, cache_enabled=True, qdrant_path=":memory:") as app:
+        token = app.token()
+
+        def ask(content: bytes) -> str:
+            answer = app.call("POST", "/v1/chat/completions", body=content, token=token)
+            return str(answer.headers["x-cache"])
+
+        first = json.dumps(body).encode()
+        assert ask(first) == "MISS"
+        assert ask(first) == "HIT"
+        assert ask(json.dumps(body, indent=1).encode()) == "MISS", "the same request in other bytes"
+        assert ask(first.replace(b"What", b"That", 1)) == "MISS"
+
+
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        pytest.param([{"type": "image_url", "image_url": {"url": IMAGE + "A" * 2 * MIB}}], True, id="image"),
+        pytest.param([{"type": "file", "file": {"file_data": "A" * 2 * MIB}}], True, id="file"),
+        pytest.param("x" * (MIB - 10), True, id="text"),
+        pytest.param("x" * (MIB + 10), False, id="text beyond what is compared"),
+        pytest.param([{"type": "text", "text": REASON}], False, id="the reason itself"),
+    ],
+)
+def test_a_reason_is_shown_where_it_can_be_compared(
+    app: AppUnderTest, upstream: FakeUpstream, content: Any, *, shown: bool
+) -> None:
+    upstream.script(Status(400, {"error": {"message": REASON, "type": "invalid_request_error"}}))
+    body = {**MODEL, "messages": [{"role": "user", "content": content}]}
+    answer = app.call("POST", "/v1/chat/completions", body=body, token=app.token())
+    assert answer.status == 400
+    assert (REASON in _error(answer)[1]) is shown
 
 
 @pytest.mark.parametrize("chunked", [False, True])

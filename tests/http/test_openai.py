@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from openai import InternalServerError, OpenAI
 
 from tests.fakes.streams import DONE, RawStream, chunk, text
-from tests.fakes.upstream import FakeUpstream, NotJson, Reset, Status
-from tests.harness import Answer, AppUnderTest
+from tests.fakes.upstream import FakeUpstream, NotJson, Reset, Silent, Status, refusing_port
+from tests.harness import Answer, AppUnderTest, running_app
 from tests.http.openai_bodies import ANSWERS, REQUESTS
 from tests.http.streaming import CHAT
 from tests.http.support import (
@@ -225,6 +226,23 @@ REFUSED = {
     ),
     "a number for a text": Refused(b'{"messages": [{"content": 5}]}', "messages.0.content"),
     "a number for tools": Refused(b'{"messages": [{}], "tools": 1}', "tools"),
+    "a number for a tool": Refused(b'{"messages": [{}], "tools": [1]}', "tools"),
+    "a tool without its type": Refused(b'{"messages": [{}], "tools": [{}]}', "tools"),
+    "nothing for a function": Refused(b'{"messages": [{}], "functions": [null]}', "functions"),
+    "a number for a part": Refused(b'{"messages": [{"content": [1]}]}', "messages.0.content"),
+    "a part without its type": Refused(b'{"messages": [{}, {"content": [{}]}]}', "messages.1.content"),
+    "a format without its type": Refused(
+        b'{"messages": [{}], "response_format": {"x": 1}}', "response_format"
+    ),
+    "a format without its schema": Refused(
+        b'{"messages": [{}], "response_format": {"type": "json_schema"}}', "response_format"
+    ),
+    "a text for search options": Refused(
+        b'{"messages": [{}], "web_search_options": "x"}', "web_search_options"
+    ),
+    "a number for thinking": Refused(b'{"messages": [{}], "thinking": 5}', "thinking"),
+    "too many choices": Refused(b'{"messages": [{}], "n": 1000000000}', "n"),
+    "no choices": Refused(b'{"messages": [{}], "n": 0}', "n"),
     "nothing": Refused(b"", "body"),
     "no JSON": Refused(b"{'a': 1}", "body"),
     "no object": Refused(b"[]", "body"),
@@ -270,7 +288,7 @@ def test_what_cannot_be_a_request_goes_no_further(
 
 
 def test_nesting_that_somebody_may_need_passes(app: AppUnderTest, token: str) -> None:
-    content = b'{"messages": [{"content": ' + b"[" * 90 + b"]" * 90 + b"}]}"
+    content = b'{"messages": [{}], "x": ' + b"[" * 90 + b"]" * 90 + b"}"
     assert app.call("POST", CHAT_PATH, body=content, token=token).status == 200
     flat = b'{"messages": [' + b",".join([b"{}"] * 300) + b"]}"
     assert app.call("POST", CHAT_PATH, body=flat, token=token).status == 200
@@ -321,6 +339,43 @@ def test_a_body_over_the_limit(app: AppUnderTest, token: str, declared: bool) ->
     assert_openai_error(app, answer, "PayloadTooLargeError")
 
 
+def test_a_spent_quota_is_said_once_and_touches_no_circuit(
+    app: AppUnderTest, fake: FakeUpstream, token: str
+) -> None:
+    fake.default = fake.default_stream = Status(
+        429, {"error": {"message": "no", "code": "insufficient_quota"}}
+    )
+    for stream in (False, True) * 3:
+        answer = app.call("POST", CHAT_PATH, body={**CHAT, "stream": stream}, token=token)
+        assert (answer.status, answer.headers["x-llm-attempts"]) == (429, "1")
+        assert answer.headers["x-should-retry"] == "false"
+        assert "retry-after" not in answer.headers
+        assert assert_openai_error(app, answer, "RateLimitError")["code"] == "insufficient_quota"
+    assert app.value("llmops.circuit_breaker.open_callers", model="demo") == 0
+
+
+def test_the_library_does_not_repeat_what_our_deadline_has_ended(upstream: FakeUpstream) -> None:
+    # Each repeat would be paid for, and none be seen.
+    upstream.default = Silent()
+    with running_app(litellm_url=upstream.url, llm_timeout_s=0.3) as app:
+        url = f"http://127.0.0.1:{app.port}/v1"
+        with OpenAI(base_url=url, api_key=app.token(), max_retries=2) as client:
+            with pytest.raises(InternalServerError) as caught:
+                client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "x"}])
+            assert caught.value.status_code == 504
+            assert caught.value.response.headers["x-should-retry"] == "false"
+    assert len(upstream.chat_requests) == 1
+
+
+def test_a_connection_that_was_not_made_is_worth_a_repeat() -> None:
+    with refusing_port() as port:
+        url = f"http://127.0.0.1:{port}"
+        with running_app(litellm_url=url, retry_max=0) as app:
+            answer = app.call("POST", CHAT_PATH, body=CHAT, token=app.token())
+    assert answer.status == 504
+    assert "x-should-retry" not in answer.headers
+
+
 @pytest.mark.parametrize(
     ("behaviour", "status", "name", "again"),
     [
@@ -328,7 +383,7 @@ def test_a_body_over_the_limit(app: AppUnderTest, token: str, declared: bool) ->
             Status(400, {"error": {"message": "context", "code": "context_length_exceeded"}}),
             400,
             "BadRequestError",
-            None,
+            "false",
         ),
         (Status(401), 502, "UpstreamError", "false"),
         (Status(500), 502, "UpstreamError", None),

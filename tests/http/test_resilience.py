@@ -188,6 +188,82 @@ def test_a_refusal_neither_counts_nor_keeps_a_circuit_open(upstream: FakeUpstrea
         assert app.value("llmops.circuit_breaker.open_callers", model="demo") == 0
 
 
+LITELLM_SAYS = {
+    "wrong type": "litellm.APIConnectionError: OpenAIException - 'int' object is not iterable",
+    "no attribute": "litellm.APIConnectionError: 'str' object has no attribute 'get'",
+    "format": "litellm.APIConnectionError: Unsupported response_format type - 1",
+    "options": "litellm.types.llms.openai.X() argument after ** must be a mapping, not int",
+    "round": "litellm.APIConnectionError: type str doesn't define __round__ method",
+    "message": "litellm.APIConnectionError: Invalid user message at index 0. Please ensure all are valid.",
+    "refused": "litellm.BadRequestError: OpenAIException - temperature is too high",
+    "nested": "litellm.InternalServerError: InternalServerError: litellm.UnsupportedParamsError: no x here",
+    "context": "litellm.ContextWindowExceededError: litellm.BadRequestError: OpenAIException - too long",
+    "filter": "litellm.APIError: litellm.ContentPolicyViolationError: filtered",
+}
+
+
+@pytest.mark.parametrize("said", LITELLM_SAYS.values(), ids=LITELLM_SAYS)
+def test_a_500_about_the_request_is_the_callers_and_touches_no_circuit(
+    resilient: AppUnderTest, upstream: FakeUpstream, said: str
+) -> None:
+    token = resilient.token()
+    more = "\n\nLiteLLM: model group 'demo' failed with the error above. No fallback was attempted."
+    upstream.default = litellm_error(500, said + more)
+    answers = [ask(resilient, token) for _ in range(6)]
+    assert {(answer.status, answer.headers["x-llm-attempts"]) for answer in answers} == {(400, "1")}
+    assert answers[0].json["error"] == "BadRequestError"
+    assert "object" not in answers[0].json["message"]
+    assert resilient.value("llmops.circuit_breaker.open_callers", model="demo") == 0
+    upstream.default = Answer()
+    assert ask(resilient, token).status == 200
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "litellm.InternalServerError: InternalServerError: OpenAIException - The server had an error",
+        "litellm.ServiceUnavailableError: overloaded. Handle with `litellm.BadRequestError`.",
+        # What a provider's answer lacks shows as None.
+        "litellm.APIConnectionError: 'NoneType' object is not subscriptable",
+        "litellm.InternalServerError: no.\n\nError doing the fallback: litellm.BadRequestError: no model",
+    ],
+)
+def test_a_500_that_is_the_upstreams_own_is_retried_and_counts(
+    resilient: AppUnderTest, upstream: FakeUpstream, said: str
+) -> None:
+    upstream.default = litellm_error(500, said)
+    token = resilient.token()
+    answers = [ask(resilient, token) for _ in range(6)]
+    assert [answer.status for answer in answers] == [502] * 5 + [503]
+    assert answers[0].headers["x-llm-attempts"] == "4"
+
+
+def litellm_error(status: int, message: str, kind: str = "internal_server_error") -> Status:
+    return Status(status, {"error": {"message": message, "type": kind, "param": None, "code": str(status)}})
+
+
+def test_a_500_of_the_type_of_an_invalid_request_is_the_callers(
+    resilient: AppUnderTest, upstream: FakeUpstream
+) -> None:
+    upstream.script(litellm_error(500, "no", "invalid_request_error"))
+    answer = ask(resilient, resilient.token())
+    assert (answer.status, answer.headers["x-llm-attempts"]) == (400, "1")
+
+
+def test_a_408_is_the_callers_where_the_request_has_its_own_limit(upstream: FakeUpstream) -> None:
+    policy: dict[str, Any] = {"retry_max": 1, "retry_base_delay_s": 0.01, "pass_litellm_fields": ["timeout"]}
+    with running_app(litellm_url=upstream.url, **policy) as app:
+        token = app.token()
+        body = {"model": "demo", "messages": [{"role": "user", "content": "x"}]}
+        timeout = litellm_error(408, "litellm.Timeout: Request timed out.", "invalid_request_error")
+        upstream.script(timeout, timeout, timeout)
+        own = app.call("POST", "/v1/chat/completions", body={**body, "timeout": 0.001}, token=token)
+        assert (own.status, own.headers["x-llm-attempts"]) == (400, "1")
+        assert own.json["error"]["param"] == "timeout"
+        litellms = app.call("POST", "/v1/chat/completions", body=body, token=token)
+        assert (litellms.status, litellms.headers["x-llm-attempts"]) == (504, "2")
+
+
 def test_the_deadline_covers_attempts_and_waits_together(upstream: FakeUpstream) -> None:
     upstream.default = Status(500)
     with running_app(

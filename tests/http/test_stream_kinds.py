@@ -173,6 +173,24 @@ def test_an_error_in_a_200_has_its_own_status(
         assert answer.headers["retry-after"] == "7"
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_error_beside_choices_is_an_error(
+    app: AppUnderTest, upstream: FakeUpstream, *, streamed: bool
+) -> None:
+    upstream.script(Status(200, {**COMPLETION, "error": {"message": "x", "code": 429}}), *[Status(429)] * 9)
+    answer = stream(app, app.token(), {**STREAMED, "stream": streamed})
+    assert (answer.status, answer.json["error"]["type"]) == (429, "RateLimitError")
+
+
+@pytest.mark.parametrize("error", [None, {}, "", {"code": "", "message": ""}])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_empty_error_beside_choices_is_none(
+    app: AppUnderTest, upstream: FakeUpstream, error: object, *, streamed: bool
+) -> None:
+    upstream.script(Status(200, {**COMPLETION, "error": error}))
+    assert stream(app, app.token(), {**STREAMED, "stream": streamed}).status == 200
+
+
 @pytest.mark.parametrize(
     "event",
     [
@@ -254,17 +272,22 @@ REFUSALS = [
         id="pydantic",
     ),
     pytest.param(Status(400, "unknown field include_usage", content_type="text/plain"), id="text"),
+    pytest.param(
+        RawStream([b'data: {"error": {"message": "stream_options is not supported", "code": 400}}\n\n']),
+        id="event of a 200",
+    ),
+    pytest.param(Status(200, {"error": "Extra inputs: stream_options"}), id="JSON in a 200, no status"),
 ]
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_a_model_that_refuses_stream_options_is_asked_without_them_from_then_on(
-    app: AppUnderTest, upstream: FakeUpstream, refusal: Status
+    app: AppUnderTest, upstream: FakeUpstream, refusal: Status | RawStream
 ) -> None:
     token = app.token()
     upstream.script(refusal, *[RawStream([*WHOLE[:3], DONE])] * 2, RawStream(WHOLE))
     answers = [stream(app, token), stream(app, token)]
-    other = stream(app, token, {**STREAMED, "model": "other"})
+    other = stream(app, token, {**STREAMED, "model": "other-model"})
 
     assert [events(answer.body) for answer in (*answers, other)] == [SHOWN] * 3
     assert [answer.headers["x-llm-attempts"] for answer in (*answers, other)] == ["1"] * 3
@@ -272,6 +295,23 @@ def test_a_model_that_refuses_stream_options_is_asked_without_them_from_then_on(
     assert sent == [True, False, False, True], "asked, refused, and never again for this model"
     (line,) = [line for line in app.lines() if "stream_options" in line["message"]]
     assert (line["level"], line["model"]) == ("WARNING", "demo")
+
+
+@pytest.mark.parametrize("in_a_200", [False, True])
+def test_a_caller_cannot_take_the_token_counts_from_others(
+    app: AppUnderTest, upstream: FakeUpstream, *, in_a_200: bool
+) -> None:
+    """OpenAI quotes what it refuses, and pydantic the whole request."""
+    said = {"error": {"message": "Invalid value: 'stream_options'. Supported: 'user'.", "code": 400}}
+    upstream.script(*[Status(200 if in_a_200 else 400, said)] * 2, RawStream(WHOLE))
+    token = app.token()
+    body = {**STREAMED, "messages": [{"role": "stream_options", "content": "x"}]}
+    refused = stream(app, token, body)
+    assert (refused.status, refused.json["error"]["type"]) == (400, "BadRequestError")
+    assert events(stream(app, token).body) == SHOWN
+    sent = ["stream_options" in seen.json for seen in upstream.chat_requests]
+    assert sent == [True, False, True]
+    assert not [line for line in app.lines() if "refuses stream_options" in line["message"]]
 
 
 def test_a_callers_own_stream_options_are_the_callers(app: AppUnderTest, upstream: FakeUpstream) -> None:

@@ -1,12 +1,23 @@
-"""Why an attempt failed below HTTP: the same word on its span, on its log line and in the health."""
+"""Why an attempt failed: the same words on its span, on its log line and in the health."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from service.upstream.stream import event
 from tests.fakes.streams import RawStream, text
-from tests.fakes.upstream import Behaviour, FakeUpstream, Garbage, Reset, Silent, Status, refusing_port
+from tests.fakes.upstream import (
+    Behaviour,
+    FakeUpstream,
+    Garbage,
+    NotJson,
+    Reset,
+    Silent,
+    Status,
+    refusing_port,
+)
 from tests.harness import Answer, AppUnderTest, running_app
 from tests.http.support import attributes, eventually, trace_of
 
@@ -24,6 +35,13 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture
 def app(upstream: FakeUpstream) -> Iterator[AppUnderTest]:
     with running_app(litellm_url=upstream.url, **SETTINGS) as app:
+        yield app
+
+
+@pytest.fixture
+def patient(upstream: FakeUpstream) -> Iterator[AppUnderTest]:
+    """An app whose time limit no busy machine reaches."""
+    with running_app(litellm_url=upstream.url, **{**SETTINGS, "llm_timeout_s": 30.0}) as app:
         yield app
 
 
@@ -54,6 +72,58 @@ def test_each_attempt_says_why_it_failed(
     assert answer.status == 502
     assert on_spans(app, answer) == on_lines(app, answer) == [cause, cause]
     assert str(cause) not in answer.json["message"]
+
+
+STATUS, CODE = "llmops.upstream.status_code", "llmops.upstream.code"
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "code"),
+    [
+        (503, {"message": "no"}, None),
+        (400, {"message": "no", "code": "context_length_exceeded"}, "context_length_exceeded"),
+        (
+            500,
+            {"message": "litellm.ContentPolicyViolationError: no", "code": "500"},
+            "content_policy_violation",
+        ),
+        (401, {"message": "no", "code": "invalid_api_key"}, "invalid_api_key"),
+        (429, {"message": "no", "code": "insufficient_quota"}, "insufficient_quota"),
+        (400, {"message": "no", "code": "a_new_one"}, "other"),
+        (302, {}, None),
+    ],
+)
+def test_what_the_upstream_said_stands_on_span_and_line(
+    patient: AppUnderTest, upstream: FakeUpstream, status: int, said: dict[str, str], code: str | None
+) -> None:
+    upstream.script(*[Status(status, {"error": said})] * 2)
+    answer = ask(patient)
+    spans = [span for span in trace_of(patient, answer.request_id) if span.name == "chat demo"]
+    lines = patient.lines(answer.request_id)
+    told = [
+        line for line in lines if line["message"] == "llm_request_failed" or "Attempt " in line["message"]
+    ]
+    assert len(told) == (3 if status == 503 else 1)
+    for fields in (*map(attributes, spans), *told):
+        assert (fields[STATUS], fields.get(CODE)) == (status, code)
+
+
+def test_an_answer_that_is_none_has_its_status(patient: AppUnderTest, upstream: FakeUpstream) -> None:
+    upstream.script(NotJson())
+    answer = ask(patient)
+    (span,) = [span for span in trace_of(patient, answer.request_id) if span.name == "chat demo"]
+    assert attributes(span)[STATUS] == 200
+
+
+def test_an_error_within_a_stream_has_its_code(patient: AppUnderTest, upstream: FakeUpstream) -> None:
+    error = {"message": "litellm.ContextWindowExceededError: too long", "type": None, "code": "400"}
+    upstream.script(RawStream((text("a "), event(json.dumps({"error": error}).encode()))))
+    answer = ask(patient, stream=True)
+    (span,) = [span for span in trace_of(patient, answer.request_id) if span.name == "chat demo"]
+    assert attributes(span)[STATUS] == 400
+    assert attributes(span)[CODE] == "context_length_exceeded"
+    (line,) = [line for line in patient.lines(answer.request_id) if line["message"] == "llm_request_failed"]
+    assert (line["error"], line[CODE]) == ("BadRequestError", "context_length_exceeded")
 
 
 def test_an_upstream_that_is_silent_is_a_read_timeout(app: AppUnderTest, upstream: FakeUpstream) -> None:

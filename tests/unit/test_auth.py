@@ -14,7 +14,14 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoi
 from pydantic import SecretStr
 
 from service.errors import AuthenticationError, OverloadedError, RateLimitError
-from service.identity.tokens import COUNTER_SLOTS, HASHING_THREADS, MAX_WAITING, Authenticator, _SignInLimits
+from service.identity.tokens import (
+    COUNTER_SLOTS,
+    HASHING_THREADS,
+    MAX_WAITING,
+    MAX_WAITING_EACH,
+    Authenticator,
+    _SignInLimits,
+)
 from service.telemetry.providers import Exporters, build_telemetry
 from tests.harness import make_settings, new_secrets
 from tests.unit.conftest import Lines
@@ -302,8 +309,50 @@ def test_guesses_at_the_same_time_cannot_outrun_the_limit(desk: Open) -> None:
     tried = outcomes.count("AuthenticationError")
     assert 3 <= tried <= 3 + HASHING_THREADS - 1
     turned_away = outcomes.count("OverloadedError")
-    assert turned_away == 40 - MAX_WAITING
+    assert turned_away == 40 - MAX_WAITING_EACH
     assert len(waits) == 40 - tried - turned_away
+
+
+def test_strangers_who_wait_hold_up_nobody_at_a_known_address(desk: Open) -> None:
+    here = desk(login_failures_per_name="1000/minute", login_failures_per_address="1000/minute")
+    password = here.passwords["user"]
+
+    async def main() -> list[str | float]:
+        await here.auth.login("user", password, ADDRESS)
+        others = [here.fails("user", f"198.51.100.{number}") for number in range(40)]
+        waiting = asyncio.gather(*others)
+        await asyncio.sleep(0)
+        session = await here.auth.login("user", password, ADDRESS)
+        assert session.user.username == "user"
+        return list(await waiting)
+
+    outcomes = asyncio.run(main())
+    assert outcomes.count("OverloadedError") == 40 - MAX_WAITING
+    assert outcomes.count("AuthenticationError") == MAX_WAITING
+
+
+def test_one_address_leaves_half_of_the_places_for_waiting(desk: Open) -> None:
+    here = desk(login_failures_per_name="1000/minute", login_failures_per_address="1000/minute")
+
+    async def main() -> tuple[list[str | float], str | float]:
+        flood = asyncio.gather(*(here.fails() for _ in range(40)))
+        await asyncio.sleep(0)
+        other = await here.fails("user", "198.51.100.1")
+        return list(await flood), other
+
+    flood, other = asyncio.run(main())
+    assert flood.count("OverloadedError") == 40 - MAX_WAITING_EACH
+    assert other == "AuthenticationError"
+
+
+def test_an_address_is_known_once_somebody_has_signed_in_from_it(desk: Open) -> None:
+    here = desk()
+    assert not here.auth.has_signed_in(ADDRESS)
+    asyncio.run(here.fails())
+    assert not here.auth.has_signed_in(ADDRESS)
+    asyncio.run(here.auth.login("user", here.passwords["user"], ADDRESS))
+    assert here.auth.has_signed_in(ADDRESS)
+    assert not here.auth.has_signed_in("198.51.100.1")
 
 
 def test_any_number_of_names_shares_a_fixed_number_of_counters() -> None:

@@ -1,6 +1,7 @@
 """Equal meaning, equal key; anything else, another key; and no tenant reaches another's."""
 
 import copy
+import hashlib
 import json
 import random
 from typing import Any
@@ -158,3 +159,13 @@ def test_a_name_cannot_run_into_the_model(
 
 def test_the_same_name_in_another_realm_is_somebody_else() -> None:
     assert len({tenant_of(user, realm) for user in ("user", None) for realm in ("", "a", "b")}) == 6
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_an_entry_of_an_earlier_version_is_not_found(schema: int) -> None:
+    """Schema 2 held streamed answers that were put together wrongly."""
+    messages = [{"role": "user", "content": "Hi"}]
+    parts = [schema, "answer", TENANT, "demo", {}, {"messages": messages}]
+    earlier = hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    assert digest({"messages": messages}) != earlier

@@ -149,7 +149,7 @@ async def test_a_full_queue_drops_and_counts() -> None:
 
         assert (writer.waiting, writer.dropped) == (2, 2)
         await writer.flush(5)
-        assert made.outcomes() == {"stored": 2, "dropped": 2, "failed": 0, "cleared": 0}
+        assert made.outcomes() == {"stored": 2, "dropped": 2, "failed": 0, "cleared": 0, "skipped": 0}
         assert await made.store.count(COLLECTION) == 2
 
 
@@ -190,7 +190,7 @@ async def test_expired_entries_are_not_written() -> None:
         writer.put(write(1, expires=49.0))
         await writer.flush(5)
 
-        assert made.outcomes() == {"stored": 0, "dropped": 0, "failed": 0, "cleared": 0}
+        assert made.outcomes() == {"stored": 0, "dropped": 0, "failed": 0, "cleared": 0, "skipped": 0}
 
 
 @in_loop

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.errors import UpstreamError
+from service.errors import RateLimitError, UpstreamError
 from service.upstream.large_answers import LARGE_BYTES
 from service.upstream.messages import LlmRequest, Operation, Reply, read_answer, read_models
 
@@ -43,6 +43,8 @@ ANSWERS = st.fixed_dictionaries(
         "usage": often(COUNTS),
         "data": often(st.lists(ANYTHING, max_size=2)),
         "choices": often(st.lists(often(CHOICE), max_size=3)),
+        "error": st.none() | st.text() | st.dictionaries(st.just("message"), st.text()),
+        "object": st.sampled_from(["chat.completion", "error"]),
         "other": ANYTHING,
     },
 )
@@ -75,6 +77,19 @@ def test_a_large_answer_says_what_a_small_one_says(
     content = json.dumps(answer, ensure_ascii=ascii_only).encode("utf-8", "replace")
     small = outcome(content, operation, verbatim=verbatim)
     assert outcome(content + PADDING, operation, verbatim=verbatim) == small
+
+
+def test_a_byte_order_mark_is_not_a_part_of_it() -> None:
+    content = json.dumps(saying("x")).encode("utf-8-sig")
+    small = outcome(content, "chat", verbatim=False)
+    assert isinstance(small, Reply)
+    assert outcome(content + PADDING, "chat", verbatim=False) == small
+
+
+def test_a_large_error_is_one() -> None:
+    content = json.dumps({**saying("x"), "error": {"code": 429, "message": "x" * 1_000}}).encode() + PADDING
+    with pytest.raises(RateLimitError):
+        read_answer(content, {}, LlmRequest("chat", "asked", {}, b""), known_model=True)
 
 
 WHOLE = json.dumps({"model": "é", "data": [[1.5, -2e3], "x\\y", None, True]}, ensure_ascii=False).encode()

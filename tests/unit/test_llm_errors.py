@@ -3,16 +3,25 @@
 import json
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from typing import Any
+from typing import Any, get_args
 
 import httpx2
 import openai
 import pytest
+from openai.types.responses.response_error import ResponseError
 
-from service.errors import BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError
+from service.errors import (
+    BadRequestError,
+    Cause,
+    RateLimitError,
+    ServiceError,
+    UpstreamError,
+    UpstreamTimeoutError,
+)
 from service.middleware.errors import error_response
-from service.upstream.errors import invalid_answer, retry_after, timed_out, translate
+from service.upstream.errors import from_event, invalid_answer, retry_after, timed_out, translate
 from service.upstream.messages import read_object
+from service.upstream.reasons import CODES
 from tests.unit.llm_answers import failing, sdk_error, translated
 
 NOW = datetime(2026, 1, 15, 10, 30, tzinfo=UTC)
@@ -77,22 +86,23 @@ def test_litellms_400_for_a_wrong_key_is_ours_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raised", "name", "says"),
+    ("raised", "name", "says", "again"),
     [
-        (httpx2.ConnectError("canary"), "UpstreamTimeoutError", "cannot be reached"),
-        (httpx2.ConnectTimeout("canary"), "UpstreamTimeoutError", "Try again"),
-        (httpx2.ReadTimeout("canary"), "UpstreamTimeoutError", "did not answer in time"),
-        (httpx2.PoolTimeout("canary"), "UpstreamTimeoutError", "did not answer in time"),
-        (httpx2.ReadError("canary"), "UpstreamError", "broke the connection"),
-        (httpx2.RemoteProtocolError("canary"), "UpstreamError", "broke the connection"),
+        (httpx2.ConnectError("canary"), "UpstreamTimeoutError", "cannot be reached", True),
+        (httpx2.ConnectTimeout("canary"), "UpstreamTimeoutError", "Try again", True),
+        # The request was sent: a repeat would be paid for again.
+        (httpx2.ReadTimeout("canary"), "UpstreamTimeoutError", "did not answer in time", False),
+        (httpx2.PoolTimeout("canary"), "UpstreamTimeoutError", "did not answer in time", True),
+        (httpx2.ReadError("canary"), "UpstreamError", "broke the connection", True),
+        (httpx2.RemoteProtocolError("canary"), "UpstreamError", "broke the connection", True),
     ],
 )
-def test_a_connections_failure_has_its_error(raised: Exception, name: str, says: str) -> None:
+def test_a_connections_failure_has_its_error(raised: Exception, name: str, says: str, *, again: bool) -> None:
     def fail(_request: httpx2.Request) -> httpx2.Response:
         raise raised
 
     error = translate(failing(fail), {"model": "demo", "messages": []}, known_model=True)
-    assert (error.name, error.retryable) == (name, True)
+    assert (error.name, error.retryable, error.transient) == (name, again, True)
     assert says in error.message
     assert "canary" not in error.message
 
@@ -106,7 +116,137 @@ def test_any_other_sdk_error_is_invalid_answer() -> None:
 def test_the_time_limit_is_named() -> None:
     error = timed_out(2.5)
     assert isinstance(error, UpstreamTimeoutError)
-    assert error.message == "The model did not answer within 2.5 s. Try again."
+    assert error.message.startswith("The model did not answer within 2.5 s.")
+    assert (error.retryable, error.transient) == (False, True)
+
+
+def test_a_connection_that_was_not_made_in_time_may_be_tried_again() -> None:
+    error = timed_out(2.5, Cause.CONNECT_TIMEOUT)
+    assert error.message == "The model's side could not be reached within 2.5 s. Try again."
+    assert (error.retryable, error.transient) == (True, True)
+
+
+CONTEXT = (
+    "This model's maximum context length is 8192 tokens. However, your messages resulted in 9001 tokens."
+)
+UNPAID = "You exceeded your current quota, please check your plan and billing details."
+MORE = "\n\nLiteLLM: model group 'demo' failed with the error above. No fallback was attempted."
+
+
+@pytest.mark.parametrize("status", [None, 400, 500, 503])
+@pytest.mark.parametrize(
+    ("message", "code", "reason"),
+    [
+        (
+            f"litellm.ContextWindowExceededError: AzureException BadRequestError - {CONTEXT}\nmodel=demo.",
+            "context_length_exceeded",
+            CONTEXT,
+        ),
+        (
+            f"litellm.BadRequestError: litellm.ContentPolicyViolationError: Your request was rejected.{MORE}",
+            "content_policy_violation",
+            "Your request was rejected.",
+        ),
+        (
+            "litellm.UnsupportedParamsError: openai does not support parameters: ['verbosity']",
+            "unsupported_parameter",
+            "openai does not support parameters: ['verbosity']",
+        ),
+        (
+            "litellm.BadRequestError: OpenAIException - Unsupported parameter: 'max_tokens' is not supported",
+            "unsupported_parameter",
+            "Unsupported parameter: 'max_tokens' is not supported",
+        ),
+        ("litellm.NotFoundError: OpenAIException - No such thing", "model_not_found", "No such thing"),
+    ],
+)
+def test_litellms_exceptions_become_openais_codes(
+    status: int | None, message: str, code: str, reason: str
+) -> None:
+    error = said(status, message)
+    assert (error.name, error.code, error.retryable) == ("BadRequestError", code, False)
+    assert error.message == f"The model refused the request: {reason}"
+    assert (error.upstream_status, error.upstream_code) == (status, code)
+
+
+def said(status: int | None, message: str, **fields: Any) -> ServiceError:
+    """The error for what LiteLLM says in an answer, or in an event of a stream that names no status."""
+    if status is not None:
+        return translated(status, message, **{"type": "x", "param": None, "code": f"{status}", **fields})
+    event = {"message": message, "type": "x", "param": None, "code": None, **fields}
+    return from_event(event, {}, {"model": "demo", "messages": []}, known_model=True)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "fields"),
+    [
+        (429, f"litellm.RateLimitError: RateLimitError: OpenAIException - {UNPAID}{MORE}", {}),
+        (429, "no", {"code": "insufficient_quota"}),
+        (429, "no", {"type": "insufficient_quota"}),
+        (429, "Your account has insufficient balance", {}),
+        (429, "Budget has been exceeded! Current cost: 9", {}),
+        (400, "Budget has been exceeded!", {"type": "budget_exceeded"}),
+        (400, "litellm.BadRequestError: AnthropicException - Your credit balance is too low to use it.", {}),
+        (None, f"litellm.RateLimitError: OpenAIException - {UNPAID}", {}),
+        (503, "litellm.MidStreamFallbackError: litellm.RateLimitError: no", {"code": "insufficient_quota"}),
+    ],
+)
+def test_a_spent_quota_is_told_from_a_limit_of_the_rate(
+    status: int | None, message: str, fields: dict[str, Any]
+) -> None:
+    error = said(status, message, **fields)
+    assert isinstance(error, RateLimitError)
+    assert (error.code, error.upstream_code) == ("insufficient_quota", "insufficient_quota")
+    assert (error.retryable, error.transient, error.retry_after_s) == (False, False, None)
+    answer = error_response(error, {"path": "/v1/chat/completions"})
+    assert answer.headers["X-Should-Retry"] == "false"
+    assert "Retry-After" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("message", "headers"),
+    [
+        (f"litellm.RateLimitError: GeminiException - {UNPAID} Please retry in 7.66s.", None),
+        (f"litellm.RateLimitError: {UNPAID}", {"Retry-After": "7"}),
+        ("litellm.RateLimitError: Rate limit reached for gpt", None),
+    ],
+)
+def test_a_limit_that_ends_by_itself_is_no_spent_quota(message: str, headers: dict[str, str] | None) -> None:
+    error = translated(429, message, headers=headers, code="429")
+    assert isinstance(error, RateLimitError)
+    assert (error.code, error.retryable, error.transient) == ("rate_limit_exceeded", True, True)
+
+
+def test_a_text_about_money_in_a_refusal_is_no_spent_quota() -> None:
+    error = translated(400, "Invalid value: 'insufficient funds'", code="400")
+    assert (error.name, error.code) == ("BadRequestError", "invalid_value")
+
+
+@pytest.mark.parametrize("status", [None, 400, 500])
+def test_wrong_credentials_are_ours_with_any_status(status: int | None) -> None:
+    error = said(status, "litellm.AuthenticationError: AuthenticationError: OpenAIException - no")
+    assert (error.name, error.code, error.retryable) == ("UpstreamError", None, False)
+    assert error.upstream_code == "invalid_api_key"
+
+
+def test_an_event_without_a_status_says_so() -> None:
+    error = said(None, "litellm.APIConnectionError: no")
+    assert (error.name, error.label, error.upstream_status) == ("UpstreamError", "Error event", None)
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [("invalid_value", "invalid_value"), ("ALL_NEW", "other"), ("400", None), (5, None), (None, None)],
+)
+def test_telemetry_gets_a_code_of_a_closed_set(code: object, shown: str | None) -> None:
+    assert translated(400, "no", code=code).upstream_code == shown
+    assert translated(500, "no", code="all_new").upstream_code == "other"
+
+
+def test_the_codes_of_openais_library_are_known() -> None:
+    codes = get_args(ResponseError.model_fields["code"].annotation)
+    assert codes
+    assert set(codes) <= CODES
 
 
 @pytest.mark.parametrize(
@@ -116,6 +256,10 @@ def test_the_time_limit_is_named() -> None:
         ("7", 7),
         (" 7\t", 7),
         ("007", 7),
+        ("7.66", 7.66),
+        ("0.05", 0.05),
+        ("99999.5", 3_600),
+        ("1" * 400 + ".5", 3_600),
         ("3600", 3_600),
         ("3601", 3_600),
         ("9" * 5_000, 3_600),
@@ -143,6 +287,10 @@ def test_both_forms_of_retry_after_are_read_and_bounded(value: str, seconds: flo
         "-5",
         "+5",
         "1e3",
+        "7.",
+        ".5",
+        "7.6.6",
+        "-7.66",
         "0x10",
         "nan",
         "inf",
@@ -179,6 +327,25 @@ def test_a_rate_limit_waits_as_asked_and_always_says_when(value: str | None, sec
     assert error_response(error, {"path": "/llm/generate"}).headers["Retry-After"] == str(
         max(1, int(seconds or 0))
     )
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after-ms": "7660", "retry-after": "8"}, 7.66),
+        ({"Retry-After-Ms": "99999999"}, 3_600),
+        ({"retry-after-ms": "-5", "retry-after": "8"}, 8),
+        ({"retry-after-ms": "soon", "retry-after": "soon"}, None),
+        # LiteLLM passes its provider's fields on with a prefix.
+        ({"llm_provider-retry-after": "7.66"}, 7.66),
+        ({"llm_provider-retry-after-ms": "7660", "llm_provider-retry-after": "8"}, 7.66),
+    ],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_every_field_that_asks_to_wait_is_heard(
+    headers: dict[str, str], seconds: float | None, status: int
+) -> None:
+    assert translated(status, headers=headers).retry_after_s == seconds
 
 
 @pytest.mark.parametrize("content", [b'{"a": 1}', b"{}", '{"a": "ü"}'.encode()])

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from service.errors import BadRequestError
-from tests.unit.llm_answers import translated
+from service.upstream.errors import translate
+from tests.unit.llm_answers import sdk_error, translated
 
 GENERAL = "The model refused the request."
 PIECE = 16
@@ -123,10 +124,49 @@ def test_an_echo_of_any_part_of_the_messages_never_appears(messages: list[dict[s
     assert translated(400, echo, messages=messages).message == GENERAL
 
 
-@pytest.mark.parametrize("prompt", ["Quetzalcoatl", "1234", "pin 9876 please"])
-def test_a_short_prompt_never_appears_either(prompt: str) -> None:
-    messages = [{"role": "user", "content": prompt}]
-    assert translated(400, f"cannot answer '{prompt}' today", messages=messages).message == GENERAL
+UNSUPPORTED = "Unsupported parameter: 'max_tokens' is not supported with this model."
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *(
+            {"messages": [{"role": "user", "content": word}]}
+            for word in ("hi", "a", "ok", "minimal", "model")
+        ),
+        {"messages": [{"role": "user", "content": "parameter"}]},
+        {"messages": [{"role": "user", "content": "call get_context_window now"}]},
+        {"tools": [{"type": "function", "function": {"name": "is not supported with this model"}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "description": UNSUPPORTED}}]},
+        {"messages": [{"role": "tool", "name": "not_supported_with_this_model", "content": "x"}]},
+        {"reasoning_effort": UNSUPPORTED, "user": UNSUPPORTED, "metadata": {"a": UNSUPPORTED}},
+    ],
+)
+def test_short_words_names_and_parameters_hide_no_reason(more: dict[str, Any]) -> None:
+    request = {"model": "demo", "messages": [{"role": "user", "content": "x"}], **more}
+    fields = {"message": UNSUPPORTED, "param": "max_tokens", "code": "unsupported_parameter"}
+    error = translate(sdk_error(400, {"error": fields}), request, known_model=True)
+    assert error.message == f"The model refused the request: {UNSUPPORTED}"
+    assert (error.param, error.code) == ("max_tokens", "unsupported_parameter")
+
+
+@pytest.mark.parametrize("field", ["prompt", "input", "instructions", "system"])
+def test_an_echo_of_text_in_any_field_never_appears(field: str) -> None:
+    error = sdk_error(400, {"error": {"message": f"cannot answer {PROMPT!r}"}})
+    for text in (PROMPT, [PROMPT], [{"type": "text", "text": PROMPT}]):
+        assert translate(error, {"model": "demo", field: text}, known_model=True).message == GENERAL
+
+
+def test_a_code_and_a_field_of_openais_pass_whatever_the_prompt_says() -> None:
+    words = "context_length_exceeded in messages[0].content and in response_format.json_schema.name"
+    messages = [{"role": "user", "content": words}]
+    for param in ("messages[0].content", "response_format.json_schema.name", "messages.0.tool_calls[3].id"):
+        error = translated(400, "no", messages=messages, code="context_length_exceeded", param=param)
+        assert (error.code, error.param) == ("context_length_exceeded", param)
+    error = translated(
+        400, "no", messages=[{"content": "a.secret_plan_of_mine"}], param="a.secret_plan_of_mine"
+    )
+    assert error.param is None
 
 
 def test_a_text_that_is_nobodys_prompt_comes_through() -> None:

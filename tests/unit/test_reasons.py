@@ -185,8 +185,7 @@ def test_an_echo_is_seen_wherever_it_begins(
     text: str, before: str, after: str, start: int, size: int
 ) -> None:
     said = before + text[start : start + size] + after
-    # Long, so that the rule for short texts is not asked, which has a test of its own.
-    texts = [text + "|" * ECHO_CHARS, "another text of the caller"]
+    texts = [text, "another text of the caller"]
     asked = {"messages": [{"role": "user", "content": content} for content in texts]}
     assert CallersText(asked).is_echoed_in(said) == echoes_plainly(said, texts)
 
@@ -219,13 +218,6 @@ WAYS: dict[str, Callable[[str], str]] = {
 def test_an_echo_is_seen_however_it_is_written(prompt: str, way: str) -> None:
     asked = {"messages": [{"role": "user", "content": f"Tell me: {prompt} Now."}]}
     assert CallersText(asked).is_echoed_in(f"refused: {WAYS[way](prompt)}")
-
-
-@pytest.mark.parametrize("prompt", ["hi", "1234", "pin 9876 please", "¿qué?"])
-def test_a_short_prompt_is_seen_where_it_stands_whole(prompt: str) -> None:
-    caller = CallersText({"input": [prompt]})
-    assert caller.is_echoed_in(f"refused '{prompt}' here")
-    assert not caller.is_echoed_in(f"refused x{prompt.strip('¿?')}x here")
 
 
 MANY: dict[str, Any] = {
