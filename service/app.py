@@ -13,11 +13,12 @@ from service.config.lifespan import lifespan_of
 from service.config.settings import Settings
 from service.errors import ServiceError
 from service.middleware.errors import ErrorMiddleware, handle_error
+from service.middleware.paths import rewrite_path
 from service.middleware.request_id import RequestIdMiddleware, sanitize_scope
 from service.middleware.request_limits import RequestLimitsMiddleware
 from service.middleware.security_headers import SecurityHeadersMiddleware
 from service.middleware.shutdown import ShutdownMiddleware
-from service.routers import auth, cache, llm, openai, system
+from service.routers import anthropic, auth, cache, llm, openai, system
 from service.telemetry.providers import Telemetry
 from service.telemetry.server import instrument_server
 
@@ -44,6 +45,7 @@ class LlmApi(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
         if scope["type"] == "http":
+            rewrite_path(scope)
             sanitize_scope(scope, trust_traceparent=self.trust_traceparent)
         await super().__call__(scope, receive, send)
 
@@ -71,7 +73,7 @@ def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
         },
     )
     app.trust_traceparent = settings.trust_traceparent == "all"
-    for router in (auth.router, llm.router, cache.router, openai.router, system.router):
+    for router in (auth.router, llm.router, cache.router, openai.router, anthropic.router, system.router):
         app.include_router(router)
     app.router.routes.append(system.docs_assets())
     instrument_server(app, telemetry)

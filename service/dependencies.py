@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, Final, cast
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -28,6 +28,8 @@ from service.utils.deadline import Deadline
 ENDUSER_ROLE = "enduser.role"
 PARAMETER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
 MAX_DETAILS = 20
+
+KEY_FIELDS: Final = frozenset({b"authorization", b"x-api-key", b"api-key"})
 
 bearer = HTTPBearer(auto_error=False, bearerFormat="JWT", description="The token from POST /auth/login")
 
@@ -82,14 +84,31 @@ async def _services(request: Request) -> AppServices:
     return services_of(request.scope)
 
 
+def token_of(scope: Scope) -> str | None:
+    """The token that a request carries; None without one.
+
+    It is in ``Authorization: Bearer``, or else where Anthropic's or Azure's clients send a key.
+    """
+    found: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        if name in KEY_FIELDS:
+            found.setdefault(name, value)
+    scheme, _, token = found.get(b"authorization", b"").decode("latin-1").partition(" ")
+    if scheme.lower() == "bearer":
+        return token.strip()
+    key = found.get(b"x-api-key", found.get(b"api-key"))
+    return None if key is None else key.decode("latin-1").strip()
+
+
 async def current_user(
-    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+    request: Request, _documented: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
 ) -> User:
     """The signed-in caller; their name goes into the log context, name and role onto the server span."""
-    if credentials is None:
+    token = token_of(request.scope)
+    if token is None:
         raise AuthenticationError
     started = time.monotonic()
-    user = services_of(request.scope).auth.identify(credentials.credentials)
+    user = services_of(request.scope).auth.identify(token)
     context = current_request.get()
     if context is not None:
         context.user = user.username

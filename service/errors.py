@@ -104,6 +104,8 @@ class ServiceError(Exception):
         self.param = param
         self.code = code or self.default_code
         # What the upstream said, in any case, for telemetry: its status, and one of a closed set of codes.
+        self.told = False
+        """Whether the upstream's own event has told the caller."""
         self.upstream_status: int | None = None
         self.upstream_code: str | None = None
         super().__init__(self.message)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, Self
 
 from service.upstream.large_answers import ESCAPES
-from service.upstream.messages import MAX_CHOICES, SURROGATE, Completion, Reply
+from service.upstream.messages import SURROGATE, Completion, Reply
+from service.upstream.operations import MAX_CHOICES
 from service.upstream.stream import StreamEvent, event
 
 CHUNK: Final = "chat.completion.chunk"

@@ -13,16 +13,8 @@ from service.cache.assembly import Layout, can_be_streamed
 from service.cache.keys import CacheKey
 from service.cache.store import Point
 from service.errors import ServiceError
-from service.upstream.messages import (
-    MAX_CHOICES,
-    Completion,
-    Reply,
-    cost_of,
-    count,
-    counts_of,
-    name_of,
-    read_needed,
-)
+from service.upstream.messages import Completion, Reply, cost_of, read_needed
+from service.upstream.operations import MAX_CHOICES, name_of, number_of, object_of
 from service.upstream.stream import StreamEvent
 
 COMPLETE: Final = frozenset({"stop", "tool_calls", "function_call"})
@@ -102,13 +94,13 @@ class Entry:
             raise DamagedEntryError(type(error).__name__) from None
         if not choices:
             raise DamagedEntryError("not whole")
-        usage = counts_of(answer)
+        usage = object_of(answer, "usage")
         completion = Completion(
             text=text if isinstance(text, str) else "",
             model=name_of(answer, "model") or model,
-            prompt_tokens=count(usage.get("prompt_tokens")),
-            completion_tokens=count(usage.get("completion_tokens")),
-            total_tokens=count(usage.get("total_tokens")),
+            prompt_tokens=number_of(usage.get("prompt_tokens")),
+            completion_tokens=number_of(usage.get("completion_tokens")),
+            total_tokens=number_of(usage.get("total_tokens")),
             cost=cost_of({}, {"cost": payload.get("cost")}),
             id=name_of(answer, "id"),
             finish_reasons=tuple(choice["finish_reason"] for choice in choices),

@@ -39,6 +39,7 @@ from service.telemetry import names
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
 from service.upstream.messages import Completion, LlmRequest, Reply
+from service.upstream.operations import OPERATIONS
 from service.utils.deadline import Deadline
 
 FRESH_S = 10.0
@@ -249,8 +250,8 @@ class ResponseCache:
         in_flight: Callable[[str], bool],
     ) -> Lookup:
         """Look in memory, then in the store, then by meaning where that is on; as ``AnswerCache`` says."""
-        if request.operation != "chat":
-            # Embeddings are not looked up: they count as no look-up, not as a bypassed one.
+        if not OPERATIONS[request.operation].cacheable:
+            # Others are not looked up: they count as no look-up, not as a bypassed one.
             return Lookup()
         slot = await self._slot(request, user, control)
         if slot is None or not control.read:

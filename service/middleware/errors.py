@@ -6,8 +6,8 @@ Both end in ``error_response``. No other module writes an error body or an error
 
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -31,8 +31,27 @@ from service.errors import (
     ServiceError,
     ValidationError,
 )
+from service.upstream.operations import OPERATIONS
 
-OPENAI_PREFIX = "/v1"
+OPENAI_PREFIX: Final = "/v1"
+MESSAGES: Final = f"{OPENAI_PREFIX}/messages"
+UNKNOWN_PATH: Final = (
+    "There is nothing at this path. There are: "
+    + ", ".join(f"POST {OPENAI_PREFIX}{operation.path}" for operation in OPERATIONS.values())
+    + f", GET {OPENAI_PREFIX}/models."
+)
+ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
+    **dict.fromkeys((400, 405, 408, 415, 422), "invalid_request_error"),
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""Anthropic's error types by status; all others are ``api_error``."""
+
 MAX_DETAILS = 50
 MAX_FIELD_CHARS = 100
 
@@ -103,8 +122,16 @@ def error_response(error: Exception, scope: Scope) -> JSONResponse:
     if not found.retryable:
         # OpenAI's client libraries retry 408, 409, 429 and every 5xx unless this field tells them not to.
         headers["X-Should-Retry"] = "false"
-    body = openai_error_body(found) if is_openai_path(scope) else error_body(found)
-    return JSONResponse(body, status_code=found.status, headers=headers)
+    if is_openai_path(scope) and isinstance(error, HTTPException) and isinstance(found, NotFoundError):
+        found = NotFoundError(UNKNOWN_PATH)
+    return JSONResponse(_body_for(scope)(found), status_code=found.status, headers=headers)
+
+
+def _body_for(scope: Scope) -> Callable[[ServiceError], dict[str, Any]]:
+    """The writer of an error's body in the protocol of a path."""
+    if is_anthropic_path(scope):
+        return anthropic_error_body
+    return openai_error_body if is_openai_path(scope) else error_body
 
 
 def record_error(error: Exception) -> ServiceError:
@@ -210,6 +237,27 @@ def openai_error_body(error: ServiceError) -> dict[str, Any]:
             "timestamp": timestamp(),
         }
     }
+
+
+def anthropic_error_body(error: ServiceError) -> dict[str, Any]:
+    """Return the body of an error under ``/v1/messages``: Anthropic's fields, and ours beside them.
+
+    ``error.type`` is Anthropic's own type; ``error.name`` is the error's name everywhere else.
+    """
+    request = current_request.get()
+    said = openai_error_body(error)["error"]
+    kind = ANTHROPIC_TYPES.get(error.status, "api_error")
+    return {
+        "type": "error",
+        "error": {**said, "type": kind, "name": error.name},
+        "request_id": request.request_id if request else None,
+    }
+
+
+def is_anthropic_path(scope: Scope) -> bool:
+    """Whether the path belongs to Anthropic's protocol, which stands within the prefix of OpenAI's."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path == MESSAGES or path.startswith(f"{MESSAGES}/")
 
 
 def is_openai_path(scope: Scope) -> bool:

@@ -19,6 +19,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.context import CallFacts, RequestContext, current_request
+from service.middleware.errors import is_anthropic_path
 from service.telemetry.names import ATTR_CLIENT_REQUEST_ID, ATTR_INCIDENT_ID
 from service.telemetry.providers import PROBES
 
@@ -80,6 +81,9 @@ class RequestIdMiddleware:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = trace_id
+                if is_anthropic_path(scope):
+                    # Where Anthropic's libraries look for it.
+                    headers["request-id"] = trace_id
                 headers["traceresponse"] = f"00-{trace_id}-{span_id}-{ids.trace_flags:02x}"
                 _add_fields(headers, request)
                 if self._server_timing and request.call is not None:

@@ -18,7 +18,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.config.settings import Settings
-from service.dependencies import services_of
+from service.dependencies import services_of, token_of
 from service.errors import (
     AuthenticationError,
     BadRequestError,
@@ -226,15 +226,12 @@ class _Exchange:
         self._in_flight = False
         self._received_bytes = 0
         self._held_bytes = 0
-        length, chunked, token = b"0", False, b""
+        length, chunked = b"0", False
         for name, value in scope["headers"]:
             if name == b"content-length":
                 length = value
             elif name == b"transfer-encoding":
                 chunked = True
-            elif name == b"authorization":
-                token = value
-        self._token = token
         self.declared_bytes = int(length) if length.isdigit() else 0
         self.body_pending = chunked or length != b"0"
 
@@ -247,10 +244,10 @@ class _Exchange:
         """
         scope, capacity = self._scope, self._capacity
         user = None
-        scheme, _, token = self._token.decode("latin-1").partition(" ")
-        if scheme.lower() == "bearer":
+        token = token_of(scope)
+        if token is not None:
             try:
-                user = services_of(scope).auth.identify(token.strip()).username
+                user = services_of(scope).auth.identify(token).username
             except AuthenticationError:
                 user = None
         self._holder = f"user {user}" if user is not None else f"address {address_of(scope)}"

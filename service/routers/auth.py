@@ -1,11 +1,8 @@
 """Sign-in with name and password, and the identity behind a token."""
 
-from typing import Annotated
+from fastapi import APIRouter, Request
 
-from fastapi import APIRouter, Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials
-
-from service.dependencies import CurrentUser, ServicesDep, bearer
+from service.dependencies import CurrentUser, ServicesDep, token_of
 from service.errors import (
     AuthenticationError,
     OverloadedError,
@@ -47,13 +44,9 @@ async def login(body: LoginRequest, request: Request, services: ServicesDep) -> 
 
 
 @router.post("/logout", status_code=204, responses=errors(AuthenticationError, OverloadedError))
-async def logout(
-    _user: CurrentUser,
-    services: ServicesDep,
-    credentials: Annotated[HTTPAuthorizationCredentials, Depends(bearer)],
-) -> None:
+async def logout(_user: CurrentUser, request: Request, services: ServicesDep) -> None:
     """Sign the token out; it is refused from then on."""
-    services.auth.logout(credentials.credentials)
+    services.auth.logout(token_of(request.scope) or "")
 
 
 @router.get("/me", responses=errors(AuthenticationError, OverloadedError))

@@ -1,49 +1,51 @@
 """OpenAI's protocol under ``/v1``: its clients need this base URL, and the token as their API key."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service.dependencies import ModelCallDep, ModelCaller, ServicesDep
-from service.errors import (
-    AuthenticationError,
-    BadRequestError,
-    CircuitOpenError,
-    NotFoundError,
-    OverloadedError,
-    PayloadTooLargeError,
-    RateLimitError,
-    RequestTimeoutError,
-    ServiceError,
-    ShuttingDownError,
-    UnsupportedMediaTypeError,
-    UpstreamError,
-    UpstreamTimeoutError,
-    ValidationError,
-)
+from service.errors import NotFoundError, ServiceError, ValidationError
 from service.middleware.errors import OPENAI_PREFIX, openai_error_body
-from service.routers.bodies import MAX_INPUT_VALUES, MAX_VALUES, json_content, read_json, refuse
+from service.routers.bodies import MAX_INPUT_VALUES, json_content, refuse
+from service.routers.calls import (
+    ALWAYS,
+    CALL_ERRORS,
+    JSON,
+    UNAVAILABLE,
+    JsonBody,
+    call_operation,
+    passed_headers,
+    read_fields,
+)
 from service.routers.schemas import (
     CHAT_ANSWER,
     CHAT_REQUEST,
+    COMPLETIONS_ANSWER,
+    COMPLETIONS_REQUEST,
     EMBEDDINGS_ANSWER,
     EMBEDDINGS_REQUEST,
+    IMAGES_ANSWER,
+    IMAGES_REQUEST,
     MODEL,
-    MODEL_NAME,
     MODELS,
+    MODERATIONS_ANSWER,
+    MODERATIONS_REQUEST,
+    RERANK_ANSWER,
+    RERANK_REQUEST,
+    RESPONSES_ANSWER,
+    RESPONSES_REQUEST,
     check_response_format,
     openai_errors,
 )
 from service.routers.streaming import EventStream
 from service.services.call_report import CallOutcome
-from service.upstream.control_fields import control_field
-from service.upstream.messages import MAX_CHOICES, Completion, LlmRequest, Operation, with_fields
+from service.upstream.messages import Completion
+from service.upstream.operations import MAX_CHOICES
 from service.upstream.stream import StreamEvent, event
 from service.utils.disconnect import cancel_on_disconnect
 
@@ -72,34 +74,6 @@ CHAT_FIELDS: Final[Mapping[str, tuple[type | tuple[type, ...], str]]] = {
 MAX_INTEGER: Final = 2**63 - 1
 """OTLP and most JSON parsers of providers have no larger integer."""
 
-_MODEL_NAME = re.compile(MODEL_NAME)
-
-
-@dataclass(frozen=True)
-class JsonBody:
-    """A request's body, as bytes and parsed."""
-
-    content: bytes
-    fields: Mapping[str, Any]
-
-    def as_request(self, operation: Operation, default_model: str, headers: Mapping[str, str]) -> LlmRequest:
-        """The request for the upstream, in the caller's bytes, with the default model where none is named."""
-        named = self.fields.get("model")
-        model = default_model if named is None else str(named)
-        content = with_fields(self.fields, self.content, {"model": model} if named is None else {})
-        return LlmRequest(operation, model, {**self.fields, "model": model}, content, headers, verbatim=True)
-
-    @property
-    def stream(self) -> bool:
-        """Whether the caller asks for a stream."""
-        return self.fields.get("stream") is True
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether the caller asks for token counts at the end of the stream."""
-        options = self.fields.get("stream_options")
-        return isinstance(options, dict) and options.get("include_usage") is True
-
 
 def read_chat(content: bytes, passed: AbstractSet[str]) -> JsonBody:
     """A chat completion's request; ``ValidationError`` where it cannot be one.
@@ -108,7 +82,7 @@ def read_chat(content: bytes, passed: AbstractSet[str]) -> JsonBody:
         content: The body.
         passed: Fields of LiteLLM's own that may be sent.
     """
-    body = _read(content, passed)
+    body = read_fields(content, passed)
     messages = body.fields.get("messages")
     if not isinstance(messages, list) or not messages:
         refuse("messages", "must be a list with at least one message")
@@ -165,7 +139,7 @@ def _have(entries: Iterable[object], key: str) -> bool:
 
 def read_embeddings(content: bytes, passed: AbstractSet[str]) -> JsonBody:
     """An embeddings request; ``ValidationError`` where it cannot be one. Arguments as ``read_chat``'s."""
-    body = _read(content, passed, MAX_INPUT_VALUES)
+    body = read_fields(content, passed, MAX_INPUT_VALUES)
     if body.fields.get("model") is None:
         refuse("model", "must name a model")
     given = body.fields.get("input")
@@ -174,37 +148,13 @@ def read_embeddings(content: bytes, passed: AbstractSet[str]) -> JsonBody:
     return body
 
 
-def _read(content: bytes, passed: AbstractSet[str], max_values: int = MAX_VALUES) -> JsonBody:
-    fields = read_json(content, max_values)
-    if not isinstance(fields, dict):
-        refuse("body", "must be a JSON object")
-    field = control_field(fields.keys(), passed)
-    if field is not None:
-        refuse(field[:100], "is LiteLLM's own, and not permitted here")
-    model = fields.get("model")
-    if model is not None and not (isinstance(model, str) and _MODEL_NAME.fullmatch(model)):
-        refuse("model", "must be the name of one model: up to 200 printable ASCII characters, no comma")
-    return JsonBody(content, fields)
-
-
 router = APIRouter(prefix=OPENAI_PREFIX, tags=["openai"])
 
-PASSED_HEADERS = ("openai-beta",)
-"""The caller's header fields that are sent to the upstream; no others are."""
-
-JSON = "application/json"
 DONE = event(b"[DONE]")
-
-ALWAYS = (AuthenticationError, BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError)
-UNAVAILABLE = (OverloadedError, ShuttingDownError)
-CALL_ERRORS = (
-    *(*ALWAYS, RequestTimeoutError, PayloadTooLargeError, UnsupportedMediaTypeError, ValidationError),
-    *(CircuitOpenError, *UNAVAILABLE),
-)
 
 
 class OpenAiFormat:
-    """The events of a stream in OpenAI's format, which are the upstream's as they are.
+    """The events of a stream in OpenAI's format, which are the upstream's as they are, and ``[DONE]``.
 
     Args:
         show_usage: Whether the caller asked for the token counts, which the upstream sends in any case.
@@ -226,6 +176,94 @@ class OpenAiFormat:
         return event(json.dumps(openai_error_body(error)).encode())
 
 
+def openai_format(body: JsonBody) -> OpenAiFormat:
+    """The format of a request's stream."""
+    return OpenAiFormat(show_usage=body.wants_usage)
+
+
+class ResponsesFormat:
+    """The events of a response: typed, numbered, and as the upstream has sent them."""
+
+    def __init__(self) -> None:
+        self._number = -1
+
+    def piece(self, event: StreamEvent) -> bytes:
+        """The event, as it is."""
+        number = (event.payload or {}).get("sequence_number")
+        self._number = number if type(number) is int else self._number + 1
+        return event.raw
+
+    def done(self, _completion: Completion, _outcome: CallOutcome) -> bytes:
+        """Nothing: an event of the upstream's has ended the stream."""
+        return b""
+
+    def error(self, error: ServiceError) -> bytes:
+        """An event of the type ``error``, which OpenAI's libraries raise."""
+        said = openai_error_body(error)["error"]
+        # The facts that the protocol does not know stand beside those that it does.
+        fields = {**said, "type": "error", "error": said, "sequence_number": self._number + 1}
+        fields["code"] = said["code"] or said["type"]
+        return event(json.dumps(fields).encode(), "error")
+
+
+@router.post(
+    "/responses",
+    response_class=Response,
+    responses={200: RESPONSES_ANSWER, **openai_errors(*CALL_ERRORS)},
+    openapi_extra={"requestBody": RESPONSES_REQUEST},
+)
+async def responses(request: Request, call: ModelCallDep) -> Response:
+    """OpenAI's response, whole or as typed events; the default model answers where none is named.
+
+    A failure after the first event is an event of the type `error`.
+    """
+    return await call_operation(request, call, "responses", lambda _body: ResponsesFormat())
+
+
+@router.post(
+    "/completions",
+    response_class=Response,
+    responses={200: COMPLETIONS_ANSWER, **openai_errors(*CALL_ERRORS)},
+    openapi_extra={"requestBody": COMPLETIONS_REQUEST},
+)
+async def completions(request: Request, call: ModelCallDep) -> Response:
+    """OpenAI's older completion of a text, whole or as a stream."""
+    return await call_operation(request, call, "completions", openai_format)
+
+
+@router.post(
+    "/moderations",
+    response_class=Response,
+    responses={200: MODERATIONS_ANSWER, **openai_errors(*CALL_ERRORS)},
+    openapi_extra={"requestBody": MODERATIONS_REQUEST},
+)
+async def moderations(request: Request, call: ModelCallDep) -> Response:
+    """OpenAI's moderation; `omni-moderation-latest` answers where no model is named."""
+    return await call_operation(request, call, "moderations", openai_format)
+
+
+@router.post(
+    "/images/generations",
+    response_class=Response,
+    responses={200: IMAGES_ANSWER, **openai_errors(*CALL_ERRORS)},
+    openapi_extra={"requestBody": IMAGES_REQUEST},
+)
+async def images(request: Request, call: ModelCallDep) -> Response:
+    """OpenAI's images; the model must be named, since the default one chats."""
+    return await call_operation(request, call, "images", openai_format)
+
+
+@router.post(
+    "/rerank",
+    response_class=Response,
+    responses={200: RERANK_ANSWER, **openai_errors(*CALL_ERRORS)},
+    openapi_extra={"requestBody": RERANK_REQUEST},
+)
+async def rerank(request: Request, call: ModelCallDep) -> Response:
+    """Cohere's ranking of documents, as LiteLLM offers it; the model must be named."""
+    return await call_operation(request, call, "rerank", openai_format)
+
+
 @router.post(
     "/chat/completions",
     response_class=Response,
@@ -245,7 +283,7 @@ async def chat_completions(request: Request, call: ModelCallDep) -> Response:
     generation = call.services.generation
     body = read_chat(await json_content(request), call.services.pass_litellm_fields)
     spec = call.spec(
-        body.as_request("chat", generation.default_model, _passed_headers(request)), streamed=body.stream
+        body.as_request("chat", generation.default_model, passed_headers(request)), streamed=body.stream
     )
     if body.stream:
         return EventStream(
@@ -267,7 +305,7 @@ async def embeddings(request: Request, call: ModelCallDep) -> Response:
     """OpenAI's embeddings; the model must be named, since the default one chats."""
     generation = call.services.generation
     body = read_embeddings(await json_content(request), call.services.pass_litellm_fields)
-    spec = call.spec(body.as_request("embeddings", generation.default_model, _passed_headers(request)))
+    spec = call.spec(body.as_request("embeddings", generation.default_model, passed_headers(request)))
     answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
     return Response(answer.reply.content, media_type=JSON)
 
@@ -293,9 +331,3 @@ async def model(model: str, _user: ModelCaller, services: ServicesDep) -> Respon
             "There is no such model. GET /v1/models lists them.", param="model", code="model_not_found"
         )
     return Response(json.dumps(entry), media_type=JSON)
-
-
-def _passed_headers(request: Request) -> dict[str, str]:
-    # The upstream knows no value that is not ASCII, and none can be sent.
-    given = ((name, request.headers.get(name, "")) for name in PASSED_HEADERS)
-    return {name: value for name, value in given if value and value.isascii()}

@@ -230,12 +230,13 @@ class ErrorBody(BaseModel):
 
 
 def event_schema(*names: str) -> dict[str, Any]:
-    """The shape of each event of a stream; its data is JSON, or the word that ends the stream."""
-    return {
-        "type": "object",
-        "required": ["data"],
-        "properties": {"event": {"type": "string", "enum": list(names)}, "data": {"type": "string"}},
-    }
+    """The shape of each event of a stream; its data is JSON, or the word that ends the stream.
+
+    Args:
+        names: The events' names, where this service knows all of them.
+    """
+    name = {"type": "string", **({"enum": list(names)} if names else {})}
+    return {"type": "object", "required": ["data"], "properties": {"event": name, "data": {"type": "string"}}}
 
 
 GENERATED: Final[dict[str, Any]] = {
@@ -385,3 +386,128 @@ MODELS: Final = _answer(
     {"object": "list", "data": [_MODEL_EXAMPLE]},
 )
 MODEL: Final = _answer("The model.", _MODEL_ENTRY, _MODEL_EXAMPLE)
+
+
+# ---- Operations of which this service reads little --------------------------------------------------------
+
+ANTHROPIC_REFERENCE: Final = "https://docs.anthropic.com/en/api"
+
+
+def _request(reference: str, properties: Schema, example: Schema, *required: str) -> dict[str, Any]:
+    return _body(
+        {
+            "type": "object",
+            **({"required": list(required)} if required else {}),
+            "description": f"The request ({reference}); other fields pass through.",
+            "properties": properties,
+        },
+        example,
+    )
+
+
+def _passed(description: str, field: str, example: Schema, stream: str | None = None) -> dict[str, Any]:
+    answer = _answer(
+        f"{description}, as the upstream gave it.", {"type": "object", "required": [field]}, example
+    )
+    if stream is not None:
+        answer["content"]["text/event-stream"] = {"schema": event_schema(), "example": stream}
+    return answer
+
+
+_NULLABLE_MODEL: Final[Schema] = {"anyOf": [_MODEL_NAME, {"type": "null"}]}
+_STREAM: Final[Schema] = {"type": ["boolean", "null"]}
+_TEXT_OR_LIST: Final[Schema] = {"anyOf": [{"type": "string"}, {"type": "array"}]}
+_MESSAGES: Final[Schema] = {"type": "array", "minItems": 1, "items": _ANY_OBJECT}
+
+RESPONSES_REQUEST: Final = _request(
+    f"{REFERENCE}/responses/create",
+    {"model": _NULLABLE_MODEL, "input": _TEXT_OR_LIST, "stream": _STREAM},
+    {"model": "demo", "input": "What is a trace?"},
+)
+RESPONSES_ANSWER: Final = _passed(
+    "The response; with `stream`, typed events",
+    "id",
+    {"id": "resp_123", "object": "response", "status": "completed", "output": [], "model": "demo"},
+    'event: response.completed\ndata: {"type":"response.completed","response":{"id":"resp_123"}}\n\n',
+)
+COMPLETIONS_REQUEST: Final = _request(
+    f"{REFERENCE}/completions/create",
+    {"model": _NULLABLE_MODEL, "prompt": _TEXT_OR_LIST, "stream": _STREAM},
+    {"model": "demo", "prompt": "A trace is"},
+    "prompt",
+)
+COMPLETIONS_ANSWER: Final = _passed(
+    "The completion; with `stream`, in pieces",
+    "choices",
+    {"id": "cmpl-123", "object": "text_completion", "choices": [{"index": 0, "text": " a path"}]},
+    'data: {"choices":[{"index":0,"text":" a path"}]}\n\ndata: [DONE]\n\n',
+)
+MODERATIONS_REQUEST: Final = _request(
+    f"{REFERENCE}/moderations/create",
+    {"model": _NULLABLE_MODEL, "input": _TEXT_OR_LIST},
+    {"input": "What is a trace?"},
+    "input",
+)
+MODERATIONS_ANSWER: Final = _passed("The moderation", "results", {"id": "modr-1", "results": []})
+IMAGES_REQUEST: Final = _request(
+    f"{REFERENCE}/images/create",
+    {"model": _MODEL_NAME, "prompt": {"type": "string"}},
+    {"model": "gpt-image-1", "prompt": "A trace"},
+    "model",
+    "prompt",
+)
+IMAGES_ANSWER: Final = _passed("The images", "data", {"created": 1700000000, "data": [{"b64_json": ""}]})
+RERANK_REQUEST: Final = _request(
+    "https://docs.cohere.com/reference/rerank",
+    {"model": _MODEL_NAME, "query": {"type": "string"}, "documents": {"type": "array"}},
+    {"model": "rerank-v3.5", "query": "What is a trace?", "documents": ["A path.", "A cat."]},
+    "model",
+    "query",
+    "documents",
+)
+RERANK_ANSWER: Final = _passed("The ranking", "results", {"results": [{"index": 0, "relevance_score": 0.9}]})
+MESSAGES_REQUEST: Final = _request(
+    f"{ANTHROPIC_REFERENCE}/messages",
+    {
+        "model": _NULLABLE_MODEL,
+        "messages": _MESSAGES,
+        "max_tokens": {"type": "integer"},
+        "stream": _STREAM,
+    },
+    {"model": "demo", "max_tokens": 100, "messages": [{"role": "user", "content": "What is a trace?"}]},
+    "messages",
+    "max_tokens",
+)
+MESSAGES_ANSWER: Final = _passed(
+    "The message; with `stream`, as events",
+    "content",
+    {"id": "msg_1", "type": "message", "role": "assistant", "content": [{"type": "text", "text": "A path."}]},
+    'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+)
+TOKENS_REQUEST: Final = _request(
+    f"{ANTHROPIC_REFERENCE}/messages-count-tokens",
+    {"model": _NULLABLE_MODEL, "messages": _MESSAGES},
+    {"model": "demo", "messages": [{"role": "user", "content": "What is a trace?"}]},
+    "messages",
+)
+TOKENS_ANSWER: Final = _passed("The number of tokens", "input_tokens", {"input_tokens": 14})
+
+
+class AnthropicError(OpenAiError):
+    """What went wrong, in Anthropic's fields and ours."""
+
+    type: str = Field(examples=["invalid_request_error"], description="Anthropic's type of the error.")
+    name: str = Field(examples=["BadRequestError"], description="The error's name, as everywhere here.")
+
+
+class AnthropicErrorBody(BaseModel):
+    """Every error's body under ``/v1/messages``."""
+
+    type: Literal["error"]
+    error: AnthropicError
+    request_id: str = Field(examples=["4bf92f3577b34da6a3ce929d0e0e4736"])
+
+
+def anthropic_errors(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI ``responses`` of a route of Anthropic's protocol with these errors."""
+    return errors(*kinds, model=AnthropicErrorBody)

@@ -90,7 +90,8 @@ class EventStream(Response):
         except Exception as error:
             if not sender.started:
                 raise
-            await sender.end_soon(self._format.error(record_late_error(error)))
+            found = record_late_error(error)
+            await sender.end_soon(b"" if found.told else self._format.error(found))
         else:
             await sender.end(done)
         finally:

@@ -21,6 +21,7 @@ from service.recording.record import CallRecord
 from service.telemetry import names
 from service.telemetry.instruments import Instruments
 from service.upstream.messages import MAX_CONTENT_CHARS, Completion, LlmRequest
+from service.upstream.operations import OPERATIONS
 from service.utils.deadline import Deadline
 
 Outcome = Literal["success", "cached", "error", "cancelled"]
@@ -177,7 +178,7 @@ class CallReport:
         return CallRecord(
             trace_id=format_trace_id(context.trace_id),
             span_id=format_span_id(context.span_id),
-            operation=spec.request.operation,
+            operation=OPERATIONS[spec.request.operation].genai,
             started_ns=outcome.started_ns,
             duration_s=outcome.duration_s,
             user=spec.user,

@@ -29,7 +29,8 @@ from service.telemetry import names
 from service.telemetry.events import upstream_fields
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
-from service.upstream.messages import PATHS, Completion, ModelList, Operation, Reply
+from service.upstream.messages import Completion, ModelList, Reply
+from service.upstream.operations import OPERATIONS, OperationName
 from service.upstream.stream import ALIVE, LlmStream, StreamEvent
 from service.utils.deadline import Deadline
 from service.utils.retry import Attempt, Progress, RetryBudget, RetryPolicy, retrying
@@ -203,11 +204,11 @@ class Generation:
             settings.retry_budget_ratio, settings.retry_budget_floor, settings.retry_budget_window_s
         )
 
-        def retried(operation: Operation, attempt: Attempt[P, T]) -> Attempt[P, T]:
+        def retried(operation: OperationName, attempt: Attempt[P, T]) -> Attempt[P, T]:
             return retrying(operation, policy, budget, instruments, breaker_open=self._breaker_open)(attempt)
 
-        self._whole = {operation: retried(operation, self._attempt) for operation in PATHS}
-        self._open = retried("chat", self._attempt_stream)
+        self._whole = {operation: retried(operation, self._attempt) for operation in OPERATIONS}
+        self._open = {operation: retried(operation, self._attempt_stream) for operation in OPERATIONS}
 
     def _breaker_open(self, call: _Call, *_held: object) -> bool:
         return self._connections.state == "open" or (call.passage is not None and call.passage.last_attempt)
@@ -263,7 +264,7 @@ class Generation:
                 passage = call.passage = held.enter_context(
                     self._circuits.call(spec.request.model, spec.user)
                 )
-                events = await self._open(call.progress, spec.deadline, call, held)
+                events = await self._open[spec.request.operation](call.progress, spec.deadline, call, held)
                 passage.answered()
             call.first_chunk_s = round(self._clock() - call.started_s, 6)
             self._report.answering(spec, call.outcome())

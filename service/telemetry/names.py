@@ -69,13 +69,19 @@ LLM_FIRST_CHUNK: Final = Metric(
     {"model": UPSTREAM_LISTED},
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 60),
 )
+OPERATION_NAMES: Final = (
+    *("chat", "embeddings", "completions", "responses", "messages", "count_tokens", "moderations"),
+    *("images", "rerank"),
+)
+"""The kinds of calls; ``service.upstream.operations`` has a row for each."""
+
 RETRY_ATTEMPTS: Final = Metric(
     "llmops.retry.attempts",
     "counter",
     "{attempt}",
     "Attempts by outcome",
     {
-        "operation": ("chat", "embeddings"),
+        "operation": OPERATION_NAMES,
         "outcome": ("success", "retried", "exhausted", "not_retryable", "deadline", "budget"),
         "error.type": ERROR_NAMES,
     },

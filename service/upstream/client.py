@@ -23,7 +23,6 @@ from service.upstream.errors import cause_of, timed_out, translate
 from service.upstream.large_answers import LARGE_BYTES
 from service.upstream.messages import (
     MAX_CONTENT_CHARS,
-    PATHS,
     LlmRequest,
     ModelList,
     Reply,
@@ -31,6 +30,7 @@ from service.upstream.messages import (
     read_models,
 )
 from service.upstream.offered_models import WILDCARD, OfferedModels
+from service.upstream.operations import OPERATIONS
 from service.upstream.reasons import load_rules
 from service.upstream.spans import AttemptSpan, AttemptSpans
 from service.upstream.stream import LlmStream, Reading
@@ -113,7 +113,7 @@ class LlmClient:
         self._sdk = sdk
         self._root = root
         # Absolute, so that the SDK does not join its base URL and the path for each request.
-        self._urls = {operation: f"{root}/v1{path}" for operation, path in PATHS.items()}
+        self._urls = {name: f"{root}/v1{operation.path}" for name, operation in OPERATIONS.items()}
         self._timeout_s = settings.llm_timeout_s
         self._connect_timeout_s = settings.llm_connect_timeout_s
         self._asks_for_usage = settings.stream_usage == "auto"
@@ -188,7 +188,11 @@ class LlmClient:
 
     async def _open_stream(self, request: LlmRequest, deadline: Deadline, span: AttemptSpan) -> LlmStream:
         """Ask for a stream with token counts at its end, and without them where the model refuses that."""
-        asks = self._asks_for_usage and request.model not in self._without_usage
+        asks = (
+            self._asks_for_usage
+            and OPERATIONS[request.operation].asks_for_usage
+            and request.model not in self._without_usage
+        )
         if not asks or request.asks_for_usage:
             return await self._begin_stream(request, deadline, span, with_usage=False)
         try:

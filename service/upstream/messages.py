@@ -9,17 +9,24 @@ import time
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 from cachetools import TTLCache
 
 from service.upstream.errors import answer_too_large, error_of, from_event, invalid_answer
 from service.upstream.large_answers import LARGE_BYTES, read_large
+from service.upstream.operations import (
+    MAX_CHOICES,
+    MAX_NAME_CHARS,
+    OPERATIONS,
+    Facts,
+    NoAnswerError,
+    OperationName,
+    number_of,
+)
 
-Operation = Literal["chat", "embeddings"]
-
-PATHS: Final[Mapping[Operation, str]] = {"chat": "/chat/completions", "embeddings": "/embeddings"}
-"""Where each operation's requests go, below ``/v1``."""
+READ_IN_PART: Final = frozenset({"chat", "embeddings", "images"})
+"""Operations of whose large answers only the fields are read that this service needs."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class LlmRequest:
     """One request in OpenAI's format.
 
     Args:
-        operation: The GenAI operation.
+        operation: Names what is asked, in ``OPERATIONS``.
         model: The model that is asked.
         body: The request, parsed; for telemetry, and to recognise the caller's text in an upstream's error.
         content: The bytes that are sent.
@@ -36,7 +43,7 @@ class LlmRequest:
             not an invalid answer.
     """
 
-    operation: Operation
+    operation: OperationName
     model: str
     body: Mapping[str, Any]
     content: bytes
@@ -79,12 +86,8 @@ def to_json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
-MAX_NAME_CHARS = 256
 MAX_MODELS_BYTES = 2_097_152
 """The largest list of models. All of it becomes objects, which holds up the process for some 30 ms."""
-
-MAX_COUNT = 100_000_000
-"""The largest token count of one call that is believed; the largest context windows are a tenth of it."""
 
 MAX_COST = 1_000.0
 """The largest cost of one call that is believed, in US dollars."""
@@ -93,10 +96,10 @@ UNUSABLE_INTERVAL_S = 3_600.0
 MAX_UNUSABLE = 100
 """How often an unusable number of one model is logged, and how many of them in that time."""
 
-MAX_CHOICES = 128
 MAX_CONTENT_CHARS = 65_536
 """How much of a prompt, and of an answer, is kept where a setting lets content be captured."""
 
+COUNTS: Final = ("prompt_tokens", "completion_tokens", "total_tokens", "input_tokens", "output_tokens")
 COST_HEADER = "x-litellm-response-cost"
 ORIGINAL_COST_HEADER = "x-litellm-response-cost-original"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -110,7 +113,8 @@ class Completion:
 
     The token counts, and the cost in US dollars, are None where the upstream sent none. ``estimated`` is true
     where the number of a stream's events stands in for its completion tokens. ``id`` and ``finish_reasons``
-    are the upstream's.
+    are the upstream's. The tokens of the provider's cache are a part of the prompt's, those of reasoning a
+    part of the completion's.
     """
 
     text: str
@@ -122,6 +126,9 @@ class Completion:
     estimated: bool = False
     id: str | None = None
     finish_reasons: tuple[str, ...] = ()
+    cache_read_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    reasoning_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -174,9 +181,14 @@ def read_object(content: bytes) -> dict[str, Any]:
     return payload
 
 
-def read_needed(content: bytes) -> dict[str, Any]:
-    """Read an answer, of a large one only what this service needs; ``UpstreamError`` if it is no object."""
-    if len(content) <= LARGE_BYTES:
+def read_needed(content: bytes, *, in_part: bool = True) -> dict[str, Any]:
+    """Read an answer; ``UpstreamError`` if it is no object.
+
+    Args:
+        content: The answer.
+        in_part: Whether only what this service needs is read of a large one.
+    """
+    if len(content) <= LARGE_BYTES or not in_part:
         return read_object(content)
     # One choice more than are permitted, so that too many are seen to be too many.
     return read_large(content.removeprefix(BOM_UTF8), MAX_CHOICES + 1)
@@ -191,67 +203,49 @@ def read_answer(
         UpstreamError: It is no answer.
         ServiceError: It is an error with the status of an answer.
     """
-    payload = read_needed(content)
+    payload = read_needed(content, in_part=request.operation in READ_IN_PART)
     error = error_of(payload)
-    if error is not None:
+    # A response has a field of this name, and is an answer also where it failed.
+    if error is not None and payload.get("object") != "response":
         # Beside choices too: they are a part of an answer, and would be stored as a whole one.
         raise from_event(error, headers, request.body, known_model=known_model)
-    if request.operation == "embeddings":
-        if not isinstance(payload.get("data"), list):
-            raise invalid_answer()
-        text = ""
-        reasons: tuple[str, ...] = ()
-    else:
-        choices = payload.get("choices")
-        if not isinstance(choices, list) or not choices:
-            raise invalid_answer()
-        message = choices[0].get("message") if isinstance(choices[0], dict) else None
-        if not isinstance(message, dict):
-            raise invalid_answer()
-        # A refusal, or a call of tools, has no content.
-        said = message.get("content")
-        text = message.get("refusal") or "" if said is None else said
-        if not isinstance(text, str):
-            if not request.verbatim:
-                raise invalid_answer()
-            text = ""
-        reasons = tuple(
-            choice["finish_reason"][:MAX_NAME_CHARS]
-            for choice in choices[:MAX_CHOICES]
-            if isinstance(choice, dict) and isinstance(choice.get("finish_reason"), str)
-        )
-    usage = counts_of(payload)
-    unusable_numbers.log(request.model, headers, usage)
-    completion = Completion(
-        text=text,
-        model=name_of(payload, "model") or request.model,
-        prompt_tokens=count(usage.get("prompt_tokens")),
-        completion_tokens=count(usage.get("completion_tokens")),
-        total_tokens=count(usage.get("total_tokens")),
-        cost=cost_of(headers, usage),
-        id=name_of(payload, "id"),
-        finish_reasons=reasons,
+    try:
+        facts = OPERATIONS[request.operation].read(payload)
+    except NoAnswerError:
+        raise invalid_answer() from None
+    if facts.text is None and not request.verbatim:
+        raise invalid_answer()
+    return Reply(content, completion_of(request, facts, headers))
+
+
+def completion_of(
+    request: LlmRequest, facts: Facts, headers: Mapping[str, str], pieces: int = 0
+) -> Completion:
+    """What is known of an answer.
+
+    Args:
+        request: What was asked.
+        facts: What was read from the answer, whole or as far as it came.
+        headers: Its header fields, which may hold the cost.
+        pieces: The number of a stream's pieces, which stand in for tokens where there is no count.
+    """
+    unusable_numbers.log(request.model, headers, facts.usage)
+    counts = OPERATIONS[request.operation].count(facts.usage)
+    estimated = counts.completion is None and pieces > 0
+    return Completion(
+        text=facts.text or "",
+        model=facts.model or request.model,
+        prompt_tokens=counts.prompt,
+        completion_tokens=pieces if estimated else counts.completion,
+        total_tokens=counts.total,
+        cost=cost_of(headers, facts.usage),
+        estimated=estimated,
+        id=facts.id,
+        finish_reasons=tuple(reason for _, reason in sorted(facts.finish_reasons.items())),
+        cache_read_tokens=counts.cache_read,
+        cache_write_tokens=counts.cache_write,
+        reasoning_tokens=counts.reasoning,
     )
-    return Reply(content, completion)
-
-
-def name_of(payload: Mapping[str, Any], field: str) -> str | None:
-    """A name in the answer, of bounded length; None where there is none."""
-    value = payload.get(field)
-    return value[:MAX_NAME_CHARS] if isinstance(value, str) and value else None
-
-
-def counts_of(payload: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The answer's ``usage``; empty where there is none."""
-    usage = payload.get("usage")
-    return usage if isinstance(usage, dict) else {}
-
-
-def count(value: object) -> int | None:
-    """A token count; None for anything else."""
-    # A number that OTLP cannot encode would make every later export of metrics fail, and one that cannot be
-    # true would stay in the sums.
-    return value if type(value) is int and 0 <= value <= MAX_COUNT else None
 
 
 def cost_of(headers: Mapping[str, str], usage: Mapping[str, Any]) -> float | None:
@@ -321,9 +315,9 @@ class UnusableNumbers:
 
 def _unusable(headers: Mapping[str, str], usage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The place of each unusable number, and what is wrong with it."""
-    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+    for name in COUNTS:
         tokens = usage.get(name)
-        if tokens is not None and count(tokens) is None:
+        if tokens is not None and number_of(tokens) is None:
             whole = type(tokens) is int
             yield f"usage.{name}", _problem(tokens) if whole else "not a whole number"
     for place, cost in _offered_costs(headers, usage):

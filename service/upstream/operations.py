@@ -5,14 +5,18 @@ limits, records and telemetry are the same for every row. This module imports no
 each of its modules can ask an operation what to do.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Protocol
 
 MAX_NAME_CHARS: Final = 256
 MAX_CHOICES: Final = 128
 MAX_COUNT: Final = 100_000_000
 """The largest token count of one call that is believed; the largest context windows are a tenth of it."""
+
+NamedEvent = tuple[Mapping[str, Any], str | None]
+"""The data of an event, and its name where it has one."""
 
 Shape = Literal["openai", "anthropic"]
 """Whose format the errors of a route have."""
@@ -44,24 +48,26 @@ class Facts:
     """What this service reads from an answer, whole or the events of a stream so far.
 
     Args:
-        text: The text of the answer; of a stream, of this event.
+        text: The text of the answer; of a stream, of this event. None where the text is of an unknown type.
         id: The upstream's id.
         model: The model that answered.
         usage: The upstream's ``usage``, as it is; it may hold the cost.
         finish_reasons: Why each choice ended, by its index.
-        content: Of a stream: whether the event holds a piece of the answer.
+        pieces: Of a stream: how many pieces of the answer the event holds.
+        usage_only: Of a stream: whether the event holds token counts and nothing else.
         ends: Of a stream: whether the event is the last one.
-        error: Of a stream: what the event says about an error; None where it is none.
+        failure: Of a stream: what a last event says about why the answer failed; None where it did not.
     """
 
-    text: str = ""
+    text: str | None = ""
     id: str | None = None
     model: str | None = None
     usage: Mapping[str, Any] = field(default_factory=dict)
     finish_reasons: Mapping[int, str] = field(default_factory=dict)
-    content: bool = False
+    pieces: int = 0
+    usage_only: bool = False
     ends: bool = False
-    error: Mapping[str, Any] | None = None
+    failure: Mapping[str, Any] | None = None
 
 
 class NoAnswerError(ValueError):
@@ -72,7 +78,21 @@ class ReadEvent(Protocol):
     """Reads one event of a stream."""
 
     def __call__(self, payload: Mapping[str, Any], name: str, /) -> Facts:
-        """The event's facts; ``payload`` is its data, ``name`` its ``event`` field, empty where it has none."""
+        """The facts in an event; ``payload`` is its data, ``name`` its ``event`` field, empty without one."""
+
+
+OperationName = Literal[
+    "chat",
+    "embeddings",
+    "completions",
+    "responses",
+    "messages",
+    "count_tokens",
+    "moderations",
+    "images",
+    "rerank",
+]
+"""Names an operation on metrics and in ``OPERATIONS``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,34 +100,38 @@ class Operation:
     """One kind of call.
 
     Args:
-        name: Names it on metrics; one of a closed set.
         path: Where its requests go, below ``/v1``, here and upstream.
         genai: The value of ``gen_ai.operation.name``.
         read: Reads a whole answer; raises ``NoAnswerError``.
         count: Reads a ``usage``.
         read_event: Reads an event of a stream; None where the operation has no streams.
+        whole_as_events: Makes the events of a stream of a whole answer, for providers that answer a stream
+            with one; each is the data and, where the protocol has one, the event's name.
         ends_with_done: Whether only ``[DONE]`` ends a stream; otherwise an event does.
         shape: Whose format errors have.
         cacheable: Whether answers may be stored, and shared by equal calls.
         asks_for_usage: Whether streams have to be asked for their token counts.
         needs_model: Whether a request must name a model; otherwise the default model answers.
         fields: The fields that a request must have, with their types.
-        binary: Whether the answer is bytes of any type, which are passed on as they come.
+        metadata: Whether the protocol has ``metadata``: texts by their names. LiteLLM has a field of this name
+            too, which steers it by lists and objects.
+        default_model: The model of a request that names none, where it is not the service's default one.
     """
 
-    name: str
     path: str
     genai: str
     read: Callable[[Mapping[str, Any]], Facts]
     count: Callable[[Mapping[str, Any]], Counts]
     read_event: ReadEvent | None = None
+    whole_as_events: Callable[[Mapping[str, Any]], Iterator[NamedEvent]] | None = None
     ends_with_done: bool = True
     shape: Shape = "openai"
     cacheable: bool = False
     asks_for_usage: bool = False
     needs_model: bool = False
     fields: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
-    binary: bool = False
+    metadata: bool = False
+    default_model: str | None = None
 
 
 def number_of(value: object) -> int | None:
@@ -187,7 +211,7 @@ def count_nothing(_usage: Mapping[str, Any]) -> Counts:
 # ---- Whole answers -------------------------------------------------------------------------------------
 
 
-def _facts(payload: Mapping[str, Any], text: str, reasons: Mapping[int, str] | None = None) -> Facts:
+def _facts(payload: Mapping[str, Any], text: str | None, reasons: Mapping[int, str] | None = None) -> Facts:
     return Facts(
         text=text,
         id=name_of(payload, "id"),
@@ -195,6 +219,20 @@ def _facts(payload: Mapping[str, Any], text: str, reasons: Mapping[int, str] | N
         usage=object_of(payload, "usage"),
         finish_reasons=reasons or {},
     )
+
+
+def read_chat(payload: Mapping[str, Any]) -> Facts:
+    """A chat completion."""
+    choices = payload.get("choices")
+    if not isinstance(choices, list) or not choices:
+        raise NoAnswerError
+    message = choices[0].get("message") if isinstance(choices[0], dict) else None
+    if not isinstance(message, dict):
+        raise NoAnswerError
+    # A refusal, or a call of tools, has no content.
+    said = message.get("content")
+    text = message.get("refusal") or "" if said is None else said
+    return _facts(payload, text if isinstance(text, str) else None, _reasons(objects_of(payload, "choices")))
 
 
 def read_completion(payload: Mapping[str, Any]) -> Facts:
@@ -264,17 +302,43 @@ def _reasons(choices: list[Mapping[str, Any]]) -> dict[int, str]:
 # ---- Events of streams ---------------------------------------------------------------------------------
 
 
+def read_chat_event(payload: Mapping[str, Any], _name: str) -> Facts:
+    """An event of a chat completion."""
+    choices = objects_of(payload, "choices")
+    deltas = [(number_of(one.get("index")), object_of(one, "delta")) for one in choices]
+    usage = object_of(payload, "usage")
+    return Facts(
+        text="".join(text_of(delta.get("content")) for index, delta in deltas if index in {0, None}),
+        id=name_of(payload, "id"),
+        model=name_of(payload, "model"),
+        usage=usage,
+        finish_reasons=_reasons(choices),
+        pieces=sum(any(value for name, value in delta.items() if name != "role") for _, delta in deltas),
+        usage_only=bool(usage) and not any(map(_has_content, payload.get("choices") or ())),
+    )
+
+
+def _has_content(choice: object) -> bool:
+    """Whether a choice holds more than its index; LiteLLM sends an empty one with the usage."""
+    if not isinstance(choice, dict):
+        return True
+    delta = choice.get("delta")
+    content = any(delta.values()) if isinstance(delta, dict) else bool(delta)
+    return content or any(value for name, value in choice.items() if name not in {"index", "delta"})
+
+
 def read_completion_event(payload: Mapping[str, Any], _name: str) -> Facts:
     """An event of a completion of the older protocol."""
     choices = objects_of(payload, "choices")
-    text = "".join(text_of(one.get("text")) for one in choices if one.get("index", 0) == 0)
+    usage = object_of(payload, "usage")
     return Facts(
-        text=text,
+        text="".join(text_of(one.get("text")) for one in choices if one.get("index", 0) == 0),
         id=name_of(payload, "id"),
         model=name_of(payload, "model"),
-        usage=object_of(payload, "usage"),
+        usage=usage,
         finish_reasons=_reasons(choices),
-        content=any(one.get("text") for one in choices),
+        pieces=sum(bool(one.get("text")) for one in choices),
+        usage_only=bool(usage) and not choices,
     )
 
 
@@ -285,31 +349,27 @@ def read_response_event(payload: Mapping[str, Any], name: str) -> Facts:
     """An event of a response; its type is in the data, and in its name too."""
     kind = text_of(payload.get("type")) or name
     response = object_of(payload, "response")
-    if kind == "error":
-        return Facts(error=object_of(payload, "error") or payload)
     if kind in RESPONSE_ENDS:
         read = read_response({"output": [], **response})
-        # A response that failed is an answer: the client's library reads its error from the event.
-        return Facts(
-            id=read.id,
-            model=read.model,
-            usage=read.usage,
-            finish_reasons=read.finish_reasons,
-            ends=True,
+        return replace(
+            read, text="", ends=True, failure=_failure(response) if kind == "response.failed" else None
         )
     return Facts(
         text=text_of(payload.get("delta")) if kind == "response.output_text.delta" else "",
         id=name_of(response, "id"),
         model=name_of(response, "model"),
-        content=kind.endswith(".delta"),
+        pieces=int(kind.endswith(".delta")),
     )
+
+
+def _failure(response: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Why a response failed; the client's library reads it from the event itself."""
+    return object_of(response, "error")
 
 
 def read_message_event(payload: Mapping[str, Any], name: str) -> Facts:
     """An event of a message of Anthropic's protocol."""
     match text_of(payload.get("type")) or name:
-        case "error":
-            return Facts(error=object_of(payload, "error") or payload)
         case "message_start":
             message = object_of(payload, "message")
             return Facts(
@@ -318,7 +378,7 @@ def read_message_event(payload: Mapping[str, Any], name: str) -> Facts:
         case "content_block_delta":
             delta = object_of(payload, "delta")
             text = text_of(delta.get("text")) if delta.get("type") == "text_delta" else ""
-            return Facts(text=text, content=True)
+            return Facts(text=text, pieces=1)
         case "message_delta":
             reason = name_of(object_of(payload, "delta"), "stop_reason")
             return Facts(usage=object_of(payload, "usage"), finish_reasons={0: reason} if reason else {})
@@ -326,3 +386,158 @@ def read_message_event(payload: Mapping[str, Any], name: str) -> Facts:
             return Facts(ends=True)
         case _:
             return Facts()
+
+
+# ---- Whole answers as streams ----------------------------------------------------------------------------
+
+
+def chat_as_events(answer: Mapping[str, Any]) -> Iterator[NamedEvent]:
+    """A chat completion: for each choice a chunk with all of it and one with its end; then the counts."""
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or not 0 < len(choices) <= MAX_CHOICES:
+        raise NoAnswerError
+    if not all(isinstance(choice, dict) for choice in choices):
+        raise NoAnswerError
+    head = {name: value for name, value in answer.items() if name not in {"choices", "usage"}}
+    head["object"] = "chat.completion.chunk"
+    for place, choice in enumerate(choices):
+        message = choice.get("message")
+        if not isinstance(message, dict):
+            raise NoAnswerError
+        end = {"index": choice.get("index", place), "finish_reason": choice.get("finish_reason")}
+        more = {name: value for name, value in choice.items() if name not in {"message", *end}}
+        delta = {"role": "assistant", **message}
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            delta["tool_calls"] = [
+                {"index": number, **call} for number, call in enumerate(calls) if isinstance(call, dict)
+            ]
+        yield {**head, "choices": [{**more, **end, "delta": delta, "finish_reason": None}]}, None
+        yield {**head, "choices": [{**end, "delta": {}}]}, None
+    if isinstance(answer.get("usage"), dict):
+        yield {**head, "choices": [], "usage": answer["usage"]}, None
+
+
+def completion_as_events(answer: Mapping[str, Any]) -> Iterator[NamedEvent]:
+    """A completion of the older protocol, whose chunks have its shape."""
+    read_completion(answer)
+    yield answer, None
+
+
+def message_as_events(answer: Mapping[str, Any]) -> Iterator[NamedEvent]:
+    """A message of Anthropic's protocol: each block starts, comes in one piece, and stops."""
+    read_message(answer)
+    usage = object_of(answer, "usage")
+    start = {**answer, "content": [], "stop_reason": None, "stop_sequence": None}
+    yield {"type": "message_start", "message": start}, "message_start"
+    for index, block in enumerate(answer["content"]):
+        if not isinstance(block, dict):
+            raise NoAnswerError
+        opening, deltas = _block_as_deltas(block)
+        yield {"type": "content_block_start", "index": index, "content_block": opening}, "content_block_start"
+        for delta in deltas:
+            yield {"type": "content_block_delta", "index": index, "delta": delta}, "content_block_delta"
+        yield {"type": "content_block_stop", "index": index}, "content_block_stop"
+    end = {name: answer.get(name) for name in ("stop_reason", "stop_sequence")}
+    yield {"type": "message_delta", "delta": end, "usage": usage}, "message_delta"
+    yield {"type": "message_stop"}, "message_stop"
+
+
+def _block_as_deltas(block: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    """A block as it starts, and what completes it; a block of another type is whole at its start."""
+    match block.get("type"):
+        case "text":
+            opening = {**block, "text": ""}
+            return opening, [{"type": "text_delta", "text": block.get("text")}]
+        case "thinking":
+            opening = {**block, "thinking": "", "signature": ""}
+            return opening, [
+                {"type": "thinking_delta", "thinking": block.get("thinking")},
+                {"type": "signature_delta", "signature": block.get("signature")},
+            ]
+        case "tool_use" | "server_tool_use":
+            given = json.dumps(block.get("input"), separators=(",", ":"))
+            return {**block, "input": {}}, [{"type": "input_json_delta", "partial_json": given}]
+        case _:
+            return block, []
+
+
+OPERATIONS: Final[Mapping[OperationName, Operation]] = {
+    "chat": Operation(
+        path="/chat/completions",
+        genai="chat",
+        read=read_chat,
+        count=count_openai,
+        read_event=read_chat_event,
+        whole_as_events=chat_as_events,
+        cacheable=True,
+        asks_for_usage=True,
+    ),
+    "embeddings": Operation(
+        path="/embeddings", genai="embeddings", read=reads_list("data"), count=count_openai, needs_model=True
+    ),
+    "completions": Operation(
+        path="/completions",
+        genai="text_completion",
+        read=read_completion,
+        count=count_openai,
+        read_event=read_completion_event,
+        whole_as_events=completion_as_events,
+        asks_for_usage=True,
+        fields={"prompt": (str, list)},
+    ),
+    "responses": Operation(
+        path="/responses",
+        genai="chat",
+        read=read_response,
+        count=count_responses,
+        read_event=read_response_event,
+        ends_with_done=False,
+        metadata=True,
+    ),
+    "messages": Operation(
+        path="/messages",
+        genai="chat",
+        read=read_message,
+        count=count_messages,
+        read_event=read_message_event,
+        whole_as_events=message_as_events,
+        ends_with_done=False,
+        shape="anthropic",
+        fields={"messages": (list,), "max_tokens": (int,)},
+        metadata=True,
+    ),
+    "count_tokens": Operation(
+        path="/messages/count_tokens",
+        genai="count_tokens",
+        read=read_token_count,
+        count=count_nothing,
+        shape="anthropic",
+        fields={"messages": (list,)},
+    ),
+    "moderations": Operation(
+        path="/moderations",
+        genai="moderation",
+        read=reads_list("results"),
+        count=count_nothing,
+        fields={"input": (str, list)},
+        default_model="omni-moderation-latest",
+    ),
+    "images": Operation(
+        path="/images/generations",
+        genai="image_generation",
+        read=reads_list("data"),
+        count=count_responses,
+        needs_model=True,
+        fields={"prompt": (str,)},
+    ),
+    "rerank": Operation(
+        path="/rerank",
+        genai="rerank",
+        read=reads_list("results"),
+        count=count_openai,
+        needs_model=True,
+        fields={"query": (str,), "documents": (list,)},
+    ),
+}
+"""Every operation. The paths stand below ``/v1``, here and at LiteLLM."""

@@ -1,8 +1,9 @@
 """The GenAI span and metrics of each attempt."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as gen_ai
@@ -16,6 +17,15 @@ from service.telemetry.events import upstream_fields
 from service.telemetry.names import ATTR_LLM_COST, ATTR_LLM_ESTIMATED, LLM_PROVIDER
 from service.telemetry.providers import Telemetry
 from service.upstream.messages import Completion, LlmRequest
+from service.upstream.operations import MAX_NAME_CHARS, OPERATIONS
+
+MAX_TOKENS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+"""Where the protocols have the limit of an answer's tokens."""
+
+MAX_STOPS: Final = 8
+MAX_STOP_CHARS: Final = 64
+MAX_ID_CHARS: Final = 512
+"""How much of a caller's values stands on a span. LiteLLM's ids of responses have some 400 characters."""
 
 
 class AttemptSpan:
@@ -78,7 +88,7 @@ class AttemptSpans:
 
     def _start(self, request: LlmRequest, *, stream: bool) -> InferenceInvocation | EmbeddingInvocation:
         invocation: InferenceInvocation | EmbeddingInvocation
-        if request.operation == "embeddings":
+        if OPERATIONS[request.operation].genai == "embeddings":
             invocation = self._handler.embedding(
                 LLM_PROVIDER,
                 request_model=request.model,
@@ -91,14 +101,10 @@ class AttemptSpans:
                 request_model=request.model,
                 server_address=self._address,
                 server_port=self._port,
+                operation_name=OPERATIONS[request.operation].genai,
+                conversation_id=_conversation_of(request.body),
             )
-            temperature = request.body.get("temperature")
-            if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
-                # A double, as the conventions have it: OTLP cannot encode an integer of more than 64 bits.
-                invocation.temperature = float(temperature)
-            max_tokens = request.body.get("max_tokens")
-            if type(max_tokens) is int:
-                invocation.max_tokens = max_tokens
+            _describe_request(invocation, request.body)
             if stream:
                 invocation.request_stream = True
         invocation.metric_attributes[gen_ai.GEN_AI_REQUEST_MODEL] = self._known(request.model)
@@ -118,6 +124,9 @@ class AttemptSpans:
         if isinstance(invocation, EmbeddingInvocation):
             return
         invocation.response_id = completion.id
+        invocation.cache_read_input_tokens = completion.cache_read_tokens
+        invocation.cache_write_input_tokens = completion.cache_write_tokens
+        invocation.thinking_tokens = completion.reasoning_tokens
         if completion.finish_reasons:
             invocation.finish_reasons = completion.finish_reasons
         if completion.estimated and completion.completion_tokens is not None:
@@ -126,3 +135,53 @@ class AttemptSpans:
             invocation.attributes[ATTR_LLM_ESTIMATED] = True
         else:
             invocation.output_tokens = completion.completion_tokens
+
+
+def _describe_request(invocation: InferenceInvocation, body: Mapping[str, Any]) -> None:
+    """Put on the span what was asked for, in the conventions' names, whichever protocol names it."""
+    invocation.temperature = _double(body.get("temperature"))
+    invocation.top_p = _double(body.get("top_p"))
+    invocation.frequency_penalty = _double(body.get("frequency_penalty"))
+    invocation.presence_penalty = _double(body.get("presence_penalty"))
+    limits = (_integer(body.get(name)) for name in MAX_TOKENS)
+    invocation.max_tokens = next((limit for limit in limits if limit is not None), None)
+    invocation.seed = _integer(body.get("seed"))
+    invocation.top_k = _integer(body.get("top_k"))
+    choices = _integer(body.get("n"))
+    # The conventions leave the usual number out.
+    invocation.request_choice_count = None if choices == 1 else choices
+    stop = body.get("stop", body.get("stop_sequences"))
+    sequences = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
+    kept = [one[:MAX_STOP_CHARS] for one in sequences[:MAX_STOPS] if isinstance(one, str)]
+    invocation.stop_sequences = kept or None
+    reasoning = body.get("reasoning")
+    effort = body.get("reasoning_effort") or (
+        reasoning.get("effort") if isinstance(reasoning, dict) else None
+    )
+    if isinstance(effort, str):
+        invocation.data.request_reasoning_level = effort[:MAX_NAME_CHARS]
+    previous = body.get("previous_response_id")
+    if isinstance(previous, str):
+        invocation.data.request_previous_response_id = previous[:MAX_ID_CHARS]
+
+
+def _conversation_of(body: Mapping[str, Any]) -> str | None:
+    """The id of the conversation that a response belongs to."""
+    given = body.get("conversation")
+    name = given.get("id") if isinstance(given, dict) else given
+    return name[:MAX_ID_CHARS] if isinstance(name, str) and name else None
+
+
+def _double(value: object) -> float | None:
+    """A number as a double, as the conventions have it; None for anything else, and for what is none."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def _integer(value: object) -> int | None:
+    """An integer of 64 bits, as OTLP encodes it; None for anything else."""
+    return value if type(value) is int and -(2**63) <= value < 2**63 else None

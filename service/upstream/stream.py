@@ -11,21 +11,11 @@ from typing import Any, Final, Self
 
 import httpx2
 
-from service.errors import UpstreamError
+from service.errors import ServiceError, UpstreamError
 from service.upstream.errors import error_of, from_event, from_transport, invalid_answer
 from service.upstream.large_answers import LARGE_BYTES
-from service.upstream.messages import (
-    MAX_CHOICES,
-    MAX_NAME_CHARS,
-    Completion,
-    LlmRequest,
-    cost_of,
-    count,
-    counts_of,
-    name_of,
-    read_object,
-    unusable_numbers,
-)
+from service.upstream.messages import Completion, LlmRequest, completion_of, read_object
+from service.upstream.operations import MAX_CHOICES, OPERATIONS, Facts, NoAnswerError
 from service.upstream.spans import AttemptSpan
 
 END_OF_EVENT = re.compile(rb"(\r\n\r\n|\n\n|\r\r|\n\r\n|\r\n\n)[\r\n]*")
@@ -195,17 +185,19 @@ class LlmStream:
         self._bytes = response.aiter_raw()
         self._events = self._read()
         self._first: StreamEvent | None = None
-        self._ended = False
+        self._started = self._ended = False
         self._request = request
         self._span = span
         self._known_model = known_model
-        self._deltas = 0
+        self._operation = OPERATIONS[request.operation]
+        self._pieces = 0
         self._keep_chars = reading.keep_chars
         self._kept: list[str] = []
         self._id: str | None = None
         self._model: str | None = None
-        self._usage = counts_of({})
+        self._usage: dict[str, Any] = {}
         self._reasons: dict[int, str] = {}
+        self._failure: ServiceError | None = None
         self.error = b""
         """The event that is an error, as it came; empty where there is none."""
 
@@ -226,20 +218,15 @@ class LlmStream:
 
     def completion(self) -> Completion:
         """What is known of the answer so far; without the upstream's count, the deltas are the tokens."""
-        usage = self._usage
-        unusable_numbers.log(self._request.model, self._response.headers, usage)
-        counted = count(usage.get("completion_tokens"))
-        estimated = counted is None and self._deltas > 0
-        return Completion(
+        return completion_of(self._request, self._facts(), self._response.headers, self._pieces)
+
+    def _facts(self) -> Facts:
+        return Facts(
             text="".join(self._kept),
-            model=self._model or self._request.model,
-            prompt_tokens=count(usage.get("prompt_tokens")),
-            completion_tokens=self._deltas if estimated else counted,
-            total_tokens=count(usage.get("total_tokens")),
-            cost=cost_of(self._response.headers, usage),
-            estimated=estimated,
             id=self._id,
-            finish_reasons=tuple(reason for _, reason in sorted(self._reasons.items())),
+            model=self._model,
+            usage=self._usage,
+            finish_reasons=self._reasons,
         )
 
     async def aclose(self) -> None:
@@ -269,7 +256,7 @@ class LlmStream:
                             if event is not None:
                                 alive = False
                                 yield event
-                            elif self._ended:
+                            if self._is_over():
                                 return
                     except EventTooLargeError:
                         raise invalid_answer() from None
@@ -278,10 +265,16 @@ class LlmStream:
         except httpx2.HTTPError as error:
             raise from_transport(error) from None
         # Some servers close the connection without the empty line that would end their last event.
-        if data_of(decoder.rest) == DONE:
+        if data_of(decoder.rest) == DONE and self._operation.ends_with_done:
             self._end()
             return
         raise UpstreamError("The model's side ended its answer too early. Try again.", label="Cut off")
+
+    def _is_over(self) -> bool:
+        """Whether the last event was read; raises what it says about why the answer failed."""
+        if self._failure is not None:
+            raise self._failure
+        return self._ended
 
     async def _server_sent(self) -> AsyncGenerator[bytes, None]:
         """The body as server-sent events.
@@ -313,10 +306,22 @@ class LlmStream:
         async for data in self._bytes:
             whole += data
             yield b""
-        answer = await self._parse(bytes(whole))
-        chunks = chunks_of(answer) if error_of(answer) is None else iter([answer])
-        for chunk in chunks:
-            yield event(json.dumps(chunk, separators=(",", ":")).encode())
+        for raw in self._events_of(await self._parse(bytes(whole))):
+            yield raw
+
+    def _events_of(self, answer: Mapping[str, Any]) -> Iterator[bytes]:
+        """A whole answer as the events of a stream; an error is one event."""
+        make = self._operation.whole_as_events
+        if error_of(answer) is not None:
+            yield event(json.dumps(answer).encode())
+        elif make is None:
+            raise invalid_answer()
+        else:
+            try:
+                for data, name in make(answer):
+                    yield event(json.dumps(data, separators=(",", ":")).encode(), name)
+            except NoAnswerError:
+                raise invalid_answer() from None
         yield event(DONE)
 
     async def _parse(self, data: bytes, event_name: bytes = b"") -> dict[str, Any]:
@@ -326,7 +331,7 @@ class LlmStream:
         return await loop.run_in_executor(self._readers, _read_payload, data, event_name)
 
     def _end(self) -> None:
-        if self._deltas == 0 and not self._reasons:
+        if self._pieces == 0 and not self._reasons:
             raise invalid_answer()
         self._ended = True
 
@@ -334,51 +339,57 @@ class LlmStream:
         """One event of the answer; None for what is none: its end, a comment, a ping."""
         data, name = data_of(raw), name_of_event(raw)
         if data == DONE:
-            self._end()
+            # Where an event ends a stream, as in Responses, this one says nothing.
+            if self._operation.ends_with_done:
+                self._end()
             return None
         if name == PING or not (data or name == ERROR):
-            return None
+            return self._ping(raw) if data else None
         payload = await self._parse(data, name)
         if payload.get("type") == PING.decode():
-            return None
+            return self._ping(raw)
         said = error_of(payload, is_error=name == ERROR)
-        if said is not None:
+        if said is not None and not self._is_part(payload):
             self.error = raw
             raise from_event(said, self._response.headers, self._request.body, known_model=self._known_model)
         self._span.record_chunk()
-        self._id = self._id or name_of(payload, "id")
-        self._model = self._model or name_of(payload, "model")
-        usage = counts_of(payload)
-        self._usage = usage or self._usage
-        choices = payload.get("choices")
-        if not isinstance(choices, list):
-            choices = []
-        text = self._collect(choices)
-        if text and self._keep_chars > 0:
-            self._kept.append(text[: self._keep_chars])
-            self._keep_chars -= len(text)
-        usage_only = bool(usage) and not any(map(_has_content, choices))
-        return StreamEvent(raw, text, usage_only, payload)
+        self._started = True
+        facts = self._take(payload, name.decode("utf-8", "replace"))
+        return StreamEvent(raw, facts.text or "", facts.usage_only, payload)
 
-    def _collect(self, choices: list[Any]) -> str:
-        """Collect the finish reasons and count the deltas; the first choice's text."""
-        text = ""
-        for place, choice in enumerate(choices[:MAX_CHOICES]):
-            if not isinstance(choice, dict):
-                continue
-            index = count(choice.get("index"))
-            reason = choice.get("finish_reason")
-            if isinstance(reason, str) and len(self._reasons) < MAX_CHOICES:
-                self._reasons[place if index is None else index] = reason[:MAX_NAME_CHARS]
-            delta = choice.get("delta")
-            if not isinstance(delta, dict):
-                continue
-            if any(value for name, value in delta.items() if name != "role"):
-                self._deltas += 1
-            content = delta.get("content")
-            if index in {0, None} and isinstance(content, str):
-                text += content
-        return text
+    def _ping(self, raw: bytes) -> StreamEvent | None:
+        """A ping of the protocol's is passed on between other events; OpenAI's clients know none."""
+        return StreamEvent(raw) if self._started and self._operation.shape == "anthropic" else None
+
+    def _is_part(self, payload: Mapping[str, Any]) -> bool:
+        """Whether an event's ``error`` is a field of the protocol; a whole response has one, mostly null."""
+        return not self._operation.ends_with_done and payload.get("type") not in {"error", None}
+
+    def _take(self, payload: Mapping[str, Any], name: str) -> Facts:
+        """Read one event, and keep what it says about the answer."""
+        read = self._operation.read_event
+        if read is None:
+            raise invalid_answer()
+        facts = read(payload, name)
+        self._id = self._id or facts.id
+        self._model = self._model or facts.model
+        # Messages sends its counts in two parts.
+        self._usage.update(facts.usage)
+        self._pieces += facts.pieces
+        for index, reason in facts.finish_reasons.items():
+            if index in self._reasons or len(self._reasons) < MAX_CHOICES:
+                self._reasons[index] = reason
+        if facts.text and self._keep_chars > 0:
+            self._kept.append(facts.text[: self._keep_chars])
+            self._keep_chars -= len(facts.text)
+        if facts.ends:
+            self._ended = True
+        if facts.failure is not None:
+            self._failure = from_event(
+                facts.failure, self._response.headers, self._request.body, known_model=self._known_model
+            )
+            self._failure.told = True
+        return facts
 
 
 def _read_payload(data: bytes, event_name: bytes) -> dict[str, Any]:
@@ -389,42 +400,3 @@ def _read_payload(data: bytes, event_name: bytes) -> dict[str, Any]:
         if event_name != ERROR:
             raise
         return {"message": data.decode("utf-8", "replace")}
-
-
-def chunks_of(answer: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A whole answer as the chunks of a stream; ``UpstreamError`` where it is none.
-
-    Each choice becomes one chunk with all of it and one with its end; the token counts come last.
-    """
-    choices = answer.get("choices")
-    if not isinstance(choices, list) or not 0 < len(choices) <= MAX_CHOICES:
-        raise invalid_answer()
-    if not all(isinstance(choice, dict) for choice in choices):
-        raise invalid_answer()
-    head = {name: value for name, value in answer.items() if name not in {"choices", "usage"}}
-    head["object"] = "chat.completion.chunk"
-    for place, choice in enumerate(choices):
-        message = choice.get("message")
-        if not isinstance(message, dict):
-            raise invalid_answer()
-        end = {"index": choice.get("index", place), "finish_reason": choice.get("finish_reason")}
-        more = {name: value for name, value in choice.items() if name not in {"message", *end}}
-        delta = {"role": "assistant", **message}
-        calls = message.get("tool_calls")
-        if isinstance(calls, list):
-            delta["tool_calls"] = [
-                {"index": number, **call} for number, call in enumerate(calls) if isinstance(call, dict)
-            ]
-        yield {**head, "choices": [{**more, **end, "delta": delta, "finish_reason": None}]}
-        yield {**head, "choices": [{**end, "delta": {}}]}
-    if isinstance(answer.get("usage"), dict):
-        yield {**head, "choices": [], "usage": answer["usage"]}
-
-
-def _has_content(choice: object) -> bool:
-    """Whether a choice holds more than its index; LiteLLM sends an empty one with the usage."""
-    if not isinstance(choice, dict):
-        return True
-    delta = choice.get("delta")
-    content = any(delta.values()) if isinstance(delta, dict) else bool(delta)
-    return content or any(value for name, value in choice.items() if name not in {"index", "delta"})

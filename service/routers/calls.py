@@ -1,0 +1,161 @@
+"""What the routes of model calls under ``/v1`` share: reading a body, and answering it by its operation."""
+
+import re
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fastapi import Request
+from starlette.responses import Response
+
+from service.dependencies import ModelCall
+from service.errors import (
+    AuthenticationError,
+    BadRequestError,
+    CircuitOpenError,
+    OverloadedError,
+    PayloadTooLargeError,
+    RateLimitError,
+    RequestTimeoutError,
+    ShuttingDownError,
+    UnsupportedMediaTypeError,
+    UpstreamError,
+    UpstreamTimeoutError,
+    ValidationError,
+)
+from service.middleware.paths import DEPLOYMENT
+from service.routers.bodies import MAX_VALUES, json_content, read_json, refuse
+from service.routers.schemas import MODEL_NAME
+from service.routers.streaming import EventStream, StreamFormat
+from service.upstream.control_fields import control_field
+from service.upstream.messages import LlmRequest, with_fields
+from service.upstream.operations import OPERATIONS, OperationName
+from service.utils.disconnect import cancel_on_disconnect
+
+PASSED_HEADERS: Final = ("openai-beta", "anthropic-version", "anthropic-beta")
+"""The caller's header fields that are sent to the upstream; no others are."""
+
+JSON: Final = "application/json"
+ALWAYS = (AuthenticationError, BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError)
+UNAVAILABLE = (OverloadedError, ShuttingDownError)
+CALL_ERRORS = (
+    *(*ALWAYS, RequestTimeoutError, PayloadTooLargeError, UnsupportedMediaTypeError, ValidationError),
+    *(CircuitOpenError, *UNAVAILABLE),
+)
+
+METADATA: Final = "metadata"
+KINDS: Final[Mapping[type, str]] = {str: "a text", list: "a list", int: "a whole number", dict: "an object"}
+
+_MODEL_NAME = re.compile(MODEL_NAME)
+
+
+@dataclass(frozen=True)
+class JsonBody:
+    """A request's body, as bytes and parsed."""
+
+    content: bytes
+    fields: Mapping[str, Any]
+
+    def as_request(
+        self, operation: OperationName, default_model: str, headers: Mapping[str, str]
+    ) -> LlmRequest:
+        """The request for the upstream, in the caller's bytes, with the default model where none is named."""
+        named = self.fields.get("model")
+        model = default_model if named is None else str(named)
+        content = with_fields(self.fields, self.content, {"model": model} if named is None else {})
+        return LlmRequest(operation, model, {**self.fields, "model": model}, content, headers, verbatim=True)
+
+    @property
+    def stream(self) -> bool:
+        """Whether the caller asks for a stream."""
+        return self.fields.get("stream") is True
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the caller asks for token counts at the end of the stream."""
+        options = self.fields.get("stream_options")
+        return isinstance(options, dict) and options.get("include_usage") is True
+
+
+def read_body(operation: OperationName, content: bytes, passed: AbstractSet[str]) -> JsonBody:
+    """A request of any operation that this service reads little of; arguments as ``read_fields``'s.
+
+    Raises:
+        ValidationError: It is no JSON object, lacks one of the operation's fields, or has one of another type.
+    """
+    row = OPERATIONS[operation]
+    body = read_fields(content, passed | {METADATA} if row.metadata else passed)
+    metadata = body.fields.get(METADATA)
+    if row.metadata and METADATA not in passed and metadata is not None and not _is_texts(metadata):
+        refuse(METADATA, "must be an object of texts")
+    if row.needs_model and body.fields.get("model") is None:
+        refuse("model", "must name a model")
+    for name, kinds in row.fields.items():
+        value = body.fields.get(name)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            refuse(name, f"must be {' or '.join(KINDS[kind] for kind in kinds)}")
+    stream = body.fields.get("stream")
+    if not isinstance(stream, bool | None):
+        refuse("stream", "must be true or false")
+    if stream and row.read_event is None:
+        refuse("stream", "is not possible here")
+    return body
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str | None) for text in value.values())
+
+
+def read_fields(content: bytes, passed: AbstractSet[str], max_values: int = MAX_VALUES) -> JsonBody:
+    """Read a body: a JSON object without LiteLLM's own fields, which names at most one model.
+
+    Args:
+        content: The body.
+        passed: Fields of LiteLLM's own that may be sent.
+        max_values: Most values that it may hold.
+
+    Raises:
+        ValidationError: It is something else.
+    """
+    fields = read_json(content, max_values)
+    if not isinstance(fields, dict):
+        refuse("body", "must be a JSON object")
+    field = control_field(fields.keys(), passed)
+    if field is not None:
+        refuse(field[:100], "is LiteLLM's own, and not permitted here")
+    model = fields.get("model")
+    if model is not None and not (isinstance(model, str) and _MODEL_NAME.fullmatch(model)):
+        refuse("model", "must be the name of one model: up to 200 printable ASCII characters, no comma")
+    return JsonBody(content, fields)
+
+
+async def call_operation(
+    request: Request,
+    call: ModelCall,
+    operation: OperationName,
+    stream_format: Callable[[JsonBody], StreamFormat],
+) -> Response:
+    """Answer a request of an operation of which this service reads little.
+
+    Args:
+        request: The request.
+        call: What its routes depend on.
+        operation: Which operation it is.
+        stream_format: Makes what writes a stream of it.
+    """
+    row, generation = OPERATIONS[operation], call.services.generation
+    body = read_body(operation, await json_content(request), call.services.pass_litellm_fields)
+    model = request.scope.get(DEPLOYMENT) or row.default_model or generation.default_model
+    spec = call.spec(body.as_request(operation, model, passed_headers(request)), streamed=body.stream)
+    if body.stream:
+        return EventStream(generation.stream(spec), stream_format(body), call.services.stream_times)
+    answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
+    return Response(answer.reply.content, media_type=JSON)
+
+
+def passed_headers(request: Request) -> dict[str, str]:
+    """The caller's header fields that are sent to the upstream."""
+    # The upstream knows no value that is not ASCII, and none can be sent.
+    given = ((name, request.headers.get(name, "")) for name in PASSED_HEADERS)
+    return {name: value for name, value in given if value and value.isascii()}
