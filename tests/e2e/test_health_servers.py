@@ -146,8 +146,8 @@ def watched(given: dict[str, str], receiver: OtlpReceiver) -> Iterator[Watch]:
     cuts = statistics.quantiles(probes.seconds, n=100)
     times = {"probes": len(probes.seconds), "p50": cuts[49], "p99": cuts[98], "max": max(probes.seconds)}
     show({**watch.took, **{name: f"{value:.4g}" for name, value in times.items()}})
-    # Most answers wait for no check. Those that find a result which is older than a second wait for one, for no
-    # longer than its time limit.
+    # Most answers wait for no check. Those that find a result older than a second wait for one, for no longer
+    # than its time limit.
     assert cuts[49] < TIMEOUT_S / 20
     assert cuts[98] < TIMEOUT_S * 1.5
 
