@@ -82,7 +82,7 @@ def read_body(operation: OperationName, content: bytes, passed: AbstractSet[str]
     """A request of any operation that this service reads little of; arguments as ``read_fields``'s.
 
     Raises:
-        ValidationError: It is no JSON object, lacks one of the operation's fields, or has one of another type.
+        ValidationError: It is no JSON object, or a field of the operation is missing or of another type.
     """
     row = OPERATIONS[operation]
     body = read_fields(content, passed | {METADATA} if row.metadata else passed)
@@ -144,14 +144,20 @@ async def call_operation(
         operation: Which operation it is.
         stream_format: Makes what writes a stream of it.
     """
-    row, generation = OPERATIONS[operation], call.services.generation
+    generation = call.services.generation
     body = read_body(operation, await json_content(request), call.services.pass_litellm_fields)
-    model = request.scope.get(DEPLOYMENT) or row.default_model or generation.default_model
-    spec = call.spec(body.as_request(operation, model, passed_headers(request)), streamed=body.stream)
+    asked = body.as_request(operation, default_model(request, call, operation), passed_headers(request))
+    spec = call.spec(asked, streamed=body.stream)
     if body.stream:
         return EventStream(generation.stream(spec), stream_format(body), call.services.stream_times)
     answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
     return Response(answer.reply.content, media_type=JSON)
+
+
+def default_model(request: Request, call: ModelCall, operation: OperationName) -> str:
+    """The model of a request whose body names none: Azure's deployment, the operation's, or the service's."""
+    deployment: str | None = request.scope.get(DEPLOYMENT)
+    return deployment or OPERATIONS[operation].default_model or call.services.generation.default_model
 
 
 def passed_headers(request: Request) -> dict[str, str]:

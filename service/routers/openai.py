@@ -19,6 +19,7 @@ from service.routers.calls import (
     UNAVAILABLE,
     JsonBody,
     call_operation,
+    default_model,
     passed_headers,
     read_fields,
 )
@@ -282,9 +283,8 @@ async def chat_completions(request: Request, call: ModelCallDep) -> Response:
     """
     generation = call.services.generation
     body = read_chat(await json_content(request), call.services.pass_litellm_fields)
-    spec = call.spec(
-        body.as_request("chat", generation.default_model, passed_headers(request)), streamed=body.stream
-    )
+    asked = body.as_request("chat", default_model(request, call, "chat"), passed_headers(request))
+    spec = call.spec(asked, streamed=body.stream)
     if body.stream:
         return EventStream(
             generation.stream(spec),
@@ -305,7 +305,8 @@ async def embeddings(request: Request, call: ModelCallDep) -> Response:
     """OpenAI's embeddings; the model must be named, since the default one chats."""
     generation = call.services.generation
     body = read_embeddings(await json_content(request), call.services.pass_litellm_fields)
-    spec = call.spec(body.as_request("embeddings", generation.default_model, passed_headers(request)))
+    asked = body.as_request("embeddings", default_model(request, call, "embeddings"), passed_headers(request))
+    spec = call.spec(asked)
     answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
     return Response(answer.reply.content, media_type=JSON)
 

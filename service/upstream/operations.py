@@ -113,8 +113,8 @@ class Operation:
         asks_for_usage: Whether streams have to be asked for their token counts.
         needs_model: Whether a request must name a model; otherwise the default model answers.
         fields: The fields that a request must have, with their types.
-        metadata: Whether the protocol has ``metadata``: texts by their names. LiteLLM has a field of this name
-            too, which steers it by lists and objects.
+        metadata: Whether the protocol has ``metadata``: texts by their names. LiteLLM has a field of this
+            name too, which steers it by lists and objects.
         default_model: The model of a request that names none, where it is not the service's default one.
     """
 

@@ -25,6 +25,8 @@ from tests.fakes.behaviours import (
     Stream,
     WrongLength,
 )
+from tests.fakes.operations import SAMPLES
+from tests.fakes.streams import RawStream
 from tests.fakes.waiting import Watched
 from tests.fakes.wire import (
     Exchange,
@@ -66,6 +68,16 @@ def _is_chat(request: Head | SeenRequest) -> bool:
 
 def _is_embeddings(request: SeenRequest) -> bool:
     return request.method == "POST" and request.path.endswith("/embeddings")
+
+
+def _sample_of(request: SeenRequest) -> Behaviour | None:
+    """A correct answer to a request of any other operation."""
+    for sample in SAMPLES.values():
+        if request.method == "POST" and request.path == f"/v1{sample.path}":
+            if request.json.get("stream") and sample.stream is not None:
+                return RawStream(sample.stream)
+            return Status(200, sample.content)
+    return None
 
 
 @contextmanager
@@ -247,6 +259,9 @@ class FakeUpstream(Watched):
             return self._choose_for_chat(request)
         if _is_embeddings(request):
             return self._script.popleft() if self._script else self.embeddings_behaviour
+        sample = _sample_of(request)
+        if sample is not None:
+            return self._script.popleft() if self._script else sample
         if request.method == "GET" and request.path in {"/models", "/v1/models"}:
             return self.models_behaviour or self._list_of_models(request)
         if request.method == "GET" and request.path in {"/health/liveliness", "/health/readiness"}:

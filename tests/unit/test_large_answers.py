@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from service.errors import RateLimitError, UpstreamError
 from service.upstream.large_answers import LARGE_BYTES
-from service.upstream.messages import LlmRequest, Operation, Reply, read_answer, read_models
+from service.upstream.messages import LlmRequest, Reply, read_answer, read_models
+from service.upstream.operations import OperationName
 
 # White space after the value belongs to JSON, and makes every answer a large one.
 PADDING = b" " * LARGE_BYTES
@@ -50,7 +51,7 @@ ANSWERS = st.fixed_dictionaries(
 )
 
 
-def outcome(content: bytes, operation: Operation, *, verbatim: bool) -> Reply | str:
+def outcome(content: bytes, operation: OperationName, *, verbatim: bool) -> Reply | str:
     """What comes of reading it; its bytes aside, which differ."""
     request = LlmRequest(operation, "asked", {}, b"", verbatim=verbatim)
     try:
@@ -72,7 +73,7 @@ def saying(text: str) -> dict[str, Any]:
 @example(answer=saying("\ud83d cut"), ascii_only=True, operation="chat", verbatim=False)
 @example(answer=saying("\\ud83d \ud83d\ude00 \udc00"), ascii_only=True, operation="chat", verbatim=False)
 def test_a_large_answer_says_what_a_small_one_says(
-    *, answer: dict[str, Any], ascii_only: bool, operation: Operation, verbatim: bool
+    *, answer: dict[str, Any], ascii_only: bool, operation: OperationName, verbatim: bool
 ) -> None:
     content = json.dumps(answer, ensure_ascii=ascii_only).encode("utf-8", "replace")
     small = outcome(content, operation, verbatim=verbatim)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from service.errors import RateLimitError, ServiceError, UpstreamError
 from service.upstream.messages import LlmRequest
-from service.upstream.stream import ALIVE, EventDecoder, LlmStream, Reading, chunks_of, data_of
+from service.upstream.operations import chat_as_events
+from service.upstream.stream import ALIVE, EventDecoder, LlmStream, Reading, data_of
 
 TEXT = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
 STOP = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
@@ -186,9 +187,9 @@ def test_a_run_of_empty_lines_is_one() -> None:
 
 def test_too_many_choices_are_no_answer() -> None:
     choice = {"message": {"content": "a"}}
-    assert len(list(chunks_of({"choices": [choice] * 128}))) == 256
-    with pytest.raises(UpstreamError):
-        list(chunks_of({"choices": [choice] * 129}))
+    assert len(list(chat_as_events({"choices": [choice] * 128}))) == 256
+    with pytest.raises(NoAnswerError):
+        list(chat_as_events({"choices": [choice] * 129}))
 
 
 @pytest.mark.parametrize("pieces", [[TEXT, STOP, DONE], [TEXT, b"data: x\n\n"], [WHOLE]])
