@@ -54,7 +54,7 @@ test: $(VENV) $(LITELLM) $(MLFLOW) $(CLIENTS) ## Run the tests, with coverage an
 ifdef ARGS
 	$(PYTEST) $(ARGS)
 else
-	$(PYTEST) -m "not alone and not stack" --numprocesses 2 --dist loadfile --cov --cov-report=
+	$(PYTEST) -m "not alone and not stack" --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	$(PYTEST) -m "alone and not stack" --cov --cov-append --cov-fail-under=$(COVERAGE_FLOOR)
 endif
 

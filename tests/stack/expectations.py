@@ -261,7 +261,9 @@ class Expectations:
         asked = next(entry for entry in self._calls if entry.upstream == "fake" and entry.cost)
         misses = sum(entry.cache == "miss" for entry in self._calls)
         saved = float(sum(entry.input_tokens + entry.output_tokens for entry in hits))
-        by_model = {labels(gen_ai_request_model=model): (0.0, 30.0) for (model,) in models}
+        # A name that the list does not have is refused without an attempt.
+        asked_for = {self._known(entry.model) for entry in self._calls if entry.attempts}
+        by_model = {labels(gen_ai_request_model=model): (0.0, 30.0) for model in asked_for}
         first = {
             labels(model=model): quantile_within(
                 [entry.first_piece_s or 0 for entry in self._streams if entry.model == model],

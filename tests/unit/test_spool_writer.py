@@ -50,11 +50,11 @@ class Disk:
 
 
 class Bench:
-    """A writer with its thread, on a disk."""
+    """A writer with its thread, on a disk; callers wait ``timeout_s`` for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
         self.disk, self.lost, self.clock = Disk(), Lost(), FakeClock(1_000.0)
-        self.writer = SpoolWriter(self.disk.append, self.lost, timeout_s=0.05, clock=self.clock)
+        self.writer = SpoolWriter(self.disk.append, self.lost, timeout_s=timeout_s, clock=self.clock)
         self.writer.start()
 
     def put(self, *numbers: int) -> None:
@@ -71,24 +71,34 @@ class Bench:
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    found = Bench()
-    yield found
-    found.disk.works.set()
-    found.writer.stop()
+    """With callers who soon take the disk for one that hangs."""
+    yield from opened(Bench(0.05))
 
 
-def test_records_are_written_in_order_before_whoever_waits_goes_on(bench: Bench) -> None:
+@pytest.fixture
+def patient() -> Iterator[Bench]:
+    """With callers who wait as long as a busy machine may take."""
+    yield from opened(Bench(LIMIT_S))
+
+
+def opened(bench: Bench) -> Iterator[Bench]:
+    yield bench
+    bench.disk.works.set()
+    bench.writer.stop()
+
+
+def test_records_are_written_in_order_before_whoever_waits_goes_on(patient: Bench) -> None:
     async def call(number: int) -> None:
-        bench.put(number)
-        await bench.writer.written()
-        assert number in bench.disk.records
+        patient.put(number)
+        await patient.writer.written()
+        assert number in patient.disk.records
 
     async def calls() -> None:
         await asyncio.gather(*(call(number) for number in range(500)))
 
     asyncio.run(calls())
-    assert bench.disk.records == list(range(500))
-    assert bench.writer.records == 0
+    assert patient.disk.records == list(range(500))
+    assert patient.writer.records == 0
 
 
 def test_nobody_waits_where_nothing_does(bench: Bench) -> None:
@@ -150,58 +160,58 @@ def test_memory_is_bounded_in_bytes_while_a_disk_hangs(bench: Bench) -> None:
     until(lambda: bench.disk.records == [0, 1, 2, 3, 9])
 
 
-def test_what_a_disk_refuses_does_not_hold_up_the_next_and_is_tried_again(bench: Bench) -> None:
-    bench.disk.error = OSError("full")
-    bench.put(1, 2)
-    asyncio.run(bench.writer.written())
-    assert (bench.writer.records, bench.lost.total) == (2, 0)
-    bench.disk.error = None
-    bench.put(3)
-    asyncio.run(bench.writer.written())
-    assert bench.disk.records == [3]
-    bench.writer.retry()
-    until(lambda: bench.disk.records == [3, 1, 2])
+def test_what_a_disk_refuses_does_not_hold_up_the_next_and_is_tried_again(patient: Bench) -> None:
+    patient.disk.error = OSError("full")
+    patient.put(1, 2)
+    asyncio.run(patient.writer.written())
+    assert (patient.writer.records, patient.lost.total) == (2, 0)
+    patient.disk.error = None
+    patient.put(3)
+    asyncio.run(patient.writer.written())
+    assert patient.disk.records == [3]
+    patient.writer.retry()
+    until(lambda: patient.disk.records == [3, 1, 2])
 
 
-def test_a_full_disk_is_not_asked_for_all_records_again_and_again(bench: Bench) -> None:
-    bench.disk.error = OSError("full")
-    bench.put(*range(100))
-    asyncio.run(bench.writer.written())
-    until(lambda: bench.disk.tried == 100)
-    bench.writer.retry()
-    until(lambda: bench.disk.tried == 101)
-    bench.writer.retry()
-    until(lambda: bench.disk.tried == 102)
-    assert [number_of(each.record) for each in bench.writer.take(3)] == [0, 1, 2]
+def test_a_full_disk_is_not_asked_for_all_records_again_and_again(patient: Bench) -> None:
+    patient.disk.error = OSError("full")
+    patient.put(*range(100))
+    asyncio.run(patient.writer.written())
+    until(lambda: patient.disk.tried == 100)
+    patient.writer.retry()
+    until(lambda: patient.disk.tried == 101)
+    patient.writer.retry()
+    until(lambda: patient.disk.tried == 102)
+    assert [number_of(each.record) for each in patient.writer.take(3)] == [0, 1, 2]
 
 
-def test_what_is_taken_is_not_written_and_counts_until_it_is_done(bench: Bench) -> None:
-    bench.disk.error = OSError("full")
-    bench.put(1, 2, 3)
-    asyncio.run(bench.writer.written())
-    until(lambda: bench.disk.tried == 3)
-    taken = bench.writer.take(2)
-    bench.disk.error = None
-    bench.writer.retry()
-    until(lambda: bench.disk.records == [3])
-    assert bench.writer.records == 2
-    bench.writer.put_back(taken[1:])
-    bench.writer.done(taken[:1])
-    bench.writer.retry()
-    until(lambda: bench.disk.records == [3, 2])
-    until(lambda: bench.writer.records == 0)
+def test_what_is_taken_is_not_written_and_counts_until_it_is_done(patient: Bench) -> None:
+    patient.disk.error = OSError("full")
+    patient.put(1, 2, 3)
+    asyncio.run(patient.writer.written())
+    until(lambda: patient.disk.tried == 3)
+    taken = patient.writer.take(2)
+    patient.disk.error = None
+    patient.writer.retry()
+    until(lambda: patient.disk.records == [3])
+    assert patient.writer.records == 2
+    patient.writer.put_back(taken[1:])
+    patient.writer.done(taken[:1])
+    patient.writer.retry()
+    until(lambda: patient.disk.records == [3, 2])
+    until(lambda: patient.writer.records == 0)
 
 
 def test_a_bug_loses_a_record_and_does_not_end_the_thread(
-    bench: Bench, caplog: pytest.LogCaptureFixture
+    patient: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench.disk.error = ValueError("a bug")
-    bench.put(1)
-    asyncio.run(bench.writer.written())
-    bench.disk.error = None
-    bench.put(2)
-    asyncio.run(bench.writer.written())
-    assert (bench.disk.records, bench.lost.said) == ([2], [(1, "a bug")])
+    patient.disk.error = ValueError("a bug")
+    patient.put(1)
+    asyncio.run(patient.writer.written())
+    patient.disk.error = None
+    patient.put(2)
+    asyncio.run(patient.writer.written())
+    assert (patient.disk.records, patient.lost.said) == ([2], [(1, "a bug")])
     assert "A record could not be written" in caplog.messages
 
 
