@@ -21,6 +21,7 @@ LIMITS: dict[str, Any] = {
     "retry_max": 1,
     "retry_base_delay_s": 0.01,
     "breaker_failure_threshold": 1_000,
+    "retry_budget_floor": 10_000,
     "stream_chunk_timeout_s": 0.5,
     "stream_keep_alive_s": 0.3,
     "max_v1_body_bytes": 100_000,

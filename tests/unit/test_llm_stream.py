@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from service.errors import RateLimitError, ServiceError, UpstreamError
 from service.upstream.messages import LlmRequest
-from service.upstream.operations import chat_as_events
+from service.upstream.operations import NoAnswerError, chat_as_events
 from service.upstream.stream import ALIVE, EventDecoder, LlmStream, Reading, data_of
 
 TEXT = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
