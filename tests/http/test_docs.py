@@ -24,6 +24,13 @@ ERRORS = {
     ("delete", "/llm/cache"): {401, 403, 422, 502, 503},
     ("post", "/v1/chat/completions"): {400, 401, 408, 413, 415, 422, 429, 502, 503, 504},
     ("post", "/v1/embeddings"): {400, 401, 408, 413, 415, 422, 429, 502, 503, 504},
+    ("post", "/v1/completions"): {400, 401, 408, 413, 415, 422, 429, 502, 503, 504},
+    ("post", "/v1/responses"): {400, 401, 408, 413, 415, 422, 429, 502, 503, 504},
+    ("post", "/v1/messages"): {400, 401, 408, 413, 415, 422, 429, 502, 503, 504},
+    ("post", "/v1/messages/count_tokens"): {400, 401, 408, 413, 415, 422, 429, 502, 503, 504},
+    ("post", "/v1/moderations"): {400, 401, 408, 413, 415, 422, 429, 502, 503, 504},
+    ("post", "/v1/images/generations"): {400, 401, 408, 413, 415, 422, 429, 502, 503, 504},
+    ("post", "/v1/rerank"): {400, 401, 408, 413, 415, 422, 429, 502, 503, 504},
     ("get", "/v1/models"): {400, 401, 429, 502, 503, 504},
     ("get", "/v1/models/{model}"): {400, 401, 404, 422, 429, 502, 503, 504},
     ("get", "/health"): set[int](),
@@ -139,6 +146,7 @@ def test_every_error_of_a_route_is_documented_with_its_body(
     for status in errors:
         content = responses[str(status)]["content"]["application/json"]
         body = "OpenAiErrorBody" if path.startswith("/v1/") else "ErrorBody"
+        body = "AnthropicErrorBody" if path.startswith("/v1/messages") else body
         body = "DetailedHealth" if (path, status) == ("/health/detailed", 503) else body
         assert content["schema"] == {"$ref": f"#/components/schemas/{body}"}
         assert responses[str(status)]["description"]

@@ -301,7 +301,7 @@ def test_nesting_that_somebody_may_need_passes(app: AppUnderTest, token: str) ->
         ("GET", "/v1/nope", 404, "NotFoundError"),
         ("GET", CHAT_PATH, 405, "MethodNotAllowedError"),
         ("DELETE", "/v1/models/demo", 405, "MethodNotAllowedError"),
-        ("POST", "/v1/responses", 404, "NotFoundError"),
+        ("POST", "/v1/assistants", 404, "NotFoundError"),
     ],
 )
 def test_what_is_not_there_is_said_in_openais_shape(
