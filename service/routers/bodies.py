@@ -1,12 +1,13 @@
 """Reads JSON bodies: what they may hold, and what reading one may cost.
 
-Every JSON body of every route is read here. The limits keep the work for one body, validation included, under
-50 ms of processor time on the machine where they were measured.
+Every JSON body of every route is read here. The limits keep the work for a body of 1 MB, validation included,
+under 50 ms of processor time on the machine where they were measured; a body of 30 MB took 0.2 s there.
 """
 
 import json
 import math
 import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, NoReturn
@@ -33,14 +34,11 @@ MAX_FIELDS: Final = 200
 CONTAINERS: Final = frozenset({dict, list})
 """The types of values that hold others, as the parser makes them."""
 
+JSON: Final = re.compile(r"application/([\w.-]+\+)?json[ \t]*(;.*)?", re.IGNORECASE | re.DOTALL)
+"""The content types of JSON (RFC 6839, section 3.1)."""
 
-JSON: Final = re.compile(
-    r"application/([\w.-]+\+)?json[ \t]*(;.*)?",
-    re.IGNORECASE | re.DOTALL,
-)
 CHARSET: Final = re.compile(r";[ \t]*charset[ \t]*=[ \t]*\"?([^\s;\"]*)", re.IGNORECASE)
 UTF_8: Final = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
-BOM: Final = b"\xef\xbb\xbf"
 MAGIC: Final = (
     ((b"\x1f\x8b", b"\x28\xb5\x2f\xfd"), "is compressed; send it without a content coding"),
     ((b"\xff\xfe", b"\xfe\xff", b"\x00", b"{\x00", b"[\x00"), "is UTF-16 or UTF-32; JSON is UTF-8"),
@@ -85,7 +83,7 @@ def plain(content: bytes) -> bytes:
     for beginnings, problem in MAGIC:
         if content.startswith(beginnings):
             refuse("body", problem, kind="json_invalid")
-    return content.removeprefix(BOM)
+    return content.removeprefix(BOM_UTF8)
 
 
 def read_json(content: bytes, max_values: int = MAX_VALUES) -> Any:  # noqa: ANN401 - any JSON value

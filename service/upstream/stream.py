@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing, suppress
@@ -23,8 +24,6 @@ END_OF_EVENT = re.compile(rb"(\r\n\r\n|\n\n|\r\r|\n\r\n|\r\n\n)[\r\n]*")
 
 LINE_END = re.compile(rb"\r\n|\n|\r")
 MAX_END_BYTES = 4
-BOM: Final = b"\xef\xbb\xbf"
-"""May stand before the first event (WHATWG HTML, section 9.2.5)."""
 
 
 class EventTooLargeError(ValueError):
@@ -285,9 +284,9 @@ class LlmStream:
         start, text, past_mark = b"", b"", False
         async for data in self._bytes:
             start += data
-            # Not while it may be a part of the byte order mark.
-            if not past_mark and (len(start) >= len(BOM) or not BOM.startswith(start)):
-                start, past_mark = start.removeprefix(BOM), True
+            # Not while it may be a part of the byte order mark (WHATWG HTML, section 9.2.5).
+            if not past_mark and (len(start) >= len(BOM_UTF8) or not BOM_UTF8.startswith(start)):
+                start, past_mark = start.removeprefix(BOM_UTF8), True
             if past_mark:
                 text = start.lstrip()
                 if text:
