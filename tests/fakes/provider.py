@@ -181,7 +181,11 @@ def _embeddings(asked: Mapping[str, Any]) -> Reply:
     return _json({"object": "list", "data": data, "model": asked["model"], "usage": usage})
 
 
-MODERATED: Final = ("harassment", "hate", "self-harm", "sexual", "violence")
+MODERATED: Final = (
+    *("harassment", "harassment/threatening", "hate", "hate/threatening", "illicit", "illicit/violent"),
+    *("self-harm", "self-harm/intent", "self-harm/instructions", "sexual", "sexual/minors"),
+    *("violence", "violence/graphic"),
+)
 
 
 def _moderation(asked: Mapping[str, Any]) -> Reply:
