@@ -17,7 +17,7 @@ COUNTS: Final = {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 3
 CACHED: Final = 4
 
 
-def named(name: str, **fields: Any) -> bytes:
+def named(name: str, /, **fields: Any) -> bytes:
     """One event whose type is its name too."""
     return f"event: {name}\ndata: {json.dumps({'type': name, **fields})}\n\n".encode()
 

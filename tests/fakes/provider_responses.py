@@ -76,7 +76,7 @@ class Responses:
         response = self._complete(asked)
         started = {**response, "status": "in_progress", "output": [], "usage": None}
 
-        def event(name: str, **fields: Any) -> bytes:
+        def event(name: str, /, **fields: Any) -> bytes:
             return named(name, sequence_number=next(numbers), **fields)
 
         yield event("response.created", response=started)
