@@ -6,7 +6,7 @@ timeout and does not translate the errors of aiohttp's parser, so this transport
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
@@ -35,6 +35,9 @@ SDK_HEADERS: Final = "x-stainless-"
 STAYS_INSIDE: Final = frozenset({"baggage", "tracestate"})
 """Header fields of the caller's trace context that the model's provider has no business with; ``traceparent``
 goes on."""
+
+NOT_SENT: Final = STAYS_INSIDE | {"transfer-encoding"}
+"""Header fields that are not handed to aiohttp, which decides about chunks itself."""
 
 MAX_CACHED_URLS: Final = 64
 KEEP_ALIVE_S: Final = 4.0
@@ -100,13 +103,12 @@ class UpstreamTransport(httpx2.AsyncBaseTransport):
         """Send one request; reading the answer's body raises ``AnswerTooLargeError`` beyond the limit."""
         limits = request.extensions.get("timeout", {})
         session = self._session or self._open()
-        content = request.content
         try:
             answer = await session.request(
                 request.method,
                 _yarl_url(str(request.url)),
-                headers=[item for item in request.headers.multi_items() if item[0] not in STAYS_INSIDE],
-                data=_chunks(content) if len(content) > MAX_UNCHUNKED_BYTES else content or None,
+                headers=[item for item in request.headers.multi_items() if item[0] not in NOT_SENT],
+                data=_data_of(request),
                 allow_redirects=False,
                 # The limit on connecting includes the resolution of the name.
                 timeout=aiohttp.ClientTimeout(
@@ -379,6 +381,15 @@ class _Body(httpx2.AsyncByteStream):
             self._answer.release()
         else:
             self._answer.close()
+
+
+def _data_of(request: httpx2.Request) -> AsyncIterable[bytes] | bytes | None:
+    """The request's body, as aiohttp takes it: in chunks where it is large, or still arriving."""
+    stream = request.stream
+    if not isinstance(stream, httpx2.SyncByteStream) and isinstance(stream, httpx2.AsyncByteStream):
+        return stream
+    content = request.content
+    return _chunks(content) if len(content) > MAX_UNCHUNKED_BYTES else content or None
 
 
 async def _chunks(content: bytes) -> AsyncIterator[bytes]:
