@@ -41,7 +41,8 @@ from service.upstream.stream import (
     Reading,
     media_type_of,
 )
-from service.upstream.transport import UpstreamClient, UpstreamTransport
+from service.upstream.transport import FORM_TYPE, UpstreamClient, UpstreamTransport
+from service.upstream.upload import Upload
 from service.utils.deadline import Deadline
 
 MAX_LISTED_MODELS = 200
@@ -350,7 +351,7 @@ class LlmClient:
                         cast_to=httpx2.Response,
                         options={
                             "timeout": limits,
-                            "headers": {**request.headers, **({} if upload is None else upload.headers)},
+                            "headers": {**request.headers, **({} if upload is None else _form_headers(upload))},
                         },
                         stream=stream,
                         stream_cls=AsyncStream[Any],
@@ -369,6 +370,11 @@ class LlmClient:
 def _refuses(error: APIStatusError, field: re.Pattern[str]) -> bool:
     """Whether an answer refuses the request because of a field; the whole of its body counts."""
     return error.status_code in REFUSALS and field.search(error.response.text) is not None
+
+
+def _form_headers(upload: Upload) -> dict[str, str]:
+    size = {} if upload.size is None else {"Content-Length": str(upload.size)}
+    return {FORM_TYPE: upload.content_type, **size}
 
 
 def _after_upload(error: ServiceError, request: LlmRequest) -> ServiceError:

@@ -32,6 +32,9 @@ NO_AUTO_HEADERS: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Age
 SDK_HEADERS: Final = "x-stainless-"
 """Prefix of the header fields in which the SDK describes this machine and itself; they are not sent."""
 
+FORM_TYPE: Final = "llmops-content-type"
+"""Becomes the ``Content-Type`` of a form that is sent as it is: the SDK would write such a form itself."""
+
 STAYS_INSIDE: Final = frozenset({"baggage", "tracestate"})
 """Header fields of the caller's trace context that the model's provider has no business with; ``traceparent``
 goes on."""
@@ -251,6 +254,10 @@ class UpstreamClient(httpx2.AsyncClient):
         """A request of these parts; the SDK gives ``headers`` and ``timeout`` with each."""
         timeout = given.pop("timeout")
         headers = [field for field in given.pop("headers") if not field[0].startswith(SDK_HEADERS)]
+        form = [value for name, value in headers if name == FORM_TYPE]
+        if form:
+            headers = [field for field in headers if field[0] not in {FORM_TYPE, "content-type"}]
+            headers.append(("Content-Type", form[0]))
         # Compressed answers are not asked for: a small one could expand to a multiple of the limit.
         headers.append(("Accept-Encoding", "identity"))
         return httpx2.Request(

@@ -28,10 +28,10 @@ class Upload:
     def __init__(
         self, content_type: str, start: list[bytes], rest: AsyncIterator[bytes] | None, size: int | None
     ) -> None:
-        self._content_type = content_type
+        self.content_type = content_type
         self._start = start
         self._rest = rest
-        self._size = size
+        self.size = size
         self._waited_s = 0.0
         self._waits_since: float | None = None
         self._limit: tuple[asyncio.Timeout, Deadline] | None = None
@@ -41,12 +41,6 @@ class Upload:
         """What was wrong with the rest, or with the caller."""
         if rest is None:
             self._over.set()
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The header fields that describe the body."""
-        size = {} if self._size is None else {"Content-Length": str(self._size)}
-        return {"Content-Type": self._content_type, **size}
 
     @property
     def is_spent(self) -> bool:
