@@ -248,7 +248,7 @@ def _transcription(request: SeenRequest) -> Reply:
             segment = {"id": 0, "start": 0.0, "end": 1.0, "text": text, "tokens": [1], "temperature": 0.0}
             segment |= {"seek": 0, "avg_logprob": -0.1, "compression_ratio": 1.0, "no_speech_prob": 0.01}
             more = {"task": "transcribe", "language": "english", "duration": 1.0, "segments": [segment]}
-            return _json({**more, "text": text})
+            return _json({**more, "text": text, "usage": {"type": "duration", "seconds": 1}})
         case _:
             return _json({"text": text, "usage": usage})
 

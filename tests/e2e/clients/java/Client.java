@@ -215,6 +215,7 @@ public final class Client {
         }
     }
 
+    // Not with whisper-1: of that model, LiteLLM asks for and hands on more than the request does.
     private void transcriptions() {
         MultipartField<InputStream> sound = MultipartField.<InputStream>builder()
                 .value(new ByteArrayInputStream(new byte[300_000]))
@@ -223,7 +224,7 @@ public final class Client {
                 .build();
         var answer = client.audio()
                 .transcriptions()
-                .create(TranscriptionCreateParams.builder().model("whisper-1").file(sound).build());
+                .create(TranscriptionCreateParams.builder().model("gpt-4o-transcribe").file(sound).build());
         same("the text", answer.asTranscription().text(), "I heard 300000 bytes.");
     }
 
