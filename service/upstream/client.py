@@ -351,7 +351,10 @@ class LlmClient:
                         cast_to=httpx2.Response,
                         options={
                             "timeout": limits,
-                            "headers": {**request.headers, **({} if upload is None else _form_headers(upload))},
+                            "headers": {
+                                **request.headers,
+                                **({} if upload is None else _form_headers(upload)),
+                            },
                         },
                         stream=stream,
                         stream_cls=AsyncStream[Any],
