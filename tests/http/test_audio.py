@@ -86,7 +86,8 @@ def test_a_recording_that_breaks_off_is_seen_to_break_off(
     with pytest.raises(IncompleteRead):
         ask(app, "speech")
     (line,) = eventually(
-        lambda: [one for one in app.lines() if one.get("llmops.upstream.cause") == "reset"][-1:], "the failure"
+        lambda: [one for one in app.lines() if one.get("llmops.upstream.cause") == "reset"][-1:],
+        "the failure",
     )
     assert line["error"] == "UpstreamError"
 
