@@ -48,7 +48,7 @@ def main() -> None:
     assert texts(ask("resume", "--last", "And now?")) == [f"As I said: {TEXT}"]
     passed("conversation")
 
-    # Of models that it knows, it sends the tools within the input, where the provider behind LiteLLM does not look.
+    # To a model that it knows, it sends the tools within the input, where the provider does not look.
     events = ask("--model", "gpt-5.4", ORDER)
     ran = [event["item"] for event in events if event.get("item", {}).get("type") == "command_execution"]
     assert (ran[-1]["exit_code"], ran[-1]["aggregated_output"]) == (0, "was here\n")

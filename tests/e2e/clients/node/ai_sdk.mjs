@@ -17,40 +17,45 @@ const weather = tool({
 });
 const told = "The tool says: Rain in Bern";
 
-async function generation(name, model) {
-  const asked = { model, prompt: question, maxRetries: 0 };
+const models = [openai("gpt-5.4"), anthropic("claude-sonnet-5-5")].map((model) => ({
+  model, prompt: question, maxRetries: 0,
+}));
 
+for (const asked of models) {
   const answer = await generateText(asked);
   assert.equal(answer.text, text);
   assert.equal(answer.finishReason, "stop");
   assert.deepEqual([answer.usage.inputTokens, answer.usage.outputTokens], [10, 20]);
-  passed(`${name} generateText`);
+}
+passed("generateText");
 
+for (const asked of models) {
   const stream = streamText(asked);
   assert.equal(await joined(stream.textStream, (piece) => piece), text);
   assert.equal((await stream.usage).outputTokens, 20);
-  passed(`${name} streamText`);
+}
+passed("streamText");
 
+for (const asked of models) {
   const withTools = { ...asked, tools: { weather }, stopWhen: stepCountIs(3) };
   const looped = await generateText(withTools);
   assert.deepEqual(looped.steps[0].toolCalls.map((call) => call.input), [{ location: "Bern" }]);
   assert.equal(looped.text, told);
-  const streamedLoop = streamText(withTools);
-  await streamedLoop.consumeStream();
-  assert.equal(await streamedLoop.text, told);
-  passed(`${name} tools`);
+  const streamed = streamText(withTools);
+  await streamed.consumeStream();
+  assert.equal(await streamed.text, told);
+}
+passed("tools");
 
+for (const asked of models) {
   const output = Output.object({ schema: z.object({ name: z.string(), age: z.number().int() }) });
   assert.deepEqual((await generateText({ ...asked, output })).output, { name: "Ada", age: 36 });
-  passed(`${name} object`);
 }
-
-await generation("openai", openai("gpt-5.4"));
-await generation("anthropic", anthropic("claude-sonnet-5-5"));
+passed("object");
 
 const chat = await generateText({ model: openai.chat("gpt-5.4"), prompt: question, maxRetries: 0 });
 assert.equal(chat.text, text);
-passed("openai chat");
+passed("chat");
 
 const { embeddings } = await embedMany({ model: openai.embedding("text-embedding-3-small"), values: ["a", "b"] });
 assert.deepEqual(embeddings, [[0.25, -0.5], [0.25, -0.5]]);
