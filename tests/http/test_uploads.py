@@ -301,8 +301,10 @@ def test_what_must_not_go_on_ends_the_form_before_it_is_complete(
     ],
 )
 def test_what_is_no_form_is_refused(app: AppUnderTest, provider: Provider, content: bytes) -> None:
-    assert error_of(send(app, content)) == (422, "ValidationError")
+    found = send(app, content)
+    assert error_of(found) == (422, "ValidationError")
     assert not any(provider.complete)
+    assert not [line for line in app.lines(found.request_id) if line["logger"].startswith("python_multipart")]
 
 
 @pytest.mark.parametrize(
