@@ -271,6 +271,7 @@ def test_a_form_over_the_limit_is_refused_as_it_arrives(app: AppUnderTest, provi
         pytest.param(b"--" + BOUNDARY.encode() + b"\r\nX" * 20_000, id="endless header fields"),
         pytest.param(part("x", "y" * (MAX_FIELD_BYTES + 1)), id="too much text"),
         pytest.param(part("x", "y") * MAX_PARTS, id="too many parts"),
+        pytest.param(f"--{BOUNDARY}?\r\n".encode() * 1_000, id="what is no boundary"),
     ],
 )  # fmt: skip
 def test_what_must_not_go_on_ends_the_form_before_it_is_complete(
@@ -301,8 +302,10 @@ def test_what_must_not_go_on_ends_the_form_before_it_is_complete(
     ],
 )
 def test_what_is_no_form_is_refused(app: AppUnderTest, provider: Provider, content: bytes) -> None:
-    assert error_of(send(app, content)) == (422, "ValidationError")
+    found = send(app, content)
+    assert error_of(found) == (422, "ValidationError")
     assert not any(provider.complete)
+    assert not [line for line in app.lines(found.request_id) if line["logger"].startswith("python_multipart")]
 
 
 @pytest.mark.parametrize(
@@ -351,6 +354,23 @@ def test_an_upstream_that_takes_nothing_more_is_at_fault(app: AppUnderTest, prov
     found = send(app, MODEL + part("file", b"x" * (LIMIT - 10_000)) + END)
     assert error_of(found) == (504, "UpstreamTimeoutError")
     assert found.headers["x-llm-attempts"] == "1"
+
+
+def test_the_upstreams_time_is_not_the_callers(provider: Provider) -> None:
+    provider.stalls_at = 1
+    limits = {
+        **SETTINGS,
+        "llm_timeout_s": 20.0,
+        "request_body_timeout_s": 0.5,
+        "max_upload_bytes": 20_000_000,
+    }
+    with running_app(litellm_url=provider.url, **limits) as served:  # type: ignore[attr-defined]
+        # The pause is longer than the time limit of the body, and there is more than the buffers hold.
+        resuming = threading.Timer(1.0, provider.go_on.set)
+        resuming.start()
+        found = send(served, MODEL + part("file", b"x" * 15_000_000) + END)
+        resuming.join()
+    assert (found.status, provider.complete) == (200, [True])
 
 
 @pytest.mark.parametrize(
