@@ -353,6 +353,23 @@ def test_an_upstream_that_takes_nothing_more_is_at_fault(app: AppUnderTest, prov
     assert found.headers["x-llm-attempts"] == "1"
 
 
+def test_the_upstreams_time_is_not_the_callers(provider: Provider) -> None:
+    provider.stalls_at = 1
+    limits = {
+        **SETTINGS,
+        "llm_timeout_s": 20.0,
+        "request_body_timeout_s": 0.5,
+        "max_upload_bytes": 20_000_000,
+    }
+    with running_app(litellm_url=provider.url, **limits) as served:  # type: ignore[attr-defined]
+        # The pause is longer than the time limit of the body, and there is more than the buffers hold.
+        resuming = threading.Timer(1.0, provider.go_on.set)
+        resuming.start()
+        found = send(served, MODEL + part("file", b"x" * 15_000_000) + END)
+        resuming.join()
+    assert (found.status, provider.complete) == (200, [True])
+
+
 @pytest.mark.parametrize(
     ("change", "status", "name"),
     [
