@@ -132,6 +132,8 @@ class ModelProvider(Watched):
         try:
             if more == "/input_items":
                 return _json(self._responses.input_items(identifier))
+            if more == "/cancel":
+                return _json(self._responses.cancel(identifier))
             if method == "DELETE":
                 return _json(self._responses.delete(identifier))
             return _json(self._responses.get(identifier))
@@ -213,7 +215,13 @@ def _images(asked: Mapping[str, Any]) -> Reply:
         "output_tokens": 20,
         "total_tokens": 30,
     }
-    data = [{"b64_json": base64.b64encode(PICTURE_BYTES).decode()}] * (asked.get("n") or 1)
+    picture = base64.b64encode(PICTURE_BYTES).decode()
+    if asked.get("stream"):
+        fields = {"b64_json": picture, "created_at": chat.CREATED, "size": "1024x1024", "quality": "low"}
+        fields |= {"background": "opaque", "output_format": "png"}
+        partial = chat.named("image_generation.partial_image", partial_image_index=0, **fields)
+        return Reply(200, [partial, chat.named("image_generation.completed", usage=usage, **fields)], EVENTS)
+    data = [{"b64_json": picture}] * (asked.get("n") or 1)
     return _json({"created": chat.CREATED, "data": data, "usage": usage})
 
 

@@ -64,6 +64,13 @@ class Responses:
         del self._kept[identifier], self._items[identifier]
         return {"id": identifier, "object": "response", "deleted": True}
 
+    def cancel(self, identifier: str) -> dict[str, Any]:
+        """End a response in the background."""
+        response = self.get(identifier)
+        if response["background"]:
+            response |= {"status": "cancelled", "output": [], "usage": None}
+        return response
+
     def input_items(self, identifier: str) -> dict[str, Any]:
         """What a kept response answers."""
         self.get(identifier)

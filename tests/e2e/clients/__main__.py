@@ -1,6 +1,6 @@
 """``make clients``: builds the clients' programs and plays them against the service and a real LiteLLM.
 
-``--write`` puts the table into RESULTS.md, beside this file. The exit status is 1 when a program could not be
+``--write`` puts the table into RESULTS.md, beside this file, below the marker. The exit status is 1 when a program could not be
 built or a check did not pass, and in CI also when something was left out.
 """
 
@@ -13,9 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 from tests.e2e.clients.programs import BUILT, FOLDER, QUICK, FailedError, Program, in_ci
 from tests.e2e.clients.world import running_world
+
+RESULTS: Final = FOLDER / "RESULTS.md"
+MARKER: Final = "<!-- written by make clients -->\n"
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,14 @@ def played(program: Program, folder: Path, environment: Mapping[str, str]) -> Ro
 
 
 def results(rows: Sequence[Row], left_out: Sequence[Program], litellm: str) -> str:
-    """The content of RESULTS.md."""
+    """What RESULTS.md has below the marker."""
     machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     lines = [
-        "# Clients tried with `make clients`",
         "",
-        "Each with nothing changed but base URL and key, against the service in front of LiteLLM",
-        f"{litellm}, behind which models answer by themselves. A check is something that a user of the",
-        "client does; the programs are beside this file.",
+        "## Played with `make clients`",
         "",
-        f"{machine}; {datetime.now(UTC):%Y-%m-%d}.",
+        f"In front of LiteLLM {litellm}; {machine}; {datetime.now(UTC):%Y-%m-%d}. A check is something that a user of",
+        "the client does; the programs are beside this file.",
         "",
         "| client | version | checks that passed | seconds |",
         "|---|---|---|---|",
@@ -112,7 +114,8 @@ def main() -> int:
     say(f"{len(rows) - len(failed)} clients passed, {len(failed)} failed, {len(left_out)} left out")
     if arguments.write and not failed:
         litellm = next(row.version for row in rows if row.client == "LiteLLM's SDK")
-        (FOLDER / "RESULTS.md").write_text(results(rows, left_out, litellm))
+        by_hand, marker, _ = RESULTS.read_text().partition(MARKER)
+        RESULTS.write_text(by_hand + marker + results(rows, left_out, litellm))
     return int(bool(failed) or (in_ci() and bool(left_out)))
 
 

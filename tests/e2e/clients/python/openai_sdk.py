@@ -200,6 +200,21 @@ def _transcriptions() -> None:
     assert json.loads(text)["text"].strip() == "I heard 200000 bytes."
 
 
+@check("models of other vendors")
+def _other() -> None:
+    claude = "claude-sonnet-5-5"
+    answer = client.chat.completions.create(model=claude, messages=[USER], tools=[CHAT_TOOL])
+    call = answer.choices[0].message.tool_calls[0]
+    assert json.loads(call.function.arguments) == {"location": "Bern"}
+    with client.responses.stream(model=claude, input=QUESTION) as events:
+        assert events.get_final_response().output_text == TEXT
+    called = client.responses.create(model=claude, input=QUESTION, tools=[TOOL])
+    (call,) = (item for item in called.output if item.type == "function_call")
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "21"}
+    items = [{"role": "user", "content": QUESTION}, call, result]
+    assert client.responses.create(model=claude, input=items, tools=[TOOL]).output_text == TOOL_SAYS
+
+
 @check("models")
 def _models() -> None:
     assert MODEL in [model.id for model in client.models.list()]
