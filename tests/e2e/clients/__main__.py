@@ -1,7 +1,7 @@
 """``make clients``: builds the clients' programs and plays them against the service and a real LiteLLM.
 
-``--write`` puts the table into RESULTS.md, beside this file, below the marker. The exit status is 1 when a program could not be
-built or a check did not pass, and in CI also when something was left out.
+``--write`` puts the table into RESULTS.md, beside this file, below the marker. The exit status is 1 when a
+program could not be built or a check did not pass, and in CI also when something was left out.
 """
 
 import argparse
@@ -65,12 +65,13 @@ def played(program: Program, folder: Path, environment: Mapping[str, str]) -> Ro
 def results(rows: Sequence[Row], left_out: Sequence[Program], litellm: str) -> str:
     """What RESULTS.md has below the marker."""
     machine = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    day = f"{datetime.now(UTC):%Y-%m-%d}"
     lines = [
         "",
         "## Played with `make clients`",
         "",
-        f"In front of LiteLLM {litellm}; {machine}; {datetime.now(UTC):%Y-%m-%d}. A check is something that a user of",
-        "the client does; the programs are beside this file.",
+        f"In front of LiteLLM {litellm}; {machine}; {day}. A check is something that a user of the client",
+        "does; the programs are beside this file.",
         "",
         "| client | version | checks that passed | seconds |",
         "|---|---|---|---|",
