@@ -25,7 +25,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 # In CI none may be left out: there, what is missing fails.
 @pytest.mark.parametrize(
-    "program", [one for one in QUICK if in_ci() or not one.missing], ids=lambda program: program.path.stem
+    "program", [one for one in QUICK if in_ci() or not one.missing], ids=lambda program: program.source
 )
 def test_a_client_works_unchanged(world: World, tmp_path: Path, program: Program) -> None:
     assert not program.missing
