@@ -134,6 +134,8 @@ def play_all(programs: Sequence[Program], folder: Path) -> list[Row]:
         ready.append(program)
         if program in BUILT:
             say(f"{program.name}: built in {time.monotonic() - started:.0f} s")
+    if not ready:
+        return rows
     with tempfile.TemporaryDirectory() as litellm, running_world(Path(litellm)) as world:
         for program in ready:
             row = played(program, folder, world.environment())

@@ -176,7 +176,7 @@ class Node(Program):
         return ("node", str(self.path))
 
     def version(self, folder: Path) -> str:  # noqa: ARG002 - as above
-        """What is installed beside it."""
+        """What is locked."""
         return ", ".join(_npm_version(self.path.parent, package) for package in self.packages)
 
 
@@ -212,9 +212,9 @@ class Agent(Program):
         module = ".".join(self.path.relative_to(ROOT).with_suffix("").parts)
         return (sys.executable, "-m", module, str(folder / "agents"))
 
-    def version(self, folder: Path) -> str:
-        """What is installed."""
-        return _npm_version(folder / "agents", self.package)
+    def version(self, folder: Path) -> str:  # noqa: ARG002 - the lock names it
+        """What is locked."""
+        return _npm_version(self.path.parent, self.package)
 
 
 class Go(Program):
@@ -298,7 +298,8 @@ def _output(command: Sequence[str]) -> str:
 
 
 def _npm_version(folder: Path, package: str) -> str:
-    found: str = json.loads((folder / "node_modules" / package / "package.json").read_text())["version"]
+    locked = json.loads((folder / "package-lock.json").read_text())["packages"]
+    found: str = locked[f"node_modules/{package}"]["version"]
     return found
 
 
