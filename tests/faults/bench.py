@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
+from http.client import HTTPConnection, IncompleteRead
 from typing import Any, Self
 
 from tests.e2e.support import to_collector
@@ -19,6 +20,7 @@ from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import AcceptOnly, Behaviour, FakeUpstream, SeenRequest
 from tests.fakes.wire import Exchange, Head
 from tests.faults.cases import Case, Outcome
+from tests.faults.routes import CHAT_ANSWER
 from tests.faults.table import DEADLINE_S, Place
 from tests.faults.traces import Counts
 from tests.harness import Answer, ServiceProcess
@@ -193,18 +195,37 @@ class Bench:
             for case, trace_id, answer in zip(cases, ids, answers, strict=True)
         ]
 
-    def _call(self, case: Case, trace_id: str) -> Answer:
-        parent = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
-        return self.process.call("POST", case.route.path, body=case.body, token=self.token, headers=parent)
+    def _call(self, case: Case, trace_id: str) -> tuple[Answer, bool]:
+        """Make the call; its answer as far as it came, and whether it was whole."""
+        content, content_type = case.body
+        sent = {
+            "traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01",
+            "Authorization": f"Bearer {self.token}",
+            "Content-Type": content_type,
+        }
+        connection = HTTPConnection("127.0.0.1", self.process.port, timeout=30)
+        started_s, complete = time.perf_counter(), True
+        try:
+            connection.request("POST", case.route.path, content, sent)
+            response = connection.getresponse()
+            try:
+                body = response.read()
+            except IncompleteRead as error:
+                body, complete = error.partial, False
+        finally:
+            connection.close()
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, headers, body, time.perf_counter() - started_s), complete
 
-    def _outcome(self, case: Case, answer: Answer, messages: list[str]) -> Outcome:
+    def _outcome(self, case: Case, came: tuple[Answer, bool], messages: list[str]) -> Outcome:
+        answer, complete = came
         trace_id = answer.request_id
         if case.fault.waits and answer.headers["x-llm-attempts"] != "0":
             with suppress(TimeoutError):
                 self.upstream.wait_for(lambda _: self.upstream.was_left(trace_id))
         seen = self.upstream.requests_of(trace_id)
         parents = frozenset(request.headers["traceparent"].split("-")[2] for request in seen)
-        return Outcome(answer, len(seen), messages, self.upstream.was_left(trace_id), parents)
+        return Outcome(answer, len(seen), messages, self.upstream.was_left(trace_id), parents, complete)
 
     def messages(self, request_id: str) -> list[str]:
         """The messages of a request's log lines, all of them: the last one comes after the answer."""
@@ -272,6 +293,8 @@ def differences(case: Case, outcome: Outcome) -> list[str]:
             timings.keys() - {"auth"},
             {"llm", "total", *(["retry"] if fault.delays_s else [])},
         ),
+        # Bytes have no place for an error: the connection breaks.
+        ("complete", outcome.complete, not (fault.begins and case.given.kind == "bytes")),
         # What nobody waits for any more is not left running on the model's side.
         ("left alone", outcome.left or not fault.waits, True),
         ("within the deadline", answer.seconds <= DEADLINE_S + SLACK_S, True),
@@ -291,6 +314,9 @@ def differences_of_the_body(case: Case, answer: Answer) -> list[str]:
     """What is otherwise than the table says in the answer's body."""
     if case.fault.status == answer.status:
         try:
+            if case.fault.begins and case.given.kind == "bytes":
+                right = answer.body.startswith(case.given.begun[0][:1]) and b'"error"' not in answer.body
+                return [] if right else [f"the bytes before the error: {answer.body[:500]!r}"]
             if case.fault.begins:
                 return differences_of_a_broken_stream(case, answer)
             if case.fault.error:
@@ -339,6 +365,6 @@ def differences_of_an_answer(case: Case, answer: Answer) -> list[str]:
     elif case.streamed:
         right = answer.body.split(b"\n\n")[-2].startswith(b"event: done\n")
     else:
-        said = case.route.sample.answer["choices"][0]["message"]["content"]
+        said = CHAT_ANSWER["choices"][0]["message"]["content"]
         right = (answer.json["response"], answer.json["request_id"]) == (said, answer.request_id)
     return [] if right else [f"the answer: {answer.body[:500]!r}"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from tests.fakes.upstream import Behaviour
 from tests.faults.own import Given
@@ -37,8 +36,8 @@ class Case:
         return Given(self.route, self.streamed)
 
     @property
-    def body(self) -> dict[str, Any]:
-        """What the caller sends."""
+    def body(self) -> tuple[bytes, str]:
+        """What the caller sends, and its content type."""
         return self.route.body(streamed=self.streamed)
 
     @property
@@ -55,7 +54,7 @@ class Outcome:
     """What came of one case: the answer, the requests that the upstream saw, the request's log lines.
 
     ``left`` says whether the upstream was still at it when the service went away, ``parents`` holds the span
-    ids in the requests' headers.
+    ids in the requests' headers, ``complete`` whether the answer's body ended in order.
     """
 
     answer: Answer
@@ -63,6 +62,7 @@ class Outcome:
     messages: list[str]
     left: bool = False
     parents: frozenset[str] = frozenset()
+    complete: bool = True
 
 
 def product(faults: Iterable[Fault] = FAULTS, routes: Iterable[Route] = tuple(ROUTES.values())) -> list[Case]:
@@ -73,5 +73,5 @@ def product(faults: Iterable[Fault] = FAULTS, routes: Iterable[Route] = tuple(RO
         for route in routes
         for streamed in ((False, True) if route.events else (False,))
         for fault in rows
-        if fault.concerns(streamed=streamed)
+        if Given(route, streamed).kind in fault.calls
     ]

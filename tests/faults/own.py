@@ -16,6 +16,9 @@ HEAD_FIELDS = ("id", "model", "created", "usage")
 """The fields that an answer may have beside the answer itself."""
 
 Ending: TypeAlias = Literal["end", "cut", "reset", "silence"]
+Kind: TypeAlias = Literal["json", "events", "unasked", "bytes"]
+"""What an answer is; ``unasked`` are events where the upstream decides whether it answers with them."""
+
 JSON = "application/json"
 EVENTS = "text/event-stream"
 BEGUN = 2
@@ -50,12 +53,19 @@ class Given:
     @property
     def media_type(self) -> str:
         """The answer's ``Content-Type``."""
-        return EVENTS if self.streamed else JSON
+        return EVENTS if self.streamed else self.route.sample.media
+
+    @property
+    def kind(self) -> Kind:
+        """What the answer is."""
+        if self.streamed:
+            return "events" if self.route.row.answers == "json" else "unasked"
+        return "json" if self.media_type == JSON else "bytes"
 
     @property
     def begun(self) -> Sequence[bytes]:
-        """The events before something happens to a stream."""
-        return self.route.events[:BEGUN]
+        """What is there of an answer before something happens to it: some events, or half of the bytes."""
+        return self.pieces[:BEGUN] if self.streamed else (self.content[: len(self.content) // 2],)
 
 
 Own: TypeAlias = Callable[[Given], Behaviour]
@@ -64,7 +74,9 @@ Own: TypeAlias = Callable[[Given], Behaviour]
 
 def correct(given: Given) -> Behaviour:
     """The answer as it is."""
-    return RawStream(given.pieces) if given.streamed else Status(200, given.content)
+    if given.streamed:
+        return RawStream(given.pieces)
+    return Status(200, given.content, content_type=given.media_type)
 
 
 def as_plain_text(given: Given) -> Behaviour:
@@ -81,12 +93,17 @@ def zipped(given: Given) -> Behaviour:
 def without_an_answer(given: Given) -> Behaviour:
     """An object that has all that an answer may have beside the answer itself."""
     answer = given.route.sample.answer
-    return Status(200, {name: answer[name] for name in HEAD_FIELDS if name in answer})
+    fields = {} if isinstance(answer, bytes) else answer
+    return Status(200, {name: fields[name] for name in HEAD_FIELDS if name in fields})
 
 
 def too_large(given: Given, size: int) -> Behaviour:
     """An answer of the right shape, larger than the limit."""
-    return Status(200, json.dumps({**given.route.sample.answer, "padding": "x" * size}))
+    answer = given.route.sample.answer
+    if given.kind == "bytes":
+        return RawStream((*given.begun, b"x" * size), interval_s=BETWEEN_S, headers=_typed(given))
+    fields = {} if isinstance(answer, bytes) else answer
+    return Status(200, json.dumps({**fields, "padding": "x" * size}))
 
 
 def cut_short(given: Given) -> Behaviour:
@@ -106,7 +123,11 @@ def first(*pieces: bytes, then: Ending = "end") -> Own:
 
 def after(*pieces: bytes, then: Ending = "end") -> Own:
     """A stream that has begun, and goes on with these pieces."""
-    return lambda given: RawStream((*given.begun, *pieces), then, interval_s=BETWEEN_S)
+    return lambda given: RawStream((*given.begun, *pieces), then, BETWEEN_S, _typed(given))
+
+
+def _typed(given: Given) -> dict[str, str]:
+    return {"Content-Type": given.media_type, "Transfer-Encoding": "chunked"}
 
 
 def busy_at_first(given: Given) -> Behaviour:
@@ -120,8 +141,8 @@ def busy_after(given: Given) -> Behaviour:
 
 
 def for_ever(given: Given) -> Behaviour:
-    """A stream that repeats its second event."""
-    return Repeating(given.begun, given.begun[-1])
+    """An answer that has begun, and repeats its last piece."""
+    return Repeating(given.begun, given.begun[-1][:1_000], headers=_typed(given))
 
 
 def comments_for_ever(given: Given) -> Behaviour:

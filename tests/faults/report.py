@@ -78,7 +78,7 @@ class Report:
         """Put the run into ``RESULTS.md``, behind what else stands there."""
         before = RESULTS.read_text().partition(HEADING)[0].rstrip("\n")
         routes = {case.route.name for case, _, _ in self.played}
-        faults = {(case.fault.name, case.fault.calls) for case, _, _ in self.played}
+        faults = {(case.fault.name, " ".join(case.fault.calls)) for case, _, _ in self.played}
         text = INTRODUCTION.format(
             python=".".join(platform.python_version_tuple()[:2]),
             faults=len(faults),
@@ -100,8 +100,8 @@ class Report:
         for fault, entries in rows.items():
             slowest = max(outcome.answer.seconds for _, outcome, _ in entries)
             cells = [
-                *(fault.name, fault.calls, f"{fault.status}", fault.error or "-", f"{fault.attempts}"),
-                f"{slowest:.1f} s",
+                *(fault.name, ", ".join(fault.calls), f"{fault.status}", fault.error or "-"),
+                *(f"{fault.attempts}", f"{slowest:.1f} s"),
             ]
             for streamed in (False, True):
                 of = [not found for case, _, found in entries if case.streamed is streamed]

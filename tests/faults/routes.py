@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from service.upstream.operations import OPERATIONS, Operation
@@ -20,10 +20,11 @@ ANTHROPIC_TYPES: Mapping[str, str] = {
     "UpstreamTimeoutError": "timeout_error",
     "CircuitOpenError": "overloaded_error",
 }
+CHAT_ANSWER: Mapping[str, Any] = json.loads(Answer().body("demo"))
 CHAT = Sample(
     "/chat/completions",
     {"model": "demo", "messages": [{"role": "user", "content": "What is a trace?"}]},
-    json.loads(Answer().body("demo")),
+    CHAT_ANSWER,
     (text("Hello "), text("from "), text("the fake."), chunk(reason="stop"), usage(), DONE),
     (10, 20),
     ("stop",),
@@ -39,7 +40,24 @@ EMBEDDINGS = Sample(
     },
     genai="embeddings",
 )
-ALL_SAMPLES: Mapping[str, Sample] = {"chat": CHAT, "embeddings": EMBEDDINGS, **SAMPLES}
+USAGE = {"input_tokens": 11, "output_tokens": 22, "total_tokens": 33}
+SPEECH_STREAM = (
+    named("speech.audio.delta", audio="SUQz"),
+    named("speech.audio.delta", audio="AP8="),
+    named("speech.audio.done", usage=USAGE),
+)
+TRANSCRIPTION_STREAM = (
+    named("transcript.text.delta", delta="Ein "),
+    named("transcript.text.delta", delta="Pfad 🙂"),
+    named("transcript.text.done", text="Ein Pfad 🙂", usage=USAGE),
+)
+ALL_SAMPLES: Mapping[str, Sample] = {
+    "chat": CHAT,
+    "embeddings": EMBEDDINGS,
+    **SAMPLES,
+    "speech": replace(SAMPLES["speech"], stream=SPEECH_STREAM),
+    "transcriptions": replace(SAMPLES["transcriptions"], stream=TRANSCRIPTION_STREAM),
+}
 
 
 @dataclass(frozen=True)
@@ -62,15 +80,22 @@ class Route:
     sample: Sample
     request: Mapping[str, Any] | None = None
 
-    def body(self, *, streamed: bool) -> dict[str, Any]:
-        """What the caller sends."""
-        body = dict(self.sample.request if self.request is None else self.request)
+    def body(self, *, streamed: bool) -> tuple[bytes, str]:
+        """What the caller sends, and its content type."""
+        fields: dict[str, Any] = {}
         if streamed:
-            body["stream"] = True
-            if OPERATIONS_BY_NAME[self.operation].asks_for_usage and self.protocol != "own":
+            fields = {"stream_format": "sse"} if self.operation == "speech" else {"stream": True}
+            if self.row.asks_for_usage and self.protocol != "own":
                 # So that the caller gets all that the upstream sends.
-                body["stream_options"] = {"include_usage": True}
-        return body
+                fields["stream_options"] = {"include_usage": True}
+        if self.request is not None:
+            return json.dumps({**self.request, **fields}).encode(), "application/json"
+        return self.sample.encoded(**fields)
+
+    @property
+    def row(self) -> Operation:
+        """The operation."""
+        return OPERATIONS_BY_NAME[self.operation]
 
     @property
     def events(self) -> Sequence[bytes]:
@@ -114,7 +139,9 @@ class Route:
             ("the error event's name", name, b"" if self.protocol == "openai" else b"event: error\n")
         ]
         if self.protocol == "responses":
-            numbers = [json.loads(one.rpartition(b"data: ")[2])["sequence_number"] for one in before]
+            sent = [json.loads(one.rpartition(b"data: ")[2]) for one in before]
+            # Where events have no numbers, as those of audio, they are counted.
+            numbers = [one.get("sequence_number", place) for place, one in enumerate(sent)]
             code = said["error"]["code"] or said["error"]["type"]
             pairs += [
                 ("the error event's type", said.get("type"), "error"),
@@ -135,7 +162,8 @@ def _route(name: str) -> Route:
         raise LookupError(f"tests/fakes/operations.py has no sample for the operation {name}")
     if (operation.read_event is None) is not (sample.stream is None):
         raise LookupError(f"the sample of {name} and its operation differ about streams")
-    protocol: Protocol = "responses" if operation.path.startswith("/responses") else operation.shape
+    typed = operation.read_event is not None and not operation.ends_with_done
+    protocol: Protocol = "responses" if typed and operation.shape == "openai" else operation.shape
     return Route(name, f"/v1{operation.path}", name, protocol, sample)
 
 

@@ -23,6 +23,7 @@ from tests.fakes.upstream import (
 )
 from tests.fakes.wire import Exchange
 from tests.faults.own import (
+    Kind,
     Own,
     after,
     as_plain_text,
@@ -62,7 +63,15 @@ NO_RETRIES_LEFT = "no retries left"
 DEADLINE_FIRST = "the deadline comes first"
 
 Place = Literal["answering", "refusing", "unreachable"]
-Calls = Literal["all", "whole", "streamed"]
+Calls = tuple[Kind, ...]
+"""What the answer to a call is."""
+
+JSON: Calls = ("json",)
+EVENTS: Calls = ("events", "unasked")
+BYTES: Calls = ("bytes",)
+READ: Calls = (*JSON, *EVENTS)
+PIECES: Calls = (*EVENTS, *BYTES)
+ALL: Calls = (*JSON, *EVENTS, *BYTES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +109,9 @@ class Fault:
     gives_up: str = ""
     retry_after: str | None = None
     place: Place = "answering"
-    calls: Calls = "all"
+    calls: Calls = ALL
     begins: bool = False
     waits: bool = False
-
-    def concerns(self, *, streamed: bool) -> bool:
-        """Whether the row is about streams, or about whole answers."""
-        return self.calls == "all" or streamed is (self.calls == "streamed")
 
     @property
     def succeeds(self) -> bool:
@@ -172,7 +177,7 @@ def _again_and_again(  # noqa: PLR0913 - as many as there are columns
     behaviour: Behaviour | Own,
     *,
     place: Place = "answering",
-    calls: Calls = "all",
+    calls: Calls = ALL,
     retry_after: str | None = None,
 ) -> Fault:
     """A failure that passes, only it does not: every attempt is made."""
@@ -192,13 +197,13 @@ def _again_and_again(  # noqa: PLR0913 - as many as there are columns
     )
 
 
-def _broken(name: str, behaviour: Behaviour | Own, calls: Calls = "all") -> Fault:
+def _broken(name: str, behaviour: Behaviour | Own, calls: Calls = ALL) -> Fault:
     return _again_and_again(name, 502, "UpstreamError", "Connection error", behaviour, calls=calls)
 
 
 def _no_event(name: str, behaviour: Behaviour | Own) -> Fault:
     """A stream that ends before its first event, as one does whose connection is cut off."""
-    return _again_and_again(name, 502, "UpstreamError", "Cut off", behaviour, calls="streamed")
+    return _again_and_again(name, 502, "UpstreamError", "Cut off", behaviour, calls=EVENTS)
 
 
 def _failing(code: int) -> Fault:
@@ -213,7 +218,7 @@ def _too_late(  # noqa: PLR0913 - as many as there are columns
     label: str = "Timeout",
     *,
     retry_after: str | None = None,
-    calls: Calls = "all",
+    calls: Calls = ALL,
 ) -> Fault:
     """Another attempt might help, and could not end before the deadline."""
     return Fault(
@@ -231,12 +236,12 @@ def _too_late(  # noqa: PLR0913 - as many as there are columns
     )
 
 
-def _once(name: str, behaviour: Behaviour | Own, status: int, error: str, *, calls: Calls = "all") -> Fault:
+def _once(name: str, behaviour: Behaviour | Own, status: int, error: str, *, calls: Calls = ALL) -> Fault:
     """No further attempt would end otherwise, so there is none, and nothing is said about one."""
     return Fault(name, (behaviour,), status, error, 1, {"not_retryable": 1}, calls=calls)
 
 
-def _answers(name: str, behaviour: Behaviour | Own, calls: Calls = "all") -> Fault:
+def _answers(name: str, behaviour: Behaviour | Own, calls: Calls = ALL) -> Fault:
     return Fault(name, (behaviour,), 200, "", 1, {"success": 1}, calls=calls)
 
 
@@ -261,11 +266,11 @@ def _recovers(  # noqa: PLR0913, PLR0917 - as many as there are columns
     )
 
 
-def _begins(name: str, behaviour: Own, error: str = "UpstreamError", *, waits: bool = False) -> Fault:
-    """The stream has begun, so that nothing is tried again; its last event says what has happened."""
-    return Fault(
-        name, (behaviour,), 200, error, 1, {"success": 1}, calls="streamed", begins=True, waits=waits
-    )
+def _begins(
+    name: str, behaviour: Own, error: str = "UpstreamError", *, waits: bool = False, calls: Calls = EVENTS
+) -> Fault:
+    """The answer has begun, so that nothing is tried again; of a stream, the last event says why it ends."""
+    return Fault(name, (behaviour,), 200, error, 1, {"success": 1}, calls=calls, begins=True, waits=waits)
 
 
 def _rate_limited(seconds: int) -> Status:
@@ -286,7 +291,8 @@ FAULTS: tuple[Fault, ...] = (
     _broken("reset before the answer", Reset("before")),
     _broken("reset within the headers", Reset("headers")),
     _broken("reset within the body", Reset("body")),
-    _too_late("body byte by byte", byte_by_byte),
+    _too_late("body byte by byte", byte_by_byte, calls=READ),
+    _begins("body byte by byte", byte_by_byte, _TIMEOUT, waits=True, calls=BYTES),
     _too_late("endless body", Endless()),
     replace(_once("endless flood", Endless(0.0, b" " * 16_384), 502, "UpstreamError"), waits=True),
     *(_failing(code) for code in (500, 502, 503)),
@@ -312,40 +318,47 @@ FAULTS: tuple[Fault, ...] = (
     *(_once(f"{code}", Status(code), 400, "BadRequestError") for code in (400, 404, 422)),
     _once("redirect", Status(302, headers={"Location": "http://127.0.0.1:1/"}), 502, "UpstreamError"),
     _broken("garbage bytes", Garbage()),
-    _once("HTML with 200", NotJson(), 502, "UpstreamError", calls="whole"),
-    _no_event("HTML with 200", NotJson()),
+    _once("HTML with 200", NotJson(), 502, "UpstreamError", calls=("json", "unasked", "bytes")),
+    replace(_no_event("HTML with 200", NotJson()), calls=("events",)),
     _once("JSON, cut off, with 200", NotJson(b'{"choices": [', "application/json"), 502, "UpstreamError"),
-    _broken("wrong length", cut_short, "whole"),
-    _answers("wrong length", cut_short, "streamed"),
-    _answers("content type is another", as_plain_text),
-    _once("compressed answer, not asked for", zipped, 502, "UpstreamError", calls="whole"),
+    _broken("wrong length", cut_short, JSON),
+    _answers("wrong length", cut_short, EVENTS),
+    _answers("content type is another", as_plain_text, ("json", "events")),
+    _once("content type is another", as_plain_text, 502, "UpstreamError", calls=BYTES),
+    _once("compressed answer, not asked for", zipped, 502, "UpstreamError", calls=JSON),
     _no_event("compressed answer, not asked for", zipped),
     _once("no answer in it", without_an_answer, 502, "UpstreamError"),
-    _once("answer too large", lambda given: too_large(given, MAX_ANSWER_BYTES), 502, "UpstreamError"),
+    _once(
+        "answer too large",
+        lambda given: too_large(given, MAX_ANSWER_BYTES),
+        502,
+        "UpstreamError",
+        calls=READ,
+    ),
+    _begins("answer too large", lambda given: too_large(given, MAX_ANSWER_BYTES), calls=BYTES),
     *(_recovers(f"recovers after {n} x 500", Status(500), "HTTP 500", n) for n in (1, 2, 3)),
     _recovers("recovers after 2 resets", Reset("body"), "Connection error", 2),
     # Streams, before their first event: like any other answer.
-    _answers("ends well", correct, "streamed"),
+    _answers("ends well", correct, EVENTS),
     _no_event("ends before the first event", first(b": hello\n\n")),
-    _broken("cut off before the first event", first(b": hello\n\n", then="cut"), "streamed"),
-    _too_late("silent before the first event", first(b": hello\n\n", then="silence"), calls="streamed"),
-    _once("garbage at first", first(b"data: oops\n\n"), 502, "UpstreamError", calls="streamed"),
-    _once("no object at first", first(b"data: 7\n\n"), 502, "UpstreamError", calls="streamed"),
-    _once("over-long first event", first(_LONG_EVENT), 502, "UpstreamError", calls="streamed"),
-    _again_and_again(
-        "busy at first", 429, _RATE, "Rate limit", busy_at_first, calls="streamed", retry_after="1"
-    ),
+    _broken("cut off before the first event", first(b": hello\n\n", then="cut"), EVENTS),
+    _too_late("silent before the first event", first(b": hello\n\n", then="silence"), calls=EVENTS),
+    _once("garbage at first", first(b"data: oops\n\n"), 502, "UpstreamError", calls=EVENTS),
+    _once("no object at first", first(b"data: 7\n\n"), 502, "UpstreamError", calls=EVENTS),
+    _once("over-long first event", first(_LONG_EVENT), 502, "UpstreamError", calls=EVENTS),
+    _again_and_again("busy at first", 429, _RATE, "Rate limit", busy_at_first, calls=EVENTS, retry_after="1"),
     # And after it: the caller has got a part of the answer, and an event ends it.
     _begins("ends without an end", after(b"\n")),
-    _begins("cut off", after(then="cut")),
+    _begins("cut off", after(then="cut"), calls=PIECES),
+    _begins("wrong length", cut_short, calls=BYTES),
     _begins("cut off within a character", after(_CUT_CHARACTER, then="cut")),
-    _begins("reset", after(then="reset")),
+    _begins("reset", after(then="reset"), calls=PIECES),
     _begins("garbage", after(b"data: {oops\n\n", DONE)),
     _begins("no object", after(b"data: 7\n\n", DONE)),
     _begins("over-long event", after(_LONG_EVENT, then="silence"), waits=True),
     _begins("says that it is busy", busy_after, _RATE),
-    _begins("silence", after(then="silence"), _TIMEOUT, waits=True),
-    _begins("never ends", for_ever, _TIMEOUT, waits=True),
+    _begins("silence", after(then="silence"), _TIMEOUT, waits=True, calls=PIECES),
+    _begins("never ends", for_ever, _TIMEOUT, waits=True, calls=PIECES),
     _begins("says only that it is alive", comments_for_ever, _TIMEOUT, waits=True),
     Fault(
         "recovers, then cut off",
@@ -356,7 +369,7 @@ FAULTS: tuple[Fault, ...] = (
         {"retried": 1, "success": 1},
         label="HTTP 500",
         delays_s=DELAYS_S[:1],
-        calls="streamed",
+        calls=EVENTS,
         begins=True,
     ),
 )
