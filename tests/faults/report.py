@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.cases import Case, Outcome
+from tests.faults.table import ALL
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 HEADING = "# What `make faults` saw\n"
@@ -22,6 +23,9 @@ route's protocol and the ids in it, `Retry-After`, `X-LLM-Attempts`, `Server-Tim
 bytes of the answer, the requests that the upstream saw, whether it was left alone afterwards, every log
 line, the span tree with the events on it, and their log records. The counters of calls and of attempts
 were compared for each route.
+
+`json` and `events` are answers and streams that are asked for; `unasked` are streams where the upstream
+decides whether it answers with one, and `bytes` are recordings, both of audio.
 
 {verdict}
 
@@ -100,7 +104,12 @@ class Report:
         for fault, entries in rows.items():
             slowest = max(outcome.answer.seconds for _, outcome, _ in entries)
             cells = [
-                *(fault.name, ", ".join(fault.calls), f"{fault.status}", fault.error or "-"),
+                *(
+                    fault.name,
+                    "all" if fault.calls == ALL else ", ".join(fault.calls),
+                    f"{fault.status}",
+                    fault.error or "-",
+                ),
                 *(f"{fault.attempts}", f"{slowest:.1f} s"),
             ]
             for streamed in (False, True):
