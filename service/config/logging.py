@@ -45,8 +45,8 @@ would take the interpreter lock from the event loop three times per request, 0.1
 
 STDOUT = 1
 
-REQUEST_LOGGERS = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "grpc", "urllib3")
-"""Libraries that log every request below WARNING, with its URL or body."""
+REQUEST_LOGGERS = ("alembic", "httpx", "httpx2", "httpcore", "httpcore2", "openai", "grpc", "urllib3")
+"""Libraries that log every request below WARNING, with its URL or body; Alembic, each of its steps."""
 
 NOT_EXPORTED = ("opentelemetry", *REQUEST_LOGGERS)
 """Loggers of the exporters and of the libraries they use. Exporting their records would cause an endless loop
