@@ -57,6 +57,7 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     max_body_bytes: int = Field(1_048_576, ge=1, le=104_857_600)
     max_v1_body_bytes: int = Field(33_554_432, ge=1, le=104_857_600)
+    max_upload_bytes: int = Field(104_857_600, ge=1, le=2_147_483_648)
     request_body_timeout_s: float = Field(10.0, gt=0, le=3_600)
     max_in_flight: int = Field(200, ge=1, le=10_000)
     max_in_flight_per_user: int = Field(0, ge=0, le=10_000)

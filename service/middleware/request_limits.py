@@ -27,14 +27,23 @@ from service.errors import (
     RequestTimeoutError,
     ServiceError,
 )
-from service.middleware.errors import error_response, is_openai_path
+from service.middleware.errors import OPENAI_PREFIX, error_response, is_openai_path
 from service.telemetry.instruments import Instruments
 from service.telemetry.providers import PROBES
+from service.upstream.operations import OPERATIONS
 
 MALFORMED = "llmops.malformed"
 """Key that ``service.protocol`` sets in the scope of a request that is not valid HTTP."""
 
 LOGIN: Final = "/auth/login"
+UPLOADS: Final = frozenset(
+    f"{OPENAI_PREFIX}{operation.path}" for operation in OPERATIONS.values() if operation.asks == "form"
+)
+"""The routes whose body is passed on as it arrives."""
+
+BODY: Final = "llmops.body"
+"""Key in the scope of a request to one of them, for ``pass_body_on``."""
+
 LOGIN_BODY_BYTES: Final = 8_192
 """Largest body of a sign-in: a name of 256 and a password of 1,024 characters, with room for escapes."""
 
@@ -79,6 +88,10 @@ class RequestLimitsMiddleware:
         self._sign_in = _BodyLimit(min(LOGIN_BODY_BYTES, settings.max_body_bytes), "of a sign-in")
         self._own = _BodyLimit(settings.max_body_bytes, "MAX_BODY_BYTES")
         self._v1 = _BodyLimit(settings.max_v1_body_bytes, "MAX_V1_BODY_BYTES")
+        self._upload = _BodyLimit(settings.max_upload_bytes, "MAX_UPLOAD_BYTES")
+        self._held = _BodyLimit(
+            settings.max_v1_body_bytes, "MAX_V1_BODY_BYTES for what stands before the field model"
+        )
         self._body_timeout_s = settings.request_body_timeout_s
         self._capacity = _Capacity(settings, instruments)
 
@@ -88,7 +101,8 @@ class RequestLimitsMiddleware:
             await self._app(scope, receive, send)
             return
         capacity = self._capacity
-        exchange = _Exchange(scope, receive, send, capacity, self._body_timeout_s)
+        held = self._held if scope["path"] in UPLOADS else None
+        exchange = _Exchange(scope, receive, send, capacity, self._body_timeout_s, held)
         if scope["path"] in PROBES:
             await self._app(scope, receive, exchange.send)
             return
@@ -110,6 +124,8 @@ class RequestLimitsMiddleware:
     def _limit(self, scope: Scope) -> "_BodyLimit":
         if scope["path"] == LOGIN:
             return self._sign_in
+        if scope["path"] in UPLOADS:
+            return self._upload
         return self._v1 if is_openai_path(scope) else self._own
 
 
@@ -197,6 +213,15 @@ def address_of(scope: Scope) -> str:
     return host
 
 
+def pass_body_on(scope: Scope) -> None:
+    """Let the rest of a request's body go on as it arrives; it belongs to a route of ``UPLOADS``.
+
+    Raises:
+        OverloadedError: There is no place for the request.
+    """
+    scope[BODY].pass_on()
+
+
 class _Exchange:
     """The ASGI ``receive`` and ``send`` of one request, and the places that it holds.
 
@@ -210,16 +235,25 @@ class _Exchange:
         send: The server's ``send``.
         capacity: Where the request is counted.
         body_timeout_s: Time limit of the body.
+        held: Of a body that is passed on as it arrives: the limit of what is held before; else None.
     """
 
-    def __init__(
-        self, scope: Scope, receive: Receive, send: Send, capacity: _Capacity, body_timeout_s: float
+    def __init__(  # noqa: PLR0913, PLR0917 - the server's three, and what limits them
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        capacity: _Capacity,
+        body_timeout_s: float,
+        held: _BodyLimit | None,
     ) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self._capacity = capacity
         self._body_until_s = asyncio.get_running_loop().time() + body_timeout_s
+        self._held_limit = held
+        self._passed_on_s: float | None = None
         self._closes = False
         self._holder = ""
         self._place: _Places | None = None
@@ -260,7 +294,10 @@ class _Exchange:
             raise AuthenticationError
         else:
             self._take(capacity.arriving)
-        self._hold(self.declared_bytes)
+        if self._held_limit is None:
+            self._hold(self.declared_bytes)
+        else:
+            scope[BODY] = self
 
     def _hold(self, size: int) -> None:
         """Count the body's bytes, which stay in memory until the request is over."""
@@ -285,6 +322,16 @@ class _Exchange:
         self._take(places)
         self._in_flight = True
         self._capacity.gauge.add(1)
+
+    def pass_on(self) -> None:
+        """Count the request as in flight while its body is arriving, and the rest of it as not held.
+
+        Raises:
+            OverloadedError: There is no place for the request.
+        """
+        self._passed_on_s = asyncio.get_running_loop().time()
+        if not self._in_flight:
+            self._admit(self._capacity.calls)
 
     def _give_back(self) -> None:
         if self._place is not None:
@@ -311,6 +358,10 @@ class _Exchange:
         """
         if not self.body_pending:
             return await self._receive()
+        now = asyncio.get_running_loop().time
+        if self._passed_on_s is not None:
+            # The upstream has taken its time over what has arrived, which is not the caller's.
+            self._body_until_s += now() - self._passed_on_s
         try:
             async with asyncio.timeout_at(self._body_until_s):
                 message = await self._receive()
@@ -320,9 +371,14 @@ class _Exchange:
         self._received_bytes += arrived
         self._body_until_s += arrived / BODY_BYTES_PER_S
         limit.check(self._received_bytes)
-        self._hold(self._received_bytes)
+        if self._passed_on_s is not None:
+            self._passed_on_s = now()
+        else:
+            if self._held_limit is not None:
+                self._held_limit.check(self._received_bytes)
+            self._hold(self._received_bytes)
         self.body_pending = message.get("more_body", False)
-        if not self.body_pending and message["type"] == "http.request":
+        if not self.body_pending and message["type"] == "http.request" and not self._in_flight:
             # Sign-ins have a queue of their own, behind the limit of those that may arrive.
             if self._scope["path"] != LOGIN:
                 self._admit(self._capacity.calls)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fastapi import Request
@@ -26,11 +26,13 @@ from service.errors import (
 )
 from service.middleware.paths import DEPLOYMENT
 from service.routers.bodies import MAX_VALUES, json_content, read_json, refuse
+from service.routers.forms import read_form
 from service.routers.schemas import MODEL_NAME
 from service.routers.streaming import EventStream, StreamFormat
 from service.upstream.control_fields import control_field
 from service.upstream.messages import LlmRequest, with_fields
 from service.upstream.operations import OPERATIONS, OperationName
+from service.utils.deadline import Deadline
 from service.utils.disconnect import cancel_on_disconnect
 
 PASSED_HEADERS: Final = ("openai-beta", "anthropic-version", "anthropic-beta")
@@ -152,6 +154,38 @@ async def call_operation(
         return EventStream(generation.stream(spec), stream_format(body), call.services.stream_times)
     answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
     return Response(answer.reply.content, media_type=JSON)
+
+
+async def call_bytes(
+    request: Request, call: ModelCall, operation: OperationName, stream_format: StreamFormat
+) -> Response:
+    """Answer a request in JSON whose answer is bytes, or events where the upstream answers with them."""
+    body = read_body(operation, await json_content(request), call.services.pass_litellm_fields)
+    asked = body.as_request(operation, default_model(request, call, operation), passed_headers(request))
+    stream = call.services.generation.stream(call.spec(asked, streamed=True))
+    return EventStream(stream, stream_format, call.services.stream_times)
+
+
+async def call_form(
+    request: Request, call: ModelCall, operation: OperationName, stream_format: StreamFormat
+) -> Response:
+    """Answer a form with a file, which is passed on as it arrives."""
+    generation, services = call.services.generation, call.services
+    deployment: str | None = request.scope.get(DEPLOYMENT)
+    form = await read_form(request, services.pass_litellm_fields, default_model=deployment)
+    asked = LlmRequest(
+        operation,
+        form.model,
+        {**form.fields, "model": form.model},
+        b"",
+        passed_headers(request),
+        verbatim=True,
+        upload=form.upload,
+    )
+    # The time in which the form is awaited is the caller's.
+    deadline = Deadline.after(generation.timeout_s, clock=form.upload.clock)
+    spec = replace(call, deadline=deadline).spec(asked, streamed=True)
+    return EventStream(generation.stream(spec), stream_format, services.stream_times, upload=form.upload)
 
 
 def default_model(request: Request, call: ModelCall, operation: OperationName) -> str:

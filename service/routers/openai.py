@@ -18,6 +18,8 @@ from service.routers.calls import (
     JSON,
     UNAVAILABLE,
     JsonBody,
+    call_bytes,
+    call_form,
     call_operation,
     default_model,
     passed_headers,
@@ -40,6 +42,10 @@ from service.routers.schemas import (
     RERANK_REQUEST,
     RESPONSES_ANSWER,
     RESPONSES_REQUEST,
+    SPEECH_ANSWER,
+    SPEECH_REQUEST,
+    TRANSCRIPTION_ANSWER,
+    TRANSCRIPTION_REQUEST,
     check_response_format,
     openai_errors,
 )
@@ -263,6 +269,35 @@ async def images(request: Request, call: ModelCallDep) -> Response:
 async def rerank(request: Request, call: ModelCallDep) -> Response:
     """Cohere's ranking of documents, as LiteLLM offers it; the model must be named."""
     return await call_operation(request, call, "rerank", openai_format)
+
+
+@router.post(
+    "/audio/speech",
+    response_class=Response,
+    responses={200: SPEECH_ANSWER, **openai_errors(*CALL_ERRORS)},
+    openapi_extra={"requestBody": SPEECH_REQUEST},
+)
+async def speech(request: Request, call: ModelCallDep) -> Response:
+    """OpenAI's speech of a text, as the bytes of a recording; the model must be named.
+
+    A failure after the first byte breaks the connection: a recording has no place for an error.
+    """
+    return await call_bytes(request, call, "speech", ResponsesFormat())
+
+
+@router.post(
+    "/audio/transcriptions",
+    response_class=Response,
+    responses={200: TRANSCRIPTION_ANSWER, **openai_errors(*CALL_ERRORS)},
+    openapi_extra={"requestBody": TRANSCRIPTION_REQUEST},
+)
+async def transcriptions(request: Request, call: ModelCallDep) -> Response:
+    """The text of a recording; the form is passed on as it arrives, once its field `model` is there.
+
+    So a recording of any size up to `MAX_UPLOAD_BYTES` can be sent where `model` stands before `file`;
+    otherwise one of `MAX_V1_BODY_BYTES`.
+    """
+    return await call_form(request, call, "transcriptions", ResponsesFormat())
 
 
 @router.post(

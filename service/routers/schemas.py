@@ -493,6 +493,47 @@ TOKENS_REQUEST: Final = _request(
 TOKENS_ANSWER: Final = _passed("The number of tokens", "input_tokens", {"input_tokens": 14})
 
 
+SPEECH_REQUEST: Final = _request(
+    f"{REFERENCE}/audio/createSpeech",
+    {"model": _MODEL_NAME, "input": {"type": "string"}},
+    {"model": "gpt-4o-mini-tts", "input": "A trace is a path.", "voice": "alloy"},
+    "model",
+    "input",
+)
+SPEECH_ANSWER: Final[Schema] = {
+    "description": "The recording as the upstream gave it; with `stream_format`, as events.",
+    "content": {
+        "audio/*": {"schema": {"type": "string", "format": "binary"}},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        "text/event-stream": {
+            "schema": event_schema(),
+            "example": 'data: {"type":"speech.audio.done"}\n\n',
+        },
+    },
+}
+TRANSCRIPTION_REQUEST: Final[Schema] = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["file", "model"],
+                "description": f"The request ({REFERENCE}/audio/createTranscription); other fields pass.",
+                "properties": {"file": {"type": "string", "format": "binary"}, "model": _MODEL_NAME},
+            }
+        }
+    },
+}
+TRANSCRIPTION_ANSWER: Final = _passed("The text", "text", {"text": "A trace is a path."})
+TRANSCRIPTION_ANSWER["content"] |= {
+    "text/plain": {"schema": {"type": "string"}},
+    "text/event-stream": {
+        "schema": event_schema(),
+        "example": 'data: {"type":"transcript.text.done","text":"A trace is a path."}\n\n',
+    },
+}
+
+
 class AnthropicError(OpenAiError):
     """What went wrong, in Anthropic's fields and ours."""
 

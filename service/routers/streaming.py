@@ -1,6 +1,7 @@
-"""A streamed answer on its way to the caller, as server-sent events in the format of a protocol."""
+"""A streamed answer on its way to the caller: server-sent events in a protocol's format, or bytes."""
 
 import asyncio
+import math
 import time
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Final, Protocol
@@ -15,6 +16,7 @@ from service.services.call_report import CallOutcome
 from service.services.generation import AnswerStream
 from service.upstream.messages import Completion
 from service.upstream.stream import StreamEvent, comment
+from service.upstream.upload import Upload
 from service.utils.disconnect import abort_connection, cancel_on_disconnect
 
 KEEP_ALIVE: Final = comment("keep-alive")
@@ -46,12 +48,14 @@ class EventStream(Response):
     """Runs a streamed call and sends its pieces as they come.
 
     The head is sent with the first piece: what fails before is an error like any other. What fails afterwards
-    is an error event of the protocol, and the HTTP body ends in order.
+    is an error event of the protocol, and the HTTP body ends in order. An answer that is no stream of events,
+    but bytes of its own type, has no place for an error: there the HTTP body does not end in order.
 
     Args:
         stream: The call, not begun yet.
         stream_format: The protocol.
         times: When a comment is sent, and when a caller who does not read is given up.
+        upload: The request's body, where it is still arriving.
     """
 
     media_type = "text/event-stream"
@@ -61,6 +65,8 @@ class EventStream(Response):
         stream: AbstractAsyncContextManager[AnswerStream],
         stream_format: StreamFormat,
         times: StreamTimes,
+        *,
+        upload: Upload | None = None,
     ) -> None:
         super().__init__(headers=HEADERS)
         # The length is not known, and the encoding is always UTF-8.
@@ -69,10 +75,17 @@ class EventStream(Response):
         self._stream = stream
         self._format = stream_format
         self._times = times
+        self._upload = upload
+
+    @property
+    def _is_events(self) -> bool:
+        return self.headers["Content-Type"] == self.media_type
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the whole answer."""
         sender = _Sender(send, self, self._times)
+        if self._upload is not None:
+            receive = self._upload.receive_after(receive)
         try:
             done = await cancel_on_disconnect(receive, self._send_pieces(sender))
         except CallerLeftError as error:
@@ -83,12 +96,13 @@ class EventStream(Response):
             abort_connection(scope)
         except asyncio.CancelledError:
             # Only the end of the process cancels a request. The caller is told, and the cancellation goes on.
-            if sender.started:
+            if sender.started and self._is_events:
                 stopping = ShuttingDownError("This process is stopping, and your request took too long.")
                 await sender.end_soon(self._format.error(record_late_error(stopping)))
             raise
         except Exception as error:
-            if not sender.started:
+            if not (sender.started and self._is_events):
+                # An answer without an end is seen to have failed; ``ErrorMiddleware`` records it.
                 raise
             found = record_late_error(error)
             await sender.end_soon(b"" if found.told else self._format.error(found))
@@ -100,6 +114,9 @@ class EventStream(Response):
     async def _send_pieces(self, sender: "_Sender") -> bytes:
         """Send every piece; returns what ends the answer, when the call is over and recorded."""
         async with self._stream as stream:
+            if stream.content_type != self.media_type:
+                self.headers["Content-Type"] = stream.content_type
+                sender.keep_alive_s = math.inf
             async for event in stream:
                 await sender.send(self._format.piece(event))
         return self._format.done(stream.completion, stream.outcome)
@@ -111,12 +128,8 @@ class _Sender:
     def __init__(self, send: Send, response: Response, times: StreamTimes) -> None:
         self._send_unlimited = send
         self._write_timeout_s = times.write_timeout_s
-        self._head = {
-            "type": "http.response.start",
-            "status": response.status_code,
-            "headers": response.raw_headers,
-        }
-        self._keep_alive_s = times.keep_alive_s
+        self._response = response
+        self.keep_alive_s = times.keep_alive_s
         self._keeping_alive: asyncio.Task[None] | None = None
         self._sending = False
         self._last_s = time.monotonic()
@@ -126,8 +139,15 @@ class _Sender:
         """Send a piece; returns when the transport accepts more (backpressure)."""
         if not self.started:
             self.started = True
-            await self._send(self._head)
-            self._keeping_alive = asyncio.create_task(self._keep_alive())
+            await self._send(
+                {
+                    "type": "http.response.start",
+                    "status": self._response.status_code,
+                    "headers": self._response.raw_headers,
+                }
+            )
+            if self.keep_alive_s < math.inf:
+                self._keeping_alive = asyncio.create_task(self._keep_alive())
         if data:
             self._sending = True
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
@@ -172,8 +192,8 @@ class _Sender:
         while True:
             idle_s = time.monotonic() - self._last_s
             # A client that does not read gets no comments either.
-            if idle_s >= self._keep_alive_s and not self._sending:
+            if idle_s >= self.keep_alive_s and not self._sending:
                 await self._send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
                 self._last_s = time.monotonic()
                 idle_s = 0.0
-            await asyncio.sleep(max(self._keep_alive_s - idle_s, self._keep_alive_s / 10))
+            await asyncio.sleep(max(self.keep_alive_s - idle_s, self.keep_alive_s / 10))

@@ -31,7 +31,7 @@ from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
 from service.upstream.messages import Completion, ModelList, Reply
 from service.upstream.operations import OPERATIONS, OperationName
-from service.upstream.stream import ALIVE, LlmStream, StreamEvent
+from service.upstream.stream import ALIVE, EVENT_STREAM, AnswerEvents, StreamEvent
 from service.utils.deadline import Deadline
 from service.utils.retry import Attempt, Progress, RetryBudget, RetryPolicy, retrying
 
@@ -68,12 +68,13 @@ class AnswerStream:
 
     def __init__(
         self,
-        events: AsyncIterator[StreamEvent],
+        events: "AnswerEvents | _StoredStream",
         assembler: Assembler,
         limit: asyncio.Timeout,
         silence_s: float,
         end_s: float,
     ) -> None:
+        self.content_type = events.content_type
         self._events = events
         self._assembler = assembler
         self._limit = limit
@@ -255,7 +256,7 @@ class Generation:
         """
         async with self._call(spec, shares=False) as (call, span), AsyncExitStack() as held:
             entry, assembler = call.lookup.entry, self._cache.assembler(call.lookup)
-            events: LlmStream | _StoredStream
+            events: AnswerEvents | _StoredStream
             if entry is not None:
                 call.cached_from = entry.completion
                 events = _StoredStream(entry)
@@ -353,7 +354,7 @@ class Generation:
 
     async def _attempt_stream(
         self, progress: Progress, deadline: Deadline, call: _Call, held: AsyncExitStack
-    ) -> LlmStream:
+    ) -> AnswerEvents:
         """Make one attempt, up to the first piece; ``held`` keeps it open, and decides how it ended."""
         async with AsyncExitStack() as attempt:
             attempt.enter_context(self._connections.attempt())
@@ -378,6 +379,8 @@ class Generation:
 
 class _StoredStream:
     """A stored answer as a stream."""
+
+    content_type = EVENT_STREAM
 
     def __init__(self, entry: Entry) -> None:
         self._entry = entry

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from typing import Any, Final, TypeVar, cast
 
@@ -33,8 +33,16 @@ from service.upstream.offered_models import WILDCARD, OfferedModels
 from service.upstream.operations import OPERATIONS
 from service.upstream.reasons import load_rules
 from service.upstream.spans import AttemptSpan, AttemptSpans
-from service.upstream.stream import LlmStream, Reading
-from service.upstream.transport import UpstreamClient, UpstreamTransport
+from service.upstream.stream import (
+    EVENT_STREAM,
+    AnswerEvents,
+    ByteStream,
+    LlmStream,
+    Reading,
+    media_type_of,
+)
+from service.upstream.transport import FORM_TYPE, UpstreamClient, UpstreamTransport
+from service.upstream.upload import Upload
 from service.utils.deadline import Deadline
 
 MAX_LISTED_MODELS = 200
@@ -163,7 +171,7 @@ class LlmClient:
         return reply
 
     @asynccontextmanager
-    async def stream(self, request: LlmRequest, deadline: Deadline) -> AsyncIterator[LlmStream]:
+    async def stream(self, request: LlmRequest, deadline: Deadline) -> AsyncIterator[AnswerEvents]:
         """Ask for an answer as a stream, in one attempt; the block begins when the first event is there.
 
         The attempt's span lasts until the end of the block, and fails with what the block raises. Leaving the
@@ -176,8 +184,13 @@ class LlmClient:
         Raises:
             ServiceError: As ``ask``; iterating the stream raises the same.
         """
-        with self._spans.attempt(request, stream=True) as span:
-            events = await self._open_stream(request, deadline, span)
+        # A stream of bytes is not asked for: it is how such an answer is passed on.
+        asks = OPERATIONS[request.operation].answers == "json"
+        with self._spans.attempt(request, stream=asks) as span:
+            try:
+                events = await self._open_stream(request, deadline, span)
+            except ServiceError as error:
+                raise _after_upload(error, request) from None
             try:
                 self._remember(request.model)
                 span.suspend()
@@ -186,7 +199,7 @@ class LlmClient:
                 await events.aclose()
                 span.completion = events.completion()
 
-    async def _open_stream(self, request: LlmRequest, deadline: Deadline, span: AttemptSpan) -> LlmStream:
+    async def _open_stream(self, request: LlmRequest, deadline: Deadline, span: AttemptSpan) -> AnswerEvents:
         """Ask for a stream with token counts at its end, and without them where the model refuses that."""
         asks = (
             self._asks_for_usage
@@ -210,18 +223,23 @@ class LlmClient:
 
     async def _begin_stream(
         self, request: LlmRequest, deadline: Deadline, span: AttemptSpan, *, with_usage: bool
-    ) -> LlmStream:
+    ) -> AnswerEvents:
         """Wait for a stream's first event; ``FieldRefusedError`` where the token counts are refused."""
         refusal_of = STREAM_OPTIONS if with_usage else None
+        asks = OPERATIONS[request.operation].answers == "json"
         response = await self._send(
             self._urls[request.operation],
             deadline,
-            request.streamed(with_usage=with_usage),
+            request.streamed(with_usage=with_usage) if asks else request,
             stream=True,
             refusal_of=refusal_of,
         )
         known_model = request.model in self._known
-        events = LlmStream(response, request, span, self._reading, known_model=known_model)
+        events: AnswerEvents
+        if asks or media_type_of(response.headers) == EVENT_STREAM:
+            events = LlmStream(response, request, span, self._reading, known_model=known_model)
+        else:
+            events = ByteStream(response, request, span, self._reading, known_model=known_model)
         try:
             async with asyncio.timeout(deadline.left_s):
                 await events.first()
@@ -322,17 +340,22 @@ class LlmClient:
         body: Mapping[str, Any] = {} if request is None else request.body
         try:
             # The limits of the transport apply to each read: a slow trickle would never reach them.
-            async with asyncio.timeout(left_s):
+            async with asyncio.timeout(left_s) as limit:
                 if request is None:
                     return await self._sdk.get(url, cast_to=httpx2.Response, options={"timeout": limits})
-                answer = await self._sdk.post(
-                    url,
-                    content=request.content,
-                    cast_to=httpx2.Response,
-                    options={"timeout": limits, "headers": request.headers},
-                    stream=stream,
-                    stream_cls=AsyncStream[Any],
-                )
+                upload = request.upload
+                with nullcontext() if upload is None else upload.within(limit, deadline):
+                    answer = await self._sdk.post(
+                        url,
+                        content=request.content if upload is None else upload.content(),
+                        cast_to=httpx2.Response,
+                        options={
+                            "timeout": limits,
+                            "headers": {**request.headers, **({} if upload is None else _form_headers(upload))},
+                        },
+                        stream=stream,
+                        stream_cls=AsyncStream[Any],
+                    )
                 return cast("httpx2.Response", answer)
         except TimeoutError as error:
             # The cancellation by the time limit carries a cause where it ended the attempt to connect.
@@ -347,3 +370,22 @@ class LlmClient:
 def _refuses(error: APIStatusError, field: re.Pattern[str]) -> bool:
     """Whether an answer refuses the request because of a field; the whole of its body counts."""
     return error.status_code in REFUSALS and field.search(error.response.text) is not None
+
+
+def _form_headers(upload: Upload) -> dict[str, str]:
+    size = {} if upload.size is None else {"Content-Length": str(upload.size)}
+    return {FORM_TYPE: upload.content_type, **size}
+
+
+def _after_upload(error: ServiceError, request: LlmRequest) -> ServiceError:
+    """The error of an attempt whose request may be a body that is passed on as it arrives."""
+    upload = request.upload
+    if upload is None:
+        return error
+    if upload.failure is not None:
+        # The upstream saw a connection that broke; this is why.
+        return upload.failure
+    if upload.is_spent:
+        # Only the caller can send it again.
+        error.transient = False
+    return error

@@ -24,6 +24,7 @@ from service.upstream.operations import (
     OperationName,
     number_of,
 )
+from service.upstream.upload import Upload
 
 READ_IN_PART: Final = frozenset({"chat", "embeddings", "images"})
 """Operations of whose large answers only the fields are read that this service needs."""
@@ -41,6 +42,7 @@ class LlmRequest:
         headers: Additional header fields for the upstream.
         verbatim: Whether the caller gets the upstream's bytes unchanged; then a content of an unknown type is
             not an invalid answer.
+        upload: Of a form with files, what is sent instead of ``content``.
     """
 
     operation: OperationName
@@ -49,6 +51,7 @@ class LlmRequest:
     content: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
     verbatim: bool = False
+    upload: Upload | None = None
 
     @property
     def asks_for_usage(self) -> bool:

@@ -91,6 +91,8 @@ OperationName = Literal[
     "moderations",
     "images",
     "rerank",
+    "speech",
+    "transcriptions",
 ]
 """Names an operation on metrics and in ``OPERATIONS``."""
 
@@ -116,6 +118,10 @@ class Operation:
         metadata: Whether the protocol has ``metadata``: texts by their names. LiteLLM has a field of this
             name too, which steers it by lists and objects.
         default_model: The model of a request that names none, where it is not the service's default one.
+        asks: How a request is written: in JSON, or as a form with files, which is passed on as it arrives.
+        answers: Whether whole answers are JSON, or bytes of one of the media types, passed on as they arrive.
+            Then the upstream decides whether it answers with a stream of events.
+        media: The media types of answers that are bytes; one that ends with a slash stands for all below it.
     """
 
     path: str
@@ -132,6 +138,15 @@ class Operation:
     fields: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
     metadata: bool = False
     default_model: str | None = None
+    asks: Literal["json", "form"] = "json"
+    answers: Literal["json", "bytes"] = "json"
+    media: tuple[str, ...] = ()
+
+    def may_answer(self, media_type: str) -> bool:
+        """Whether answers may have this media type, given without parameters and in lower case."""
+        return any(
+            media_type.startswith(one) if one.endswith("/") else media_type == one for one in self.media
+        )
 
 
 def number_of(value: object) -> int | None:
@@ -289,6 +304,18 @@ def read_token_count(payload: Mapping[str, Any]) -> Facts:
     return Facts()
 
 
+def read_transcription(payload: Mapping[str, Any]) -> Facts:
+    """The text of a recording."""
+    if not isinstance(payload.get("text"), str):
+        raise NoAnswerError
+    return _facts(payload, payload["text"])
+
+
+def read_no_json(_payload: Mapping[str, Any]) -> Facts:
+    """Raises ``NoAnswerError``: no answer of the operation is JSON."""
+    raise NoAnswerError
+
+
 def _reasons(choices: list[Mapping[str, Any]]) -> dict[int, str]:
     """The finish reasons of choices, by their index."""
     found: dict[int, str] = {}
@@ -386,6 +413,27 @@ def read_message_event(payload: Mapping[str, Any], name: str) -> Facts:
             return Facts(ends=True)
         case _:
             return Facts()
+
+
+def reads_typed_events(text_delta: str, done: str) -> ReadEvent:
+    """A reader of events of audio, which are typed like those of a response.
+
+    Args:
+        text_delta: The type of an event with a piece of text.
+        done: The type of the last event, which has the counts.
+    """
+
+    def read(payload: Mapping[str, Any], name: str, /) -> Facts:
+        kind = text_of(payload.get("type")) or name
+        return Facts(
+            text=text_of(payload.get("delta")) if kind == text_delta else "",
+            usage=object_of(payload, "usage"),
+            pieces=int(kind.endswith(".delta")),
+            finish_reasons={0: "stop"} if kind == done else {},
+            ends=kind == done,
+        )
+
+    return read
 
 
 # ---- Whole answers as streams ----------------------------------------------------------------------------
@@ -538,6 +586,30 @@ OPERATIONS: Final[Mapping[OperationName, Operation]] = {
         count=count_openai,
         needs_model=True,
         fields={"query": (str,), "documents": (list,)},
+    ),
+    "speech": Operation(
+        path="/audio/speech",
+        genai="speech",
+        read=read_no_json,
+        count=count_responses,
+        read_event=reads_typed_events("", "speech.audio.done"),
+        ends_with_done=False,
+        needs_model=True,
+        fields={"input": (str,)},
+        answers="bytes",
+        media=("audio/", "application/octet-stream"),
+    ),
+    "transcriptions": Operation(
+        path="/audio/transcriptions",
+        genai="transcription",
+        read=read_transcription,
+        count=count_responses,
+        read_event=reads_typed_events("transcript.text.delta", "transcript.text.done"),
+        ends_with_done=False,
+        needs_model=True,
+        asks="form",
+        answers="bytes",
+        media=("application/json", "text/plain", "text/vtt", "application/x-subrip", "application/srt"),
     ),
 }
 """Every operation. The paths stand below ``/v1``, here and at LiteLLM."""

@@ -4,18 +4,19 @@ import asyncio
 import json
 import re
 from codecs import BOM_UTF8
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from functools import partial
+from typing import Any, Final, Protocol, Self
 
 import httpx2
 
 from service.errors import ServiceError, UpstreamError
 from service.upstream.errors import error_of, from_event, from_transport, invalid_answer
 from service.upstream.large_answers import LARGE_BYTES
-from service.upstream.messages import Completion, LlmRequest, completion_of, read_object
+from service.upstream.messages import Completion, LlmRequest, completion_of, read_answer, read_object
 from service.upstream.operations import MAX_CHOICES, OPERATIONS, Facts, NoAnswerError
 from service.upstream.spans import AttemptSpan
 
@@ -155,6 +156,37 @@ class Reading:
     keep_chars: int = 0
 
 
+EVENT_STREAM: Final = "text/event-stream"
+JSON: Final = "application/json"
+
+
+def media_type_of(headers: Mapping[str, str]) -> str:
+    """The media type of an answer, in lower case and without parameters; empty where it names none."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+class AnswerEvents(Protocol):
+    """An answer that arrives in pieces, to be iterated once."""
+
+    content_type: str
+    """What the caller is told that it is."""
+    error: bytes
+    """The event that is an error, as it came; empty where there is none."""
+
+    def __aiter__(self) -> AsyncIterator[StreamEvent]: ...
+
+    async def __anext__(self) -> StreamEvent: ...
+
+    async def first(self) -> None:
+        """Wait for the first piece, which stays to be iterated; raises as iterating does."""
+
+    def completion(self) -> Completion:
+        """What is known of the answer so far."""
+
+    async def aclose(self) -> None:
+        """Release the connection."""
+
+
 class LlmStream:
     """The events of one answer, to be iterated once, with ``ALIVE`` between them.
 
@@ -168,6 +200,8 @@ class LlmStream:
         reading: How it is read.
         known_model: Whether the upstream has listed the model.
     """
+
+    content_type = EVENT_STREAM
 
     def __init__(
         self,
@@ -389,6 +423,112 @@ class LlmStream:
             )
             self._failure.told = True
         return facts
+
+
+class ByteStream:
+    """An answer that is no stream of events, in the pieces in which it arrives; to be iterated once.
+
+    An answer in JSON is read whole before it is passed on, since it may be an error. Iteration ends after the
+    last byte, and raises an error in every other case.
+
+    Args:
+        response: The upstream's, with its body unread.
+        request: What was asked.
+        span: The attempt's; it measures the time to the first piece.
+        reading: How it is read.
+        known_model: Whether the upstream has listed the model.
+    """
+
+    def __init__(
+        self,
+        response: httpx2.Response,
+        request: LlmRequest,
+        span: AttemptSpan,
+        reading: Reading,
+        *,
+        known_model: bool,
+    ) -> None:
+        self._response = response
+        self._request = request
+        self._span = span
+        self._readers = reading.readers
+        self._keep_chars = reading.keep_chars
+        self._known_model = known_model
+        self._bytes = response.aiter_raw()
+        self._pieces = self._read()
+        self._first: StreamEvent | None = None
+        self._completion: Completion | None = None
+        self._kept = bytearray()
+        self._media_type = media_type_of(response.headers)
+        self.content_type = response.headers.get("content-type", "application/octet-stream")
+        self.error = b""
+
+    async def first(self) -> None:
+        """Wait for the first piece, which stays to be iterated; raises as iterating does."""
+        self._first = await anext(self._pieces, None)
+        if self._first is None:
+            raise invalid_answer()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        return await anext(self._pieces)
+
+    def completion(self) -> Completion:
+        """What is known of the answer so far; bytes that are no JSON have no counts."""
+        if self._completion is not None:
+            return self._completion
+        text = self._kept.decode("utf-8", "replace")
+        return completion_of(self._request, Facts(text=text), self._response.headers)
+
+    async def aclose(self) -> None:
+        """Release the connection: to the pool when the answer was read to its end, closed otherwise."""
+        await self._pieces.aclose()
+        try:
+            await self._bytes.aclose()
+        finally:
+            await self._response.aclose()
+
+    async def _read(self) -> AsyncGenerator[StreamEvent, None]:
+        operation = OPERATIONS[self._request.operation]
+        is_json = self._media_type == JSON
+        if not (is_json or operation.may_answer(self._media_type)):
+            # A page of a proxy's, for instance.
+            raise invalid_answer()
+        try:
+            if is_json:
+                yield await self._whole()
+                return
+            started = False
+            async for data in self._bytes:
+                if not data:
+                    continue
+                if not started:
+                    started = True
+                    self._span.record_chunk()
+                if self._media_type.startswith("text/") and len(self._kept) < self._keep_chars:
+                    self._kept += data[: self._keep_chars - len(self._kept)]
+                yield StreamEvent(data)
+        except httpx2.HTTPError as error:
+            raise from_transport(error) from None
+
+    async def _whole(self) -> StreamEvent:
+        """An answer in JSON, checked as every whole answer is."""
+        content = b"".join([data async for data in self._bytes])
+        read = partial(
+            read_answer, content, self._response.headers, self._request, known_model=self._known_model
+        )
+        if len(content) <= LARGE_BYTES:
+            reply = read()
+        else:
+            reply = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        self._span.record_chunk()
+        self._completion = reply.completion
+        return StreamEvent(content)
 
 
 def _read_payload(data: bytes, event_name: bytes) -> dict[str, Any]:

@@ -6,7 +6,7 @@ timeout and does not translate the errors of aiohttp's parser, so this transport
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
@@ -32,9 +32,15 @@ NO_AUTO_HEADERS: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Age
 SDK_HEADERS: Final = "x-stainless-"
 """Prefix of the header fields in which the SDK describes this machine and itself; they are not sent."""
 
+FORM_TYPE: Final = "llmops-content-type"
+"""Becomes the ``Content-Type`` of a form that is sent as it is: the SDK would write such a form itself."""
+
 STAYS_INSIDE: Final = frozenset({"baggage", "tracestate"})
 """Header fields of the caller's trace context that the model's provider has no business with; ``traceparent``
 goes on."""
+
+NOT_SENT: Final = STAYS_INSIDE | {"transfer-encoding"}
+"""Header fields that are not handed to aiohttp, which decides about chunks itself."""
 
 MAX_CACHED_URLS: Final = 64
 KEEP_ALIVE_S: Final = 4.0
@@ -100,13 +106,12 @@ class UpstreamTransport(httpx2.AsyncBaseTransport):
         """Send one request; reading the answer's body raises ``AnswerTooLargeError`` beyond the limit."""
         limits = request.extensions.get("timeout", {})
         session = self._session or self._open()
-        content = request.content
         try:
             answer = await session.request(
                 request.method,
                 _yarl_url(str(request.url)),
-                headers=[item for item in request.headers.multi_items() if item[0] not in STAYS_INSIDE],
-                data=_chunks(content) if len(content) > MAX_UNCHUNKED_BYTES else content or None,
+                headers=[item for item in request.headers.multi_items() if item[0] not in NOT_SENT],
+                data=_data_of(request),
                 allow_redirects=False,
                 # The limit on connecting includes the resolution of the name.
                 timeout=aiohttp.ClientTimeout(
@@ -249,6 +254,10 @@ class UpstreamClient(httpx2.AsyncClient):
         """A request of these parts; the SDK gives ``headers`` and ``timeout`` with each."""
         timeout = given.pop("timeout")
         headers = [field for field in given.pop("headers") if not field[0].startswith(SDK_HEADERS)]
+        form = [value for name, value in headers if name == FORM_TYPE]
+        if form:
+            headers = [field for field in headers if field[0] not in {FORM_TYPE, "content-type"}]
+            headers.append(("Content-Type", form[0]))
         # Compressed answers are not asked for: a small one could expand to a multiple of the limit.
         headers.append(("Accept-Encoding", "identity"))
         return httpx2.Request(
@@ -379,6 +388,15 @@ class _Body(httpx2.AsyncByteStream):
             self._answer.release()
         else:
             self._answer.close()
+
+
+def _data_of(request: httpx2.Request) -> AsyncIterable[bytes] | bytes | None:
+    """The request's body, as aiohttp takes it: in chunks where it is large, or still arriving."""
+    stream = request.stream
+    if not isinstance(stream, httpx2.SyncByteStream) and isinstance(stream, httpx2.AsyncByteStream):
+        return stream
+    content = request.content
+    return _chunks(content) if len(content) > MAX_UNCHUNKED_BYTES else content or None
 
 
 async def _chunks(content: bytes) -> AsyncIterator[bytes]:

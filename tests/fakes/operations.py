@@ -20,31 +20,62 @@ class Sample:
     Args:
         path: Below ``/v1``.
         request: The body.
-        answer: The whole answer.
+        answer: The whole answer; bytes where it is not JSON.
         stream: The answer as events; None where there are no streams.
         counts: The tokens of the input and of the output; None where the answer has none.
         reasons: Why the answer ended, as the answer says.
         genai: The GenAI operation.
+        media: What the whole answer is.
+        file: The content of the file, where the request is a form with one.
     """
 
     path: str
     request: Mapping[str, Any]
-    answer: Mapping[str, Any]
+    answer: Mapping[str, Any] | bytes
     stream: Sequence[bytes] | None = None
     counts: tuple[int, int] | None = None
     reasons: tuple[str, ...] = ()
     genai: str = "chat"
+    media: str = "application/json"
+    file: bytes | None = None
+
+    def encoded(self, **fields: Any) -> tuple[bytes, str]:
+        """The request's body with these fields too, and its content type."""
+        given = {**self.request, **fields}
+        if self.file is None:
+            return json.dumps(given, ensure_ascii=False, indent=2).encode(), "application/json"
+        return form({**given, "file": self.file}), FORM
 
     @property
     def required(self) -> list[str]:
         """The fields without which the request is none; the model has a default, or is required too."""
-        default = {"model", "input"} if self.path == "/responses" else {"model"}
+        default = {"model", "input"} if self.path == "/responses" else {"model", "voice"}
         return [name for name in self.request if name not in default]
 
     @property
     def content(self) -> bytes:
         """The whole answer's bytes, which are not written as this service would write them."""
+        if isinstance(self.answer, bytes):
+            return self.answer
         return json.dumps(self.answer, indent=1, ensure_ascii=False).encode()
+
+
+BOUNDARY: Final = "----limit-0123456789"
+FORM: Final = f"multipart/form-data; boundary={BOUNDARY}"
+
+
+def part(name: str, value: Any) -> bytes:
+    """One part of a form; bytes are a file's content."""
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"'.encode()
+    if isinstance(value, bytes):
+        return head + b'; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\n' + value + b"\r\n"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return head + b"\r\n\r\n" + text.encode() + b"\r\n"
+
+
+def form(fields: Mapping[str, Any]) -> bytes:
+    """A form with these fields, in their order."""
+    return b"".join(part(name, value) for name, value in fields.items()) + f"--{BOUNDARY}--\r\n".encode()
 
 
 def named(name: str, **fields: Any) -> bytes:
@@ -192,5 +223,20 @@ SAMPLES: Final[Mapping[str, Sample]] = {
         {**MODEL, "query": "What is a trace?", "documents": ["A path.", "A cat."]},
         {"id": "rr-1", "results": [{"index": 0, "relevance_score": 0.9}]},
         genai="rerank",
+    ),
+    "speech": Sample(
+        "/audio/speech",
+        {**MODEL, "input": "A trace is a path.", "voice": "alloy"},
+        b"ID3\x00\xff" + bytes(range(256)) * 40,
+        genai="speech",
+        media="audio/mpeg",
+    ),
+    "transcriptions": Sample(
+        "/audio/transcriptions",
+        {**MODEL, "language": "de"},
+        {"text": "Ein Pfad 🙂", "usage": {"input_tokens": 11, "output_tokens": 22, "total_tokens": 33}},
+        counts=(11, 22),
+        genai="transcription",
+        file=b"RIFF\r\n--" + bytes(range(256)) * 40,
     ),
 }

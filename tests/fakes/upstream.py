@@ -74,9 +74,9 @@ def _sample_of(request: SeenRequest) -> Behaviour | None:
     """A correct answer to a request of any other operation."""
     for sample in SAMPLES.values():
         if request.method == "POST" and request.path == f"/v1{sample.path}":
-            if request.json.get("stream") and sample.stream is not None:
+            if sample.stream is not None and request.json.get("stream"):
                 return RawStream(sample.stream)
-            return Status(200, sample.content)
+            return Status(200, sample.content, content_type=sample.media)
     return None
 
 
