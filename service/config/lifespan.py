@@ -141,6 +141,7 @@ async def _open_services(
         health_required=frozenset(settings.health_required),
         stream_times=StreamTimes(keep_alive_s(settings), settings.stream_write_timeout_s),
         pass_litellm_fields=frozenset(settings.pass_litellm_fields),
+        responses=responses,
     )
 
 
