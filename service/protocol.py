@@ -10,6 +10,7 @@ against 9, measured on the two parsers alone), a tenth of what a request takes h
 import asyncio
 import re
 import socket
+import struct
 import sys
 from collections.abc import Iterable
 from contextvars import Context
@@ -20,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.middleware.request_limits import MALFORMED
-from service.utils.disconnect import ABORT
+from service.utils.disconnect import ABORT, CUT
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application
@@ -224,6 +225,7 @@ class Protocol(HttpToolsProtocol):
             self.app = self._answer_without_chunks
         super().on_headers_complete()
         cast("dict[str, Any]", self.scope)[ABORT] = self._abort
+        cast("dict[str, Any]", self.scope)[CUT] = self._cut
 
     async def _answer_without_chunks(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the app; a body of unknown length ends with the connection (RFC 9112, section 6.3).
@@ -252,6 +254,18 @@ class Protocol(HttpToolsProtocol):
             # Otherwise uvicorn logs an error about the answer that is not complete.
             cycle.disconnected = True
         self.transport.abort()
+
+    def _cut(self) -> None:
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None or cycle.chunked_encoding:
+            if cycle is not None:
+                cycle.disconnected = True
+            self.transport.close()
+            return
+        # Without chunks the end of the connection is the end of the answer, unless the connection is reset.
+        link: socket.socket = self.transport.get_extra_info("socket")
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._abort()
 
     def on_message_complete(self) -> None:
         """Do nothing: llhttp calls it after a head without a body; where a message ends is decided here."""

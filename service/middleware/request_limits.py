@@ -362,6 +362,9 @@ class _Exchange:
         if self._passed_on_s is not None:
             # The upstream has taken its time over what has arrived, which is not the caller's.
             self._body_until_s += now() - self._passed_on_s
+        elif self._held_limit is not None:
+            # Not after a message: the first ones may be larger, and hold what lets the body go on.
+            self._held_limit.check(self._received_bytes)
         try:
             async with asyncio.timeout_at(self._body_until_s):
                 message = await self._receive()
@@ -374,8 +377,6 @@ class _Exchange:
         if self._passed_on_s is not None:
             self._passed_on_s = now()
         else:
-            if self._held_limit is not None:
-                self._held_limit.check(self._received_bytes)
             self._hold(self._received_bytes)
         self.body_pending = message.get("more_body", False)
         if not self.body_pending and message["type"] == "http.request" and not self._in_flight:

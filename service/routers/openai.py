@@ -187,7 +187,7 @@ def openai_format(body: JsonBody) -> OpenAiFormat:
 
 
 class ResponsesFormat:
-    """The events of a response: typed, numbered, and as the upstream has sent them."""
+    """The typed events of a response, of images and of audio, as the upstream has sent them."""
 
     def __init__(self) -> None:
         self._number = -1
@@ -240,8 +240,8 @@ async def moderations(request: Request, call: ModelCallDep) -> Response:
     openapi_extra={"requestBody": IMAGES_REQUEST},
 )
 async def images(request: Request, call: ModelCallDep) -> Response:
-    """OpenAI's images; the model must be named, since the default one chats."""
-    return await call_operation(request, call, "images", openai_format)
+    """OpenAI's images, whole or as typed events; the model must be named, since the default one chats."""
+    return await call_operation(request, call, "images", lambda _body: ResponsesFormat())
 
 
 @router.post(

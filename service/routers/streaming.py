@@ -17,7 +17,7 @@ from service.services.call_report import CallOutcome
 from service.upstream.messages import Completion
 from service.upstream.stream import StreamEvent, comment
 from service.upstream.upload import Upload
-from service.utils.disconnect import abort_connection, cancel_on_disconnect
+from service.utils.disconnect import abort_connection, cancel_on_disconnect, cut_connection
 
 KEEP_ALIVE: Final = comment("keep-alive")
 FINAL_EVENT_TIMEOUT_S: Final = 0.4
@@ -114,20 +114,26 @@ class EventStream(Response):
             abort_connection(scope)
         except asyncio.CancelledError:
             # Only the end of the process cancels a request. The caller is told, and the cancellation goes on.
-            if sender.started and self._is_events:
+            if sender.started:
                 stopping = ShuttingDownError("This process is stopping, and your request took too long.")
-                await sender.end_soon(self._format.error(record_late_error(stopping)))
+                await self._end_failed(sender, scope, stopping)
             raise
         except Exception as error:
-            if not (sender.started and self._is_events):
-                # An answer without an end is seen to have failed; ``ErrorMiddleware`` records it.
+            if not sender.started:
                 raise
-            found = record_late_error(error)
-            await sender.end_soon(b"" if found.told else self._format.error(found))
+            await self._end_failed(sender, scope, error)
         else:
             await sender.end(done)
         finally:
             sender.close()
+
+    async def _end_failed(self, sender: "_Sender", scope: Scope, error: Exception) -> None:
+        """End an answer that has begun and failed, in the way that its type has for it."""
+        found = record_late_error(error)
+        if self._is_events:
+            await sender.end_soon(b"" if found.told else self._format.error(found))
+        else:
+            cut_connection(scope)
 
     async def _send_pieces(self, sender: "_Sender") -> bytes:
         """Send every piece; returns what ends the answer, when the call is over and recorded."""

@@ -25,6 +25,9 @@ from service.upstream.operations import OPERATIONS
 from service.utils.deadline import Deadline
 
 Outcome = Literal["success", "cached", "error", "cancelled"]
+PROMPTS: Final = ("messages", "input", "prompt", "query")
+"""Where the operations have what is asked; one has one of them."""
+
 SUCCESSFUL: Final = frozenset({"success", "cached"})
 
 logger = logging.getLogger(__name__)
@@ -171,7 +174,8 @@ class CallReport:
         asked = answer = None
         if self._capture:
             body = spec.request.body
-            text = json.dumps(body.get("messages", body.get("input")), ensure_ascii=False)
+            given = next((body[name] for name in PROMPTS if name in body), None)
+            text = json.dumps(given, ensure_ascii=False)
             # A request under /v1 may hold half a surrogate pair, which cannot be encoded.
             asked = text.encode("utf-8", "replace").decode()[:MAX_CONTENT_CHARS]
             answer = completion.text[:MAX_CONTENT_CHARS] if completion else None

@@ -42,7 +42,6 @@ from service.upstream.stream import (
     media_type_of,
 )
 from service.upstream.transport import FORM_TYPE, UpstreamClient, UpstreamTransport
-from service.upstream.upload import Upload
 from service.utils.deadline import Deadline
 
 MAX_LISTED_MODELS = 200
@@ -361,13 +360,7 @@ class LlmClient:
                         url,
                         content=request.content if upload is None else upload.content(),
                         cast_to=httpx2.Response,
-                        options={
-                            "timeout": limits,
-                            "headers": {
-                                **request.headers,
-                                **({} if upload is None else _form_headers(upload)),
-                            },
-                        },
+                        options={"timeout": limits, "headers": _headers_of(request)},
                         stream=stream,
                         stream_cls=AsyncStream[Any],
                     )
@@ -387,9 +380,13 @@ def _refuses(error: APIStatusError, field: re.Pattern[str]) -> bool:
     return error.status_code in REFUSALS and field.search(error.response.text) is not None
 
 
-def _form_headers(upload: Upload) -> dict[str, str]:
+def _headers_of(request: LlmRequest) -> Mapping[str, str]:
+    """The header fields that the SDK does not know of itself."""
+    upload = request.upload
+    if upload is None:
+        return request.headers
     size = {} if upload.size is None else {"Content-Length": str(upload.size)}
-    return {FORM_TYPE: upload.content_type, **size}
+    return {**request.headers, FORM_TYPE: upload.content_type, **size}
 
 
 def _after_upload(error: ServiceError, request: LlmRequest) -> ServiceError:

@@ -199,6 +199,11 @@ def read_needed(content: bytes, *, in_part: bool = True) -> dict[str, Any]:
     return read_large(content.removeprefix(BOM_UTF8), MAX_CHOICES + 1)
 
 
+def failure_in(payload: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The error in a whole answer; a response has a field for it, and is an answer also where it failed."""
+    return None if payload.get("object") == "response" else error_of(payload)
+
+
 def read_answer(
     content: bytes, headers: Mapping[str, str], request: LlmRequest, *, known_model: bool
 ) -> Reply:
@@ -209,9 +214,8 @@ def read_answer(
         ServiceError: It is an error with the status of an answer.
     """
     payload = read_needed(content, in_part=request.operation in READ_IN_PART)
-    error = error_of(payload)
-    # A response has a field of this name, and is an answer also where it failed.
-    if error is not None and payload.get("object") != "response":
+    error = failure_in(payload)
+    if error is not None:
         # Beside choices too: they are a part of an answer, and would be stored as a whole one.
         raise from_event(error, headers, request.body, known_model=known_model)
     try:

@@ -449,7 +449,7 @@ def read_message_event(payload: Mapping[str, Any], name: str) -> Facts:
 
 
 def reads_typed_events(text_delta: str, done: str) -> ReadEvent:
-    """A reader of events of audio, which are typed like those of a response.
+    """A reader of events of audio and images, which are typed like those of a response.
 
     Args:
         text_delta: The type of an event with a piece of text.
@@ -524,6 +524,66 @@ def message_as_events(answer: Mapping[str, Any]) -> Iterator[NamedEvent]:
     yield {"type": "message_stop"}, "message_stop"
 
 
+def response_as_events(answer: Mapping[str, Any]) -> Iterator[NamedEvent]:
+    """A response: each item is added, comes in one piece for each of its parts, and is done."""
+    read_response(answer)
+    end = f"response.{answer['status']}" if answer.get("status") in ENDED else "response.completed"
+    started = {**answer, "status": "in_progress", "output": [], "usage": None}
+    events: list[Mapping[str, Any]] = [
+        {"type": "response.created", "response": started},
+        {"type": "response.in_progress", "response": started},
+    ]
+    for index, item in enumerate(objects_of(answer, "output")):
+        events += _item_as_events(item, {"output_index": index})
+    events.append({"type": end, "response": answer})
+    for number, event in enumerate(events):
+        yield {**event, "sequence_number": number}, event["type"]
+
+
+ENDED: Final = frozenset({"incomplete", "failed"})
+DELTAS: Final[Mapping[str, tuple[str, str]]] = {
+    "output_text": ("response.output_text", "text"),
+    "refusal": ("response.refusal", "refusal"),
+}
+"""By the type of a part of a message: what its events are called, and the field that comes in pieces."""
+
+
+EMPTY: Final[Mapping[str, Mapping[str, Any]]] = {
+    "message": {"content": []},
+    "function_call": {"arguments": ""},
+}
+"""By the type of an item: what is empty when it is added."""
+
+
+def _item_as_events(item: Mapping[str, Any], at: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    kind, place = item.get("type"), {**at, "item_id": item.get("id")}
+    empty: Mapping[str, Any] = EMPTY.get(text_of(kind), {})
+    yield {"type": "response.output_item.added", **at, "item": {**item, "status": "in_progress", **empty}}
+    if kind == "function_call":
+        given = {"arguments": item.get("arguments")}
+        yield {
+            "type": "response.function_call_arguments.delta",
+            **place,
+            "delta": item.get("arguments"),
+        }
+        yield {"type": "response.function_call_arguments.done", **place, **given}
+    for number, part in enumerate(objects_of(item, "content") if kind == "message" else []):
+        where = {**place, "content_index": number}
+        name, field_name = DELTAS.get(text_of(part.get("type")), ("", ""))
+        blank = {**part, field_name: ""} if name else part
+        yield {"type": "response.content_part.added", **where, "part": blank}
+        if name:
+            yield {"type": f"{name}.delta", **where, "delta": part.get(field_name), "logprobs": []}
+            yield {
+                "type": f"{name}.done",
+                **where,
+                field_name: part.get(field_name),
+                "logprobs": [],
+            }
+        yield {"type": "response.content_part.done", **where, "part": part}
+    yield {"type": "response.output_item.done", **at, "item": item}
+
+
 def _block_as_deltas(block: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
     """A block as it starts, and what completes it; a block of another type is whole at its start."""
     match block.get("type"):
@@ -573,6 +633,7 @@ OPERATIONS: Final[Mapping[OperationName, Operation]] = {
         read=read_response,
         count=count_responses,
         read_event=read_response_event,
+        whole_as_events=response_as_events,
         ends_with_done=False,
         metadata=True,
         continues=True,
@@ -610,6 +671,8 @@ OPERATIONS: Final[Mapping[OperationName, Operation]] = {
         genai="image_generation",
         read=reads_list("data"),
         count=count_responses,
+        read_event=reads_typed_events("", "image_generation.completed"),
+        ends_with_done=False,
         needs_model=True,
         fields={"prompt": (str,)},
     ),

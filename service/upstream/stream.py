@@ -16,7 +16,14 @@ import httpx2
 from service.errors import ServiceError, UpstreamError
 from service.upstream.errors import error_of, from_event, from_transport, invalid_answer
 from service.upstream.large_answers import LARGE_BYTES
-from service.upstream.messages import Completion, LlmRequest, completion_of, read_answer, read_object
+from service.upstream.messages import (
+    Completion,
+    LlmRequest,
+    completion_of,
+    failure_in,
+    read_answer,
+    read_object,
+)
 from service.upstream.operations import MAX_CHOICES, OPERATIONS, Facts, NoAnswerError
 from service.upstream.spans import AttemptSpan
 
@@ -345,7 +352,7 @@ class LlmStream:
     def _events_of(self, answer: Mapping[str, Any]) -> Iterator[bytes]:
         """A whole answer as the events of a stream; an error is one event."""
         make = self._operation.whole_as_events
-        if error_of(answer) is not None:
+        if failure_in(answer) is not None:
             yield event(json.dumps(answer).encode())
         elif make is None:
             raise invalid_answer()

@@ -26,6 +26,17 @@ def abort_connection(scope: Scope) -> None:
         abort()
 
 
+CUT: Final = "llmops.cut"
+"""Key in the scope of the function that ends the connection, and with it an answer that is not complete."""
+
+
+def cut_connection(scope: Scope) -> None:
+    """End the request's connection after what was written, so that the answer is seen to be incomplete."""
+    cut: Callable[[], None] | None = scope.get(CUT)
+    if cut is not None:
+        cut()
+
+
 async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
     """Await the work, and cancel it when the caller closes the connection first.
 

@@ -215,6 +215,15 @@ SAMPLES: Final[Mapping[str, Sample]] = {
             "data": [{"b64_json": "AAAA"}],
             "usage": {"input_tokens": 11, "output_tokens": 22, "total_tokens": 33},
         },
+        (
+            named("image_generation.partial_image", b64_json="AA==", partial_image_index=0),
+            named("image_generation.partial_image", b64_json="AAA=", partial_image_index=1),
+            named(
+                "image_generation.completed",
+                b64_json="AAAA",
+                usage={"input_tokens": 11, "output_tokens": 22, "total_tokens": 33},
+            ),
+        ),
         counts=(11, 22),
         genai="image_generation",
     ),

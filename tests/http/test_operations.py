@@ -310,6 +310,49 @@ def test_a_whole_message_is_handed_on_as_a_stream(app: AppUnderTest, fake: FakeU
     ]
 
 
+WHOLE = {
+    **RESPONSE,
+    "output": [
+        {"type": "reasoning", "id": "rs_1", "summary": []},
+        {
+            "type": "message",
+            "id": "msg_1",
+            "role": "assistant",
+            "status": "completed",
+            "content": [
+                {"type": "output_text", "text": "Ein Pfad", "annotations": []},
+                {"type": "refusal", "refusal": "No."},
+            ],
+        },
+        {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "look", "arguments": '{"a":1}'},
+    ],
+}
+
+
+@pytest.mark.parametrize("end", ["completed", "incomplete", "failed"])
+def test_a_whole_response_is_handed_on_as_a_stream(app: AppUnderTest, fake: FakeUpstream, end: str) -> None:
+    error = {"code": "server_error", "message": "x"} if end == "failed" else None
+    whole = json.dumps({**WHOLE, "status": end, "error": error})
+    fake.script(Status(200, whole))
+    url = f"http://127.0.0.1:{app.port}/v1"
+    with openai.OpenAI(base_url=url, api_key=app.token(), max_retries=0) as client:
+        events = list(client.responses.create(model="demo", input="x", stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    seen = [event.type for event in events]
+    assert events[-1].to_dict()["response"] == json.loads(whole)
+    assert seen == [
+        *("response.created", "response.in_progress"),
+        *("response.output_item.added", "response.output_item.done"),
+        *("response.output_item.added", "response.content_part.added", "response.output_text.delta"),
+        *("response.output_text.done", "response.content_part.done"),
+        *("response.content_part.added", "response.refusal.delta", "response.refusal.done"),
+        *("response.content_part.done", "response.output_item.done"),
+        *("response.output_item.added", "response.function_call_arguments.delta"),
+        *("response.function_call_arguments.done", "response.output_item.done"),
+        f"response.{end}",
+    ]
+
+
 def test_errors_of_messages_have_anthropics_shape(app: AppUnderTest) -> None:
     answer = app.call("POST", "/v1/messages", body={"model": "demo"}, token=app.token())
     assert answer.status == 422
