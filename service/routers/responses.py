@@ -59,7 +59,11 @@ from service.utils.disconnect import cancel_on_disconnect
 
 RESPONSE_ID: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.=+-]{{0,{MAX_ID_CHARS - 1}}}")
 """The ids that may stand in a path of the upstream's, which none of these can change. OpenAI's have letters,
-digits and underscores; LiteLLM's are Base64."""
+digits and underscores; LiteLLM's are Base64, in either alphabet."""
+
+NAMING: Final = frozenset({"get_response", "cancel_response"})
+"""Operations whose answers name the response. LiteLLM encrypts the id anew for each answer, and clients go on
+with the one that they got last. The answer to a deletion has the provider's own id, which nobody needs."""
 
 INCLUDE: Final = ("include", "include[]")
 STREAM_QUERY: Final = ("stream", "starting_after", "include_obfuscation")
@@ -273,6 +277,9 @@ async def _call_stored(
         if operation == "delete_response":
             await services.responses.forget(response_id)
         raise _not_found() from None
+    told = answer.reply.completion.id
+    if operation in NAMING and told is not None:
+        await services.responses.keep(told, found.owner, found.model)
     return Response(answer.reply.content, media_type=JSON)
 
 

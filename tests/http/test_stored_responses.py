@@ -310,6 +310,19 @@ def test_a_response_in_the_background_is_polled_and_cancelled(
     assert ask(app, "cancel_response", made, owner).json["status"] == "cancelled"
 
 
+@pytest.mark.parametrize("name", ["get_response", "cancel_response"])
+def test_the_owner_can_go_on_with_the_id_that_an_answer_names(
+    app: AppUnderTest, fake: FakeUpstream, owner: str, other: str, name: str
+) -> None:
+    """LiteLLM gives the same response another id in each answer."""
+    made, again = make(app, fake, owner), new_id()
+    fake.script(Status(200, {**RESPONSE, "id": again}))
+    assert ask(app, name, made, owner).json["id"] == again
+    assert ask(app, "get_response", again, other).status == 404
+    assert ask(app, "get_response", again, owner).status == 200
+    assert ask(app, "get_response", made, owner).status == 200
+
+
 def test_openais_client_makes_polls_lists_cancels_and_deletes(app: AppUnderTest, owner: str) -> None:
     with openai.OpenAI(base_url=f"http://127.0.0.1:{app.port}/v1", api_key=owner, max_retries=0) as client:
         made = client.responses.create(model="demo", input="What is a trace?", background=True)
