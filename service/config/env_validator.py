@@ -390,6 +390,14 @@ def _database_problems(settings: Settings) -> Iterator[tuple[str, str]]:
                 "postgresql://user:password@host/database for a server."
             ),
         )
+    elif value == "sqlite://" and settings.workers > 1:
+        yield (
+            "DATABASE_URL",
+            (
+                f"DATABASE_URL must name a file or a server when WORKERS is {settings.workers}: a database in "
+                "memory belongs to one process."
+            ),
+        )
     elif found["path"]:
         yield from _private_file_problems("DATABASE_URL", Path(found["path"]))
 

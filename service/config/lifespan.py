@@ -19,7 +19,7 @@ from service.config.logging import detach_bridge, drain_lines
 from service.config.settings import Settings
 from service.dependencies import AppServices, StreamTimes
 from service.identity.database import open_database
-from service.identity.response_owners import ResponseOwners
+from service.identity.response_owners import open_response_owners
 from service.identity.tokens import Authenticator
 from service.recording.recorder import open_recorder
 from service.services.circuit_breaker import CircuitBreaker
@@ -89,6 +89,7 @@ async def _open_services(
     """Open the clients and start the background work; ``closing`` ends them in the reverse order."""
     instruments = telemetry.instruments
     database = await closing.enter(open_database(settings, instruments))
+    responses = await closing.enter(open_response_owners(database))
     llm = await closing.enter(open_llm(settings, telemetry))
     recorder = await closing.enter(
         open_recorder(settings, telemetry), "Finalizing MLflow run...", FINALIZING_TIMEOUT_S
@@ -105,7 +106,6 @@ async def _open_services(
         ),
         "Flushing cache...",
     )
-    responses = ResponseOwners(database)
     auth = await anyio.to_thread.run_sync(Authenticator, settings, instruments)
     health = HealthChecker(
         {"qdrant": store.ping, "litellm": llm.ping, **recorder.pings},

@@ -8,7 +8,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -59,6 +60,15 @@ class StoredResponse:
 class _Row:
     stored: StoredResponse
     created_at: int
+
+
+@asynccontextmanager
+async def open_response_owners(database: Database) -> AsyncIterator["ResponseOwners"]:
+    """The owners of stored responses; on exit, what the database has not taken is offered to it once more."""
+    owners = ResponseOwners(database)
+    yield owners
+    with suppress(DatabaseFailedError):  # it has been logged
+        await owners.write()
 
 
 class ResponseOwners:

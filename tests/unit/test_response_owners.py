@@ -32,7 +32,14 @@ from service.identity.database import (
     open_database,
     prepare_database,
 )
-from service.identity.response_owners import PURGE_ROWS, RETENTION_S, TABLE, ResponseOwners, StoredResponse
+from service.identity.response_owners import (
+    PURGE_ROWS,
+    RETENTION_S,
+    TABLE,
+    ResponseOwners,
+    StoredResponse,
+    open_response_owners,
+)
 from service.telemetry.instruments import Instruments
 from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
@@ -277,6 +284,21 @@ def test_the_background_writes_what_was_not_taken(
                 pass
         running.cancel()
         assert await other.find("resp_1") == ALICE
+
+    owners_of(postgresql.url, scenario)
+
+
+def test_the_end_of_the_process_writes_what_was_not_taken(postgresql: PostgreSql) -> None:
+    postgresql.empty()
+
+    async def scenario(_owners: ResponseOwners, database: Database) -> None:
+        async with open_response_owners(database) as owners:
+            postgresql.kill()
+            try:
+                await owners.keep("resp_1", "alice", "demo")
+            finally:
+                await asyncio.to_thread(postgresql.start)
+        assert await ResponseOwners(database).find("resp_1") == ALICE
 
     owners_of(postgresql.url, scenario)
 
