@@ -47,6 +47,7 @@ def groups(cases: list[Case]) -> list[tuple[str, list[Case]]]:
 
 def play(bench: Bench, cases: list[Case], report: Report) -> None:
     """Play cases at the same time, and report them in their order."""
+    bench.prepare(cases)
     bench.receiver.clear()
     before = bench.counts(*COUNTERS)
     outcomes = bench.play_all(cases)

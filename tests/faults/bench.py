@@ -16,11 +16,12 @@ from http.client import HTTPConnection, IncompleteRead
 from typing import Any, Self
 
 from tests.e2e.support import to_collector
+from tests.fakes.operations import RESPONSE
 from tests.fakes.otlp import OtlpReceiver
-from tests.fakes.upstream import AcceptOnly, Behaviour, FakeUpstream, SeenRequest
+from tests.fakes.upstream import AcceptOnly, Behaviour, FakeUpstream, SeenRequest, Status
 from tests.fakes.wire import Exchange, Head
 from tests.faults.cases import Case, Outcome
-from tests.faults.routes import CHAT_ANSWER
+from tests.faults.routes import CHAT_ANSWER, ROUTES
 from tests.faults.table import DEADLINE_S, Place
 from tests.faults.traces import Counts
 from tests.harness import Answer, ServiceProcess
@@ -134,6 +135,7 @@ class Bench:
         self._variables = {**variables, **({**to_collector(receiver), **OFTEN} if receiver else {})}
         self._receiver = receiver
         self._stack = ExitStack()
+        self._stored: dict[Case, str] = {}
 
     def __enter__(self) -> Self:
         self.upstream = UpstreamAt(0).__enter__()
@@ -172,10 +174,15 @@ class Bench:
                 call.result() for call in [callers.submit(self.generate, **options) for _ in range(number)]
             ]
 
-    def play(self, case: Case) -> Outcome:
-        """Let the upstream do what the fault says while one call is made."""
-        (outcome,) = self.play_all([case])
-        return outcome
+    def prepare(self, cases: Sequence[Case]) -> None:
+        """Make the stored responses that the cases are about, each of them another one."""
+        for case in cases:
+            if case.route.row.stored:
+                trace_id, response_id = secrets.token_hex(16), f"resp_{secrets.token_hex(8)}"
+                self.upstream.play_for(trace_id, [Status(200, {**RESPONSE, "id": response_id})])
+                answer, _ = self._call(Case(case.fault, ROUTES["responses"]), trace_id)
+                assert answer.status == 200, answer.body
+                self._stored[case] = response_id
 
     def play_all(self, cases: Sequence[Case]) -> list[Outcome]:
         """Play cases at the same time; they are all about the same place."""
@@ -203,10 +210,11 @@ class Bench:
             "Authorization": f"Bearer {self.token}",
             "Content-Type": content_type,
         }
+        path = case.route.path.format(response_id=self._stored.get(case))
         connection = HTTPConnection("127.0.0.1", self.process.port, timeout=30)
         started_s, complete = time.perf_counter(), True
         try:
-            connection.request("POST", case.route.path, content, sent)
+            connection.request(case.route.row.method, path, content or None, sent)
             response = connection.getresponse()
             try:
                 body = response.read()
@@ -285,7 +293,7 @@ def differences(case: Case, outcome: Outcome) -> list[str]:
     timings = timings_ms(answer)
     pairs: list[tuple[str, object, object]] = [
         ("status", answer.status, fault.status),
-        ("requests seen upstream", outcome.seen, fault.seen),
+        ("requests seen upstream", outcome.seen, case.seen),
         ("X-LLM-Attempts", answer.headers.get("x-llm-attempts"), f"{fault.attempts}"),
         ("Retry-After", answer.headers.get("retry-after"), fault.retry_after),
         (

@@ -36,6 +36,12 @@ class Case:
         return Given(self.route, self.streamed)
 
     @property
+    def seen(self) -> int:
+        """Requests that the upstream must really see."""
+        repeats = self.fault.repeated and self.route.row.method != "POST"
+        return self.fault.seen * (2 if repeats else 1)
+
+    @property
     def body(self) -> tuple[bytes, str]:
         """What the caller sends, and its content type."""
         return self.route.body(streamed=self.streamed)

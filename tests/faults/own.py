@@ -16,8 +16,9 @@ HEAD_FIELDS = ("id", "model", "created", "usage")
 """The fields that an answer may have beside the answer itself."""
 
 Ending: TypeAlias = Literal["end", "cut", "reset", "silence"]
-Kind: TypeAlias = Literal["json", "events", "unasked", "bytes"]
-"""What an answer is; ``unasked`` are events where the upstream decides whether it answers with them."""
+Kind: TypeAlias = Literal["json", "stored", "events", "unasked", "bytes"]
+"""What an answer is: ``stored`` are answers about stored responses, and ``unasked`` are events where the
+upstream decides whether it answers with them."""
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
@@ -60,6 +61,8 @@ class Given:
         """What the answer is."""
         if self.streamed:
             return "events" if self.route.row.answers == "json" else "unasked"
+        if self.route.row.stored:
+            return "stored"
         return "json" if self.media_type == JSON else "bytes"
 
     @property

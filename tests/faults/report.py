@@ -24,8 +24,9 @@ bytes of the answer, the requests that the upstream saw, whether it was left alo
 line, the span tree with the events on it, and their log records. The counters of calls and of attempts
 were compared for each route.
 
-`json` and `events` are answers and streams that are asked for; `unasked` are streams where the upstream
-decides whether it answers with one, and `bytes` are recordings, both of audio.
+`json` and `events` are answers and streams that are asked for, and `stored` are answers about stored
+responses. `unasked` are streams where the upstream decides whether it answers with one, and `bytes` are
+recordings, both of audio.
 
 {verdict}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from service.upstream.operations import OPERATIONS, Operation
-from tests.fakes.operations import SAMPLES, Sample, data, named
+from tests.fakes.operations import SAMPLES, STORED, Sample, data, named
 from tests.fakes.streams import DONE, chunk, text, usage
 from tests.fakes.upstream import Answer
 
@@ -88,6 +88,8 @@ class Route:
             if self.row.asks_for_usage and self.protocol != "own":
                 # So that the caller gets all that the upstream sends.
                 fields["stream_options"] = {"include_usage": True}
+        if self.row.stored:
+            return b"", "application/json"
         if self.request is not None:
             return json.dumps({**self.request, **fields}).encode(), "application/json"
         return self.sample.encoded(**fields)
@@ -158,6 +160,8 @@ OPERATIONS_BY_NAME: Mapping[str, Operation] = {str(name): row for name, row in O
 def _route(name: str) -> Route:
     operation = OPERATIONS_BY_NAME[name]
     sample = ALL_SAMPLES.get(name)
+    if operation.stored and name in STORED:
+        sample = Sample(operation.path, {}, STORED[name].answer, genai=operation.genai)
     if sample is None:
         raise LookupError(f"tests/fakes/operations.py has no sample for the operation {name}")
     if (operation.read_event is None) is not (sample.stream is None):

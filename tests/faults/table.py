@@ -66,7 +66,7 @@ Place = Literal["answering", "refusing", "unreachable"]
 Calls = tuple[Kind, ...]
 """What the answer to a call is."""
 
-JSON: Calls = ("json",)
+JSON: Calls = ("json", "stored")
 EVENTS: Calls = ("events", "unasked")
 BYTES: Calls = ("bytes",)
 READ: Calls = (*JSON, *EVENTS)
@@ -95,6 +95,8 @@ class Fault:
         calls: Which calls the row is about.
         begins: Whether the answer's first events reach the caller, so that it fails afterwards.
         waits: Whether the upstream is still at it when the caller has its answer.
+        repeated: Whether the connection breaks before the head of an answer. The HTTP client then repeats a
+            request of an idempotent method once by itself, within the same attempt.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Fault:
     calls: Calls = ALL
     begins: bool = False
     waits: bool = False
+    repeated: bool = False
 
     @property
     def succeeds(self) -> bool:
@@ -288,8 +291,8 @@ FAULTS: tuple[Fault, ...] = (
     _again_and_again("connect gets no answer", 504, _TIMEOUT, "Timeout", correct, place="unreachable"),
     _too_late("accepts, says nothing", AcceptOnly()),
     _too_late("silent after reading", Silent()),
-    _broken("reset before the answer", Reset("before")),
-    _broken("reset within the headers", Reset("headers")),
+    replace(_broken("reset before the answer", Reset("before")), repeated=True),
+    replace(_broken("reset within the headers", Reset("headers")), repeated=True),
     _broken("reset within the body", Reset("body")),
     _too_late("body byte by byte", byte_by_byte, calls=READ),
     _begins("body byte by byte", byte_by_byte, _TIMEOUT, waits=True, calls=BYTES),
@@ -315,15 +318,17 @@ FAULTS: tuple[Fault, ...] = (
     _failing(409),
     _once("400, unknown model", Status(400, _UNKNOWN_MODEL), 400, "BadRequestError"),
     *(_once(f"{code}", Status(code), 502, "UpstreamError") for code in (401, 403)),
-    *(_once(f"{code}", Status(code), 400, "BadRequestError") for code in (400, 404, 422)),
+    *(_once(f"{code}", Status(code), 400, "BadRequestError") for code in (400, 422)),
+    # A stored response that is no longer there has an answer of its own.
+    _once("404", Status(404), 400, "BadRequestError", calls=("json", *EVENTS, *BYTES)),
     _once("redirect", Status(302, headers={"Location": "http://127.0.0.1:1/"}), 502, "UpstreamError"),
     _broken("garbage bytes", Garbage()),
-    _once("HTML with 200", NotJson(), 502, "UpstreamError", calls=("json", "unasked", "bytes")),
+    _once("HTML with 200", NotJson(), 502, "UpstreamError", calls=(*JSON, "unasked", "bytes")),
     replace(_no_event("HTML with 200", NotJson()), calls=("events",)),
     _once("JSON, cut off, with 200", NotJson(b'{"choices": [', "application/json"), 502, "UpstreamError"),
     _broken("wrong length", cut_short, JSON),
     _answers("wrong length", cut_short, EVENTS),
-    _answers("content type is another", as_plain_text, ("json", "events")),
+    _answers("content type is another", as_plain_text, (*JSON, "events")),
     _once("content type is another", as_plain_text, 502, "UpstreamError", calls=BYTES),
     _once("compressed answer, not asked for", zipped, 502, "UpstreamError", calls=JSON),
     _no_event("compressed answer, not asked for", zipped),

@@ -73,6 +73,7 @@ def bench() -> Iterator[Bench]:
 
 
 def played_by(bench: Bench, cases: list[Case]) -> Played:
+    bench.prepare(cases)
     before = bench.counts(*COUNTERS)
     outcomes: dict[Case, Outcome] = {}
     for place in dict.fromkeys(case.fault.place for case in cases):
@@ -151,6 +152,8 @@ def open_bench() -> Iterator[OpenBench]:
         "BREAKER_TIMEOUT_S": f"{BREAKER_TIMEOUT_S}",
     }
     with OtlpReceiver() as receiver, Bench(variables, receiver) as bench:
+        cases = [replace(case, fault=replace(case.fault, place="answering")) for case in WITH_OPEN_BREAKER]
+        bench.prepare(cases)
         before = time.monotonic()
         with bench.stopped("refusing"):
             answer = bench.generate()
@@ -159,7 +162,6 @@ def open_bench() -> Iterator[OpenBench]:
         assert (answer.status, answer.json["error"]) == (504, "UpstreamTimeoutError")
         assert "Giving up after attempt 1: the circuit breaker is open" in bench.messages(answer.request_id)
         counted, asked = bench.counts(*COUNTERS), time.monotonic()
-        cases = [replace(case, fault=replace(case.fault, place="answering")) for case in WITH_OPEN_BREAKER]
         outcomes = dict(zip(WITH_OPEN_BREAKER, bench.play_all(cases), strict=True))
         answered = time.monotonic()
         traces = {case: Trace(receiver, one.answer.request_id) for case, one in outcomes.items()}

@@ -22,6 +22,7 @@ REJECTIONS = "llmops.circuit_breaker.rejections"
 TRANSITIONS = "llmops.circuit_breaker.transitions"
 COUNTERS = (CALLS, ATTEMPTS, REJECTIONS, TRANSITIONS)
 SCHEDULED, SUCCEEDED, EXHAUSTED = (f"llmops.retry.{what}" for what in ("scheduled", "succeeded", "exhausted"))
+METHODS = frozenset({"GET", "POST", "DELETE"})
 REJECTED = "llmops.circuit_breaker.rejected"
 
 
@@ -34,7 +35,7 @@ class Trace:
         (self.server,) = [span for span in self.spans if span.kind == "SERVER"]
         (self.call,) = [span for span in self.spans if span.name == "llm call"]
         self.chats = [span for span in self.spans if "gen_ai.operation.name" in span.attributes]
-        self.posts = [span for span in self.spans if span.name == "POST"]
+        self.posts = [span for span in self.spans if span.name in METHODS]
         assert len(self.spans) == 2 + len(self.chats) + len(self.posts)
 
     def events(self, name: str) -> list[SpanEvent]:
