@@ -310,6 +310,45 @@ def dependencies() -> dashboard.Dashboard:
             links=[SERVICE_PAGE],
         ),
     ]
+    database = by(names.IDENTITY_STORE_DURATION, "operation", "outcome")
+    database_time = by(names.IDENTITY_STORE_DURATION, "operation")
+    behind += [
+        graph(
+            PanelText(
+                "Database transactions",
+                "Transactions in the SQL database per second, by operation and outcome. One that fails does "
+                "not fail a call; the owners of stored responses wait in memory.",
+                "“error”: the event `llmops.identity.store.failed` in the log below has the reason.",
+            ),
+            [
+                Query(
+                    zeroed(f"sum by ({database}) ({rate(count(names.IDENTITY_STORE_DURATION))})"),
+                    "{{operation}} {{outcome}}",
+                )
+            ],
+            unit="ops",
+            links=[SERVICE_PAGE],
+        ),
+        graph(
+            PanelText(
+                "Database time",
+                "Duration of transactions (p95), including the wait for a thread, by operation.",
+                "each response waits for its “keep”: a slow disk, a locked file, or a PostgreSQL server far "
+                "away.",
+            ),
+            [
+                Query(
+                    zeroed(
+                        f"histogram_quantile(0.95, sum by ({database_time}, le)"
+                        f" ({rate(bucket(names.IDENTITY_STORE_DURATION))})) >= 0"
+                    ),
+                    "{{operation}}",
+                )
+            ],
+            unit="s",
+            links=[SERVICE_PAGE],
+        ),
+    ]
     evidence = [
         traces(
             PanelText(
@@ -325,11 +364,11 @@ def dependencies() -> dashboard.Dashboard:
         log_lines(
             PanelText(
                 "What the resilience layers said",
-                "Log records of retries, breaker and health changes, newest first.",
+                "Log records of retries, breaker and health changes, cache and database, newest first.",
                 "find the first `llmops.health.changed` or `state_changed`: later events follow from it.",
             ),
             '{service_name=~"$service"}'
-            ' | event_name=~"llmops\\\\.(retry|circuit_breaker|health|cache)\\\\..*"',
+            ' | event_name=~"llmops\\\\.(retry|circuit_breaker|health|cache|identity)\\\\..*"',
             links=[SERVICE_PAGE],
         ),
     ]
@@ -340,7 +379,7 @@ def dependencies() -> dashboard.Dashboard:
         [
             ("Whose fault", fault),
             ("State", states),
-            ("LiteLLM and the cache", behind),
+            ("LiteLLM, cache and database", behind),
             ("Evidence", evidence),
         ],
     )

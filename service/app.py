@@ -18,7 +18,7 @@ from service.middleware.request_id import RequestIdMiddleware, sanitize_scope
 from service.middleware.request_limits import RequestLimitsMiddleware
 from service.middleware.security_headers import SecurityHeadersMiddleware
 from service.middleware.shutdown import ShutdownMiddleware
-from service.routers import anthropic, auth, cache, llm, openai, system
+from service.routers import anthropic, auth, cache, llm, openai, responses, system
 from service.telemetry.providers import Telemetry
 from service.telemetry.server import instrument_server
 
@@ -73,8 +73,8 @@ def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
         },
     )
     app.trust_traceparent = settings.trust_traceparent == "all"
-    for router in (auth.router, llm.router, cache.router, openai.router, anthropic.router, system.router):
-        app.include_router(router)
+    for module in (auth, llm, cache, openai, responses, anthropic, system):
+        app.include_router(module.router)
     app.router.routes.append(system.docs_assets())
     instrument_server(app, telemetry)
     return app

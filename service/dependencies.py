@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Final, cast
 
@@ -16,6 +16,7 @@ from service.cache.control import CacheControl, parse_cache_control
 from service.cache.response_cache import CacheAdmin, NoCacheAdmin
 from service.context import current_request
 from service.errors import AuthenticationError, PermissionDeniedError, ValidationError
+from service.identity.response_owners import ResponseOwners
 from service.identity.tokens import Authenticator, User
 from service.services.call_report import CallSpec
 from service.services.drain import Drain
@@ -61,6 +62,7 @@ class AppServices:
         health_required: Dependencies without which the process is not ready.
         stream_times: The time limits of the caller's side of a stream.
         pass_litellm_fields: Fields of LiteLLM's own that callers may send.
+        responses: The owners of stored responses.
     """
 
     auth: Authenticator
@@ -72,6 +74,7 @@ class AppServices:
     health_required: frozenset[str]
     stream_times: StreamTimes
     pass_litellm_fields: frozenset[str]
+    responses: ResponseOwners
 
 
 def services_of(scope: Scope) -> AppServices:
@@ -167,7 +170,9 @@ async def _model_call(request: Request, user: Annotated[User, Depends(model_call
     )
 
 
-def only_query(*known: str) -> Callable[[Request], Coroutine[None, None, None]]:
+def only_query(
+    *known: str, repeatable: Collection[str] = ()
+) -> Callable[[Request], Coroutine[None, None, None]]:
     """A dependency that refuses unknown and repeated query parameters.
 
     FastAPI ignores both, which is dangerous where a parameter limits what a route does. It stands behind the
@@ -175,6 +180,7 @@ def only_query(*known: str) -> Callable[[Request], Coroutine[None, None, None]]:
 
     Args:
         known: The names of the route's query parameters.
+        repeatable: Those of them that are lists.
     """
 
     async def check(request: Request) -> None:
@@ -187,7 +193,7 @@ def only_query(*known: str) -> Callable[[Request], Coroutine[None, None, None]]:
                 details.append(
                     {"field": f"query.{shown}", "message": "is not known", "type": "extra_forbidden"}
                 )
-            elif name in seen:
+            elif name in seen and name not in repeatable:
                 details.append({"field": f"query.{name}", "message": "is given twice", "type": "repeated"})
             seen.add(name)
         if details:

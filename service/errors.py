@@ -20,6 +20,7 @@
     │   └── UpstreamTimeoutError    504  it did not answer in time, or could not be reached
     ├── UnavailableError            this service declines for the moment
     │   ├── CircuitOpenError        503  the breaker is open
+    │   ├── DependencyUnavailableError 503 a store that the answer depends on cannot be reached
     │   ├── OverloadedError         503  too many requests in flight
     │   └── ShuttingDownError       503  draining
     └── InternalError               500  a bug
@@ -249,6 +250,12 @@ class CircuitOpenError(UnavailableError):
     default_message = "The model's side keeps failing, so it is not being asked. Try again later."
 
 
+class DependencyUnavailableError(UnavailableError):
+    """A store without which the request cannot be decided cannot be reached."""
+
+    default_message = "Something that this request needs cannot be reached at the moment. Try again later."
+
+
 class OverloadedError(UnavailableError):
     """Too many requests are in flight."""
 
@@ -284,6 +291,7 @@ PUBLIC_ERRORS: tuple[type[ServiceError], ...] = (
     UpstreamError,
     UpstreamTimeoutError,
     CircuitOpenError,
+    DependencyUnavailableError,
     OverloadedError,
     ShuttingDownError,
     InternalError,

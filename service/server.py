@@ -26,6 +26,7 @@ from service.app import create_app
 from service.config.env_validator import read_settings
 from service.config.logging import configure_logging
 from service.config.settings import Settings, prepare_environment
+from service.identity.database import DatabaseUnusableError, prepare_database
 from service.telemetry.providers import Telemetry, build_telemetry
 
 GC_THRESHOLDS = (20_000, 20, 50)
@@ -67,6 +68,12 @@ def serve(settings: Settings) -> int:
     orchestrator.
     """
     configure_logging(settings.log_level)
+    try:
+        # Once for all workers, so that there is one line where it cannot be used.
+        prepare_database(settings)
+    except DatabaseUnusableError as error:
+        logger.error("Error: %s", error)  # noqa: TRY400 - not a bug
+        return 1
     signal.signal(signal.SIGTERM, _exit_zero)
     signal.signal(signal.SIGINT, _exit_zero)
     handle_other_signals()

@@ -58,6 +58,7 @@ def make_settings(**values: Any) -> Settings:
         "retry_max": 0,
         "breaker_failure_threshold": 1_000,
         "qdrant_path": ":memory:",
+        "database_url": "sqlite://",
         "cache_enabled": False,
     }
     return Settings(_env_file=None, **{**new_secrets(), **quiet, **values})

@@ -34,6 +34,10 @@ MIN_SECRET_BYTES = 32
 MIN_SECRET_DISTINCT = 8
 MIN_PASSWORD_CHARS = 8
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+OPEN_TO_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+DATABASE_URL = re.compile(
+    r"sqlite://(?:/(?P<path>[^?#]+))?|postgres(?:ql)?(?:\+psycopg)?://[^\s/?#]*/[^\s/?#]+(?:\?\S*)?"
+)
 NARROWEST_WARNED = {4: 24, 6: 64}
 """Length of the prefix, by the version of IP, below which a trusted network is warned about."""
 
@@ -221,6 +225,7 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
             ),
         )
     yield from _store_problems(settings)
+    yield from _database_problems(settings)
     yield from _spool_problems(settings)
 
 
@@ -368,6 +373,45 @@ def _spool_problems(settings: Settings) -> Iterator[tuple[str, str]]:
                 "run chmod 700 on the folder."
             ),
         )
+
+
+def _database_problems(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Check the database's URL, and that nobody else can write to its file.
+
+    The folder is not looked at: it may be a volume's, which belongs to a group.
+    """
+    value = settings.database_url.get_secret_value()
+    found = DATABASE_URL.fullmatch(value)
+    if found is None:
+        yield (
+            "DATABASE_URL",
+            (
+                "DATABASE_URL is not valid: write sqlite:///path for a file, or "
+                "postgresql://user:password@host/database for a server."
+            ),
+        )
+    elif value == "sqlite://" and settings.workers > 1:
+        yield (
+            "DATABASE_URL",
+            (
+                f"DATABASE_URL must name a file or a server when WORKERS is {settings.workers}: a database in "
+                "memory belongs to one process."
+            ),
+        )
+    elif found["path"]:
+        yield from _private_file_problems("DATABASE_URL", Path(found["path"]))
+
+
+def _private_file_problems(name: str, path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return
+    if status.st_uid != os.geteuid():
+        yield name, f"{name} names a file of another user ({status.st_uid}), who can write to it."
+    elif status.st_mode & OPEN_TO_OTHERS:
+        mode = stat.S_IMODE(status.st_mode)
+        yield name, f"{name} names a file that others can use (mode {mode:04o}): run chmod 600 on it."
 
 
 def _stream_problems(settings: Settings) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,8 @@ from service.cache.response_cache import BREAKER_FAILURES, BREAKER_S, open_cache
 from service.config.logging import detach_bridge, drain_lines
 from service.config.settings import Settings
 from service.dependencies import AppServices, StreamTimes
+from service.identity.database import open_database
+from service.identity.response_owners import open_response_owners
 from service.identity.tokens import Authenticator
 from service.recording.recorder import open_recorder
 from service.services.circuit_breaker import CircuitBreaker
@@ -86,6 +88,8 @@ async def _open_services(
 ) -> AppServices:
     """Open the clients and start the background work; ``closing`` ends them in the reverse order."""
     instruments = telemetry.instruments
+    database = await closing.enter(open_database(settings, instruments))
+    responses = await closing.enter(open_response_owners(database))
     llm = await closing.enter(open_llm(settings, telemetry))
     recorder = await closing.enter(
         open_recorder(settings, telemetry), "Finalizing MLflow run...", FINALIZING_TIMEOUT_S
@@ -123,6 +127,7 @@ async def _open_services(
         measure_lag(instruments.event_loop_lag),
         _keep_models_known(llm, settings.models_ttl_s),
         health.run(),
+        responses.run(),
         *(start() for start in cache.background),
     ):
         stack.callback(tasks.create_task(work).cancel)
@@ -136,6 +141,7 @@ async def _open_services(
         health_required=frozenset(settings.health_required),
         stream_times=StreamTimes(keep_alive_s(settings), settings.stream_write_timeout_s),
         pass_litellm_fields=frozenset(settings.pass_litellm_fields),
+        responses=responses,
     )
 
 

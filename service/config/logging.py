@@ -45,8 +45,8 @@ would take the interpreter lock from the event loop three times per request, 0.1
 
 STDOUT = 1
 
-REQUEST_LOGGERS = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "grpc", "urllib3")
-"""Libraries that log every request below WARNING, with its URL or body."""
+REQUEST_LOGGERS = ("alembic", "httpx", "httpx2", "httpcore", "httpcore2", "openai", "grpc", "urllib3")
+"""Libraries that log every request below WARNING, with its URL or body; Alembic, each of its steps."""
 
 PARSERS = ("python_multipart",)
 """Libraries that log below ERROR what is wrong with a caller's bytes, and quote them; the answer says it."""

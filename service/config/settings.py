@@ -87,6 +87,9 @@ class Settings(BaseSettings):
     login_failures_per_name: str = "10/minute"
     login_failures_per_address: str = "50/minute"
 
+    # Database
+    database_url: SecretStr = SecretStr("sqlite:///data/llmops.db")
+
     # Upstream
     litellm_url: str = "http://127.0.0.1:4000"
     litellm_api_key: SecretStr = SecretStr("")

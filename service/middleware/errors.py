@@ -37,7 +37,7 @@ OPENAI_PREFIX: Final = "/v1"
 MESSAGES: Final = f"{OPENAI_PREFIX}/messages"
 UNKNOWN_PATH: Final = (
     "There is nothing at this path. There are: "
-    + ", ".join(f"POST {OPENAI_PREFIX}{operation.path}" for operation in OPERATIONS.values())
+    + ", ".join(f"{operation.method} {OPENAI_PREFIX}{operation.path}" for operation in OPERATIONS.values())
     + f", GET {OPENAI_PREFIX}/models."
 )
 ANTHROPIC_TYPES: Final[Mapping[int, str]] = {

@@ -47,6 +47,23 @@ CALL_ERRORS = (
 )
 
 METADATA: Final = "metadata"
+PREVIOUS: Final = "previous_response_id"
+OTHERS_TEXTS: Final[Mapping[str, str]] = {
+    PREVIOUS: "is not possible here; POST /v1/responses takes it",
+    "conversation": (
+        "is not possible here: a conversation that was made elsewhere belongs to no caller of this service. "
+        f"Continue a response with {PREVIOUS}"
+    ),
+}
+"""Fields that name what a provider has stored, and what is said where they are refused.
+
+LiteLLM takes them in requests of other protocols too, and hands them to providers of responses. A caller who
+names what somebody else has made can read it, by asking the model what was said. A conversation can only be
+made with the provider's key, elsewhere, so nothing tells whose it is; to take it for that of the first caller
+who uses it would give it to anybody who has learnt its id. ``PASS_LITELLM_FIELDS`` permits it, where all
+callers may read each other's.
+"""
+
 KINDS: Final[Mapping[type, str]] = {str: "a text", list: "a list", int: "a whole number", dict: "an object"}
 
 _MODEL_NAME = re.compile(MODEL_NAME)
@@ -87,7 +104,8 @@ def read_body(operation: OperationName, content: bytes, passed: AbstractSet[str]
         ValidationError: It is no JSON object, or a field of the operation is missing or of another type.
     """
     row = OPERATIONS[operation]
-    body = read_fields(content, passed | {METADATA} if row.metadata else passed)
+    own = {METADATA} if row.metadata else set()
+    body = read_fields(content, passed | own | ({PREVIOUS} if row.continues else set()))
     metadata = body.fields.get(METADATA)
     if row.metadata and METADATA not in passed and metadata is not None and not _is_texts(metadata):
         refuse(METADATA, "must be an object of texts")
@@ -126,6 +144,9 @@ def read_fields(content: bytes, passed: AbstractSet[str], max_values: int = MAX_
     field = control_field(fields.keys(), passed)
     if field is not None:
         refuse(field[:100], "is LiteLLM's own, and not permitted here")
+    for name, problem in OTHERS_TEXTS.items():
+        if name not in passed and fields.get(name) is not None:
+            refuse(name, problem)
     model = fields.get("model")
     if model is not None and not (isinstance(model, str) and _MODEL_NAME.fullmatch(model)):
         refuse("model", "must be the name of one model: up to 200 printable ASCII characters, no comma")

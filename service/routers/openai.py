@@ -40,8 +40,6 @@ from service.routers.schemas import (
     MODERATIONS_REQUEST,
     RERANK_ANSWER,
     RERANK_REQUEST,
-    RESPONSES_ANSWER,
-    RESPONSES_REQUEST,
     SPEECH_ANSWER,
     SPEECH_REQUEST,
     TRANSCRIPTION_ANSWER,
@@ -211,20 +209,6 @@ class ResponsesFormat:
         fields = {**said, "type": "error", "error": said, "sequence_number": self._number + 1}
         fields["code"] = said["code"] or said["type"]
         return event(json.dumps(fields).encode(), "error")
-
-
-@router.post(
-    "/responses",
-    response_class=Response,
-    responses={200: RESPONSES_ANSWER, **openai_errors(*CALL_ERRORS)},
-    openapi_extra={"requestBody": RESPONSES_REQUEST},
-)
-async def responses(request: Request, call: ModelCallDep) -> Response:
-    """OpenAI's response, whole or as typed events; the default model answers where none is named.
-
-    A failure after the first event is an event of the type `error`.
-    """
-    return await call_operation(request, call, "responses", lambda _body: ResponsesFormat())
 
 
 @router.post(

@@ -430,6 +430,15 @@ RESPONSES_ANSWER: Final = _passed(
     {"id": "resp_123", "object": "response", "status": "completed", "output": [], "model": "demo"},
     'event: response.completed\ndata: {"type":"response.completed","response":{"id":"resp_123"}}\n\n',
 )
+STORED_RESPONSE: Final = _passed(
+    "The response",
+    "id",
+    {"id": "resp_123", "object": "response", "status": "completed", "output": [], "model": "demo"},
+)
+DELETED_RESPONSE: Final = _passed(
+    "The confirmation", "deleted", {"id": "resp_123", "object": "response", "deleted": True}
+)
+INPUT_ITEMS: Final = _passed("The items", "data", {"object": "list", "data": [], "has_more": False})
 COMPLETIONS_REQUEST: Final = _request(
     f"{REFERENCE}/completions/create",
     {"model": _NULLABLE_MODEL, "prompt": _TEXT_OR_LIST, "stream": _STREAM},

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Final, Protocol
 
@@ -13,7 +14,6 @@ from service.dependencies import StreamTimes
 from service.errors import CallerLeftError, ServiceError, ShuttingDownError
 from service.middleware.errors import record_late_error
 from service.services.call_report import CallOutcome
-from service.services.generation import AnswerStream
 from service.upstream.messages import Completion
 from service.upstream.stream import StreamEvent, comment
 from service.upstream.upload import Upload
@@ -44,6 +44,24 @@ class StreamFormat(Protocol):
         """The bytes that end an answer which failed."""
 
 
+class Answering(Protocol):
+    """A streamed answer, to be iterated once; ``completion`` and ``outcome`` are there when it has ended."""
+
+    @property
+    def content_type(self) -> str:
+        """The media type of the answer."""
+
+    @property
+    def completion(self) -> Completion:
+        """What is known of the answer."""
+
+    @property
+    def outcome(self) -> CallOutcome:
+        """How the call ended."""
+
+    def __aiter__(self) -> AsyncIterator[StreamEvent]: ...
+
+
 class EventStream(Response):
     """Runs a streamed call and sends its pieces as they come.
 
@@ -62,7 +80,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        stream: AbstractAsyncContextManager[AnswerStream],
+        stream: AbstractAsyncContextManager[Answering],
         stream_format: StreamFormat,
         times: StreamTimes,
         *,

@@ -261,7 +261,7 @@ class Generation:
                 call.cached_from = entry.completion
                 events = _StoredStream(entry)
             else:
-                await self._llm.check_model(spec.request.model, spec.deadline)
+                await self._llm.check_model(spec.request, spec.deadline)
                 passage = call.passage = held.enter_context(
                     self._circuits.call(spec.request.model, spec.user)
                 )
@@ -341,7 +341,7 @@ class Generation:
     async def _ask(self, call: _Call, span: Span) -> Reply:
         """Ask the model for a whole answer, with retries, and store it."""
         spec = call.spec
-        await self._llm.check_model(spec.request.model, spec.deadline)
+        await self._llm.check_model(spec.request, spec.deadline)
         with self._circuits.call(spec.request.model, spec.user) as call.passage:
             reply = await self._whole[spec.request.operation](call.progress, spec.deadline, call)
         self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())

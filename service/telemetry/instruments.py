@@ -30,6 +30,7 @@ class Instruments:
         self.requests_in_flight = _up_down_counter(meter, names.REQUESTS_IN_FLIGHT)
         self.requests_rejected = _counter(meter, names.REQUESTS_REJECTED)
         self.auth_attempts = _counter(meter, names.AUTH_ATTEMPTS)
+        self.identity_store_duration = _histogram(meter, names.IDENTITY_STORE_DURATION)
         self.health_check_duration = _histogram(meter, names.HEALTH_CHECK_DURATION)
         self.recorder_spooled = _counter(meter, names.RECORDER_SPOOLED)
         self.recorder_replayed = _counter(meter, names.RECORDER_REPLAYED)

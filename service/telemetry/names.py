@@ -72,6 +72,7 @@ LLM_FIRST_CHUNK: Final = Metric(
 OPERATION_NAMES: Final = (
     *("chat", "embeddings", "completions", "responses", "messages", "count_tokens", "moderations"),
     *("images", "rerank"),
+    *("get_response", "delete_response", "cancel_response", "list_input_items"),
 )
 """The kinds of calls; ``service.upstream.operations`` has a row for each."""
 
@@ -172,6 +173,14 @@ AUTH_ATTEMPTS: Final = Metric(
     "Sign-ins by outcome",
     {"outcome": ("success", "wrong_credentials", "rate_limited")},
 )
+IDENTITY_STORE_DURATION: Final = Metric(
+    "llmops.identity.store.duration",
+    "histogram",
+    "s",
+    "Duration of the SQL database's transactions, including the wait for a thread",
+    {"operation": ("keep", "find", "forget", "purge"), "outcome": ("success", "error")},
+    buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2),
+)
 REQUESTS_REJECTED: Final = Metric(
     "llmops.requests.rejected",
     "counter",
@@ -251,6 +260,7 @@ METRICS: Final = (
     REQUESTS_IN_FLIGHT,
     REQUESTS_REJECTED,
     AUTH_ATTEMPTS,
+    IDENTITY_STORE_DURATION,
     HEALTH_STATUS,
     HEALTH_AGE,
     HEALTH_CHECK_DURATION,
@@ -303,6 +313,8 @@ ATTR_RECORDS: Final = "llmops.recorder.records"
 
 EVENT_CACHE_ERROR: Final = "llmops.cache.error"
 EVENT_HEALTH_CHANGED: Final = "llmops.health.changed"
+EVENT_IDENTITY_STORE_FAILED: Final = "llmops.identity.store.failed"
+EVENT_IDENTITY_STORE_RECOVERED: Final = "llmops.identity.store.recovered"
 EVENT_RECORDER_SPOOLED: Final = "llmops.recorder.spooled"
 EVENT_RECORDER_REPLAYED: Final = "llmops.recorder.replayed"
 EVENT_SHUTDOWN_STARTED: Final = "llmops.shutdown.started"
@@ -322,6 +334,8 @@ EVENTS: Final = (
     EVENT_BREAKER_REJECTED,
     EVENT_CACHE_ERROR,
     EVENT_HEALTH_CHANGED,
+    EVENT_IDENTITY_STORE_FAILED,
+    EVENT_IDENTITY_STORE_RECOVERED,
     EVENT_RECORDER_SPOOLED,
     EVENT_RECORDER_REPLAYED,
     EVENT_SHUTDOWN_STARTED,

@@ -149,7 +149,7 @@ class LlmClient:
             UpstreamTimeoutError: It did not answer within the time limit, or could not be reached.
         """
         with self._spans.attempt(request) as span:
-            response = await self._send(self._urls[request.operation], deadline, request)
+            response = await self._send(self._url_of(request), deadline, request)
             read = partial(
                 read_answer,
                 response.content,
@@ -227,7 +227,7 @@ class LlmClient:
         refusal_of = STREAM_OPTIONS if with_usage else None
         asks = OPERATIONS[request.operation].answers == "json"
         response = await self._send(
-            self._urls[request.operation],
+            self._url_of(request),
             deadline,
             request.streamed(with_usage=with_usage) if asks else request,
             stream=True,
@@ -266,9 +266,13 @@ class LlmClient:
         """Learn which models may be asked for, and stand on a metric; whether that succeeded."""
         return await self._offered.refresh()
 
-    async def check_model(self, model: str, deadline: Deadline) -> None:
+    async def check_model(self, request: LlmRequest, deadline: Deadline) -> None:
         """Raise ``BadRequestError`` for a model that the upstream does not offer, as far as that is known."""
-        await self._offered.check(model, deadline)
+        if not OPERATIONS[request.operation].stored:
+            await self._offered.check(request.model, deadline)
+
+    def _url_of(self, request: LlmRequest) -> str:
+        return self._urls[request.operation] if request.path is None else f"{self._root}/v1{request.path}"
 
     async def _read_offered(self) -> None:
         # Without a span or metric: no caller asked for it.
@@ -328,7 +332,7 @@ class LlmClient:
         stream: bool = False,
         refusal_of: re.Pattern[str] | None = None,
     ) -> httpx2.Response:
-        """Post the request, or get the URL where there is none; raises this service's errors only.
+        """Send the request, or get the URL where there is none; raises this service's errors only.
 
         The response's body has been read, except for a stream's. ``FieldRefusedError`` is raised where the
         upstream refuses the request with a text that matches ``refusal_of``.
@@ -342,6 +346,14 @@ class LlmClient:
             async with asyncio.timeout(left_s) as limit:
                 if request is None:
                     return await self._sdk.get(url, cast_to=httpx2.Response, options={"timeout": limits})
+                method = OPERATIONS[request.operation].method
+                if method != "POST":
+                    ask = self._sdk.get if method == "GET" else self._sdk.delete
+                    return await ask(
+                        url,
+                        cast_to=httpx2.Response,
+                        options={"timeout": limits, "headers": request.headers},
+                    )
                 upload = request.upload
                 with nullcontext() if upload is None else upload.within(limit, deadline):
                     answer = await self._sdk.post(

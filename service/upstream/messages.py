@@ -43,6 +43,7 @@ class LlmRequest:
         verbatim: Whether the caller gets the upstream's bytes unchanged; then a content of an unknown type is
             not an invalid answer.
         upload: Of a form with files, what is sent instead of ``content``.
+        path: Where it goes, below ``/v1``, where that is not the operation's path: with an id and a query.
     """
 
     operation: OperationName
@@ -52,6 +53,7 @@ class LlmRequest:
     headers: Mapping[str, str] = field(default_factory=dict)
     verbatim: bool = False
     upload: Upload | None = None
+    path: str | None = None
 
     @property
     def asks_for_usage(self) -> bool:
@@ -237,7 +239,8 @@ def completion_of(
         pieces: The number of a stream's pieces, which stand in for tokens where there is no count.
     """
     unusable_numbers.log(request.model, headers, facts.usage)
-    counts = OPERATIONS[request.operation].count(facts.usage)
+    operation = OPERATIONS[request.operation]
+    counts = operation.count(facts.usage)
     estimated = counts.completion is None and pieces > 0
     return Completion(
         text=facts.text or "",
@@ -245,7 +248,7 @@ def completion_of(
         prompt_tokens=counts.prompt,
         completion_tokens=pieces if estimated else counts.completion,
         total_tokens=counts.total,
-        cost=cost_of(headers, facts.usage),
+        cost=None if operation.stored else cost_of(headers, facts.usage),
         estimated=estimated,
         id=facts.id,
         finish_reasons=tuple(reason for _, reason in sorted(facts.finish_reasons.items())),

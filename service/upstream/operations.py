@@ -11,6 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Protocol
 
 MAX_NAME_CHARS: Final = 256
+MAX_ID_CHARS: Final = 1_024
+"""The longest id of a response that is read; LiteLLM's have some 400 characters. A part of one is no id."""
+
 MAX_CHOICES: Final = 128
 MAX_COUNT: Final = 100_000_000
 """The largest token count of one call that is believed; the largest context windows are a tenth of it."""
@@ -93,6 +96,10 @@ OperationName = Literal[
     "rerank",
     "speech",
     "transcriptions",
+    "get_response",
+    "delete_response",
+    "cancel_response",
+    "list_input_items",
 ]
 """Names an operation on metrics and in ``OPERATIONS``."""
 
@@ -102,7 +109,8 @@ class Operation:
     """One kind of call.
 
     Args:
-        path: Where its requests go, below ``/v1``, here and upstream.
+        path: Where its requests go, below ``/v1``, here and upstream; with the id of a stored response in it
+            where ``stored`` is set.
         genai: The value of ``gen_ai.operation.name``.
         read: Reads a whole answer; raises ``NoAnswerError``.
         count: Reads a ``usage``.
@@ -121,6 +129,10 @@ class Operation:
         asks: How a request is written: in JSON, or as a form with files, which is passed on as it arrives.
         answers: Whether whole answers are JSON, or bytes of one of the media types, passed on as they arrive.
             Then the upstream decides whether it answers with a stream of events.
+        method: The HTTP method.
+        stored: Whether it is about a response that is stored. The model that made it need not be on offer any
+            more, and its tokens and its cost were counted when it was made.
+        continues: Whether a request can continue a stored response.
         media: The media types of answers that are bytes; one that ends with a slash stands for all below it.
     """
 
@@ -141,6 +153,9 @@ class Operation:
     asks: Literal["json", "form"] = "json"
     answers: Literal["json", "bytes"] = "json"
     media: tuple[str, ...] = ()
+    method: Literal["GET", "POST", "DELETE"] = "POST"
+    stored: bool = False
+    continues: bool = False
 
     def may_answer(self, media_type: str) -> bool:
         """Whether answers may have this media type, given without parameters and in lower case."""
@@ -158,6 +173,12 @@ def name_of(payload: Mapping[str, Any], key: str) -> str | None:
     """A name in an answer, of bounded length; None where there is none."""
     value = payload.get(key)
     return value[:MAX_NAME_CHARS] if isinstance(value, str) and value else None
+
+
+def id_of(payload: Mapping[str, Any]) -> str | None:
+    """The id of a response in an answer; None where there is none, or none of bounded length."""
+    value = payload.get("id")
+    return value if isinstance(value, str) and 0 < len(value) <= MAX_ID_CHARS else None
 
 
 def object_of(payload: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -264,7 +285,19 @@ def read_response(payload: Mapping[str, Any]) -> Facts:
         raise NoAnswerError
     reason = object_of(payload, "incomplete_details").get("reason") or payload.get("status")
     reasons = {0: reason[:MAX_NAME_CHARS]} if isinstance(reason, str) else {}
-    return _facts(payload, _text_of_output(payload), reasons)
+    return replace(_facts(payload, _text_of_output(payload), reasons), id=id_of(payload))
+
+
+def read_stored_response(payload: Mapping[str, Any]) -> Facts:
+    """A response that was stored, whose text and counts belong to the call that made it."""
+    return replace(read_response(payload), text="", usage={})
+
+
+def read_deletion(payload: Mapping[str, Any]) -> Facts:
+    """The confirmation that a stored response was deleted."""
+    if payload.get("deleted") is not True:
+        raise NoAnswerError
+    return Facts(id=id_of(payload))
 
 
 def _text_of_output(payload: Mapping[str, Any]) -> str:
@@ -383,7 +416,7 @@ def read_response_event(payload: Mapping[str, Any], name: str) -> Facts:
         )
     return Facts(
         text=text_of(payload.get("delta")) if kind == "response.output_text.delta" else "",
-        id=name_of(response, "id"),
+        id=id_of(response),
         model=name_of(response, "model"),
         pieces=int(kind.endswith(".delta")),
     )
@@ -603,6 +636,7 @@ OPERATIONS: Final[Mapping[OperationName, Operation]] = {
         whole_as_events=response_as_events,
         ends_with_done=False,
         metadata=True,
+        continues=True,
     ),
     "messages": Operation(
         path="/messages",
@@ -673,6 +707,37 @@ OPERATIONS: Final[Mapping[OperationName, Operation]] = {
         asks="form",
         answers="bytes",
         media=("application/json", "text/plain", "text/vtt", "application/x-subrip", "application/srt"),
+    ),
+    "get_response": Operation(
+        path="/responses/{response_id}",
+        genai="get_response",
+        read=read_stored_response,
+        count=count_nothing,
+        method="GET",
+        stored=True,
+    ),
+    "delete_response": Operation(
+        path="/responses/{response_id}",
+        genai="delete_response",
+        read=read_deletion,
+        count=count_nothing,
+        method="DELETE",
+        stored=True,
+    ),
+    "cancel_response": Operation(
+        path="/responses/{response_id}/cancel",
+        genai="cancel_response",
+        read=read_stored_response,
+        count=count_nothing,
+        stored=True,
+    ),
+    "list_input_items": Operation(
+        path="/responses/{response_id}/input_items",
+        genai="list_input_items",
+        read=reads_list("data"),
+        count=count_nothing,
+        method="GET",
+        stored=True,
     ),
 }
 """Every operation. The paths stand below ``/v1``, here and at LiteLLM."""

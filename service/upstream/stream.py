@@ -308,10 +308,31 @@ class LlmStream:
         except httpx2.HTTPError as error:
             raise from_transport(error) from None
         # Some servers close the connection without the empty line that would end their last event.
-        if data_of(decoder.rest) == DONE and self._operation.ends_with_done:
-            self._end()
-            return
-        raise UpstreamError("The model's side ended its answer too early. Try again.", label="Cut off")
+        async for event in self._without_end(decoder.rest):
+            yield event
+
+    async def _without_end(self, rest: bytes) -> AsyncIterator[StreamEvent]:
+        """The event that ends the stream, where only its empty line is missing; raises where it is not so."""
+        raw = rest.rstrip(b"\r\n") + b"\n\n"
+        if self._operation.ends_with_done:
+            if data_of(raw) == DONE:
+                self._end()
+        elif self._ends(raw):
+            event = await self._event(raw)
+            if event is not None:
+                yield event
+        if not self._is_over():
+            raise UpstreamError("The model's side ended its answer too early. Try again.", label="Cut off")
+
+    def _ends(self, raw: bytes) -> bool:
+        """Whether an event is whole, and the last one."""
+        read = self._operation.read_event
+        if read is None:
+            return False
+        try:
+            return read(read_object(data_of(raw)), name_of_event(raw).decode("utf-8", "replace")).ends
+        except UpstreamError:
+            return False
 
     def _is_over(self) -> bool:
         """Whether the last event was read; raises what it says about why the answer failed."""

@@ -36,7 +36,8 @@ def test_no_file_can_be_read_by_others_whatever_the_umask(upstream: FakeUpstream
         until(lambda: any(path.is_file() for path in (data / "qdrant").rglob("*")), "the store")
         assert process.stop() == 0
         found = {path: stat.S_IMODE(path.stat().st_mode) for path in (data, *data.rglob("*"))}
-        assert {path.relative_to(data).parts[0] for path in found if path != data} == {"qdrant", "spool"}
+        names = {path.relative_to(data).parts[0] for path in found if path != data}
+        assert names == {"qdrant", "spool", "llmops.db"}
     assert {path: oct(mode) for path, mode in found.items() if mode & 0o077} == {}
 
 

@@ -249,3 +249,35 @@ SAMPLES: Final[Mapping[str, Sample]] = {
         file=b"RIFF\r\n--" + bytes(range(256)) * 40,
     ),
 }
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """What a provider answers to a request about a stored response.
+
+    Args:
+        method: The request's method.
+        below: What follows the id in the path.
+        answer: The answer.
+    """
+
+    method: str
+    below: str
+    answer: Mapping[str, Any]
+
+    @property
+    def content(self) -> bytes:
+        """The answer's bytes, which are not written as this service would write them."""
+        return json.dumps(self.answer, indent=1, ensure_ascii=False).encode()
+
+
+STORED: Final[Mapping[str, StoredSample]] = {
+    "get_response": StoredSample("GET", "", RESPONSE),
+    "delete_response": StoredSample("DELETE", "", {"id": "resp_1", "object": "response", "deleted": True}),
+    "cancel_response": StoredSample("POST", "/cancel", {**RESPONSE, "status": "cancelled"}),
+    "list_input_items": StoredSample(
+        "GET",
+        "/input_items",
+        {"object": "list", "data": [ITEM], "first_id": "msg_1", "last_id": "msg_1", "has_more": False},
+    ),
+}

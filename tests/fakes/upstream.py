@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import threading
 import time
@@ -25,7 +26,7 @@ from tests.fakes.behaviours import (
     Stream,
     WrongLength,
 )
-from tests.fakes.operations import SAMPLES
+from tests.fakes.operations import SAMPLES, STORED
 from tests.fakes.streams import RawStream
 from tests.fakes.waiting import Watched
 from tests.fakes.wire import (
@@ -77,6 +78,10 @@ def _sample_of(request: SeenRequest) -> Behaviour | None:
             if sample.stream is not None and request.json.get("stream"):
                 return RawStream(sample.stream)
             return Status(200, sample.content, content_type=sample.media)
+    for stored in STORED.values():
+        path = re.fullmatch(r"/v1/responses/[^/]+(/.*)?", request.path)
+        if path is not None and (request.method, path[1] or "") == (stored.method, stored.below):
+            return Status(200, stored.content)
     return None
 
 

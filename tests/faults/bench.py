@@ -1,22 +1,29 @@
 """One service process, one upstream that misbehaves, and what came of each fault."""
 
 import asyncio
+import json
 import re
+import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
+from http.client import HTTPConnection, IncompleteRead
 from typing import Any, Self
 
 from tests.e2e.support import to_collector
+from tests.fakes.operations import RESPONSE
 from tests.fakes.otlp import OtlpReceiver
-from tests.fakes.upstream import Answer as Fine
-from tests.fakes.upstream import FakeUpstream
-from tests.faults.table import DEADLINE_S, Fault, Place
+from tests.fakes.upstream import AcceptOnly, Behaviour, FakeUpstream, SeenRequest, Status
+from tests.fakes.wire import Exchange, Head
+from tests.faults.cases import Case, Outcome
+from tests.faults.routes import CHAT_ANSWER, ROUTES
+from tests.faults.table import DEADLINE_S, Place
+from tests.faults.traces import Counts
 from tests.harness import Answer, ServiceProcess
 
 SLACK_S = 0.5
@@ -27,8 +34,8 @@ OFTEN = {
 }
 INCIDENT_ID = re.compile(r"inc_[0-9a-f]{16}")
 FIRST_LINE, LAST_LINE = "llm_request_started", "http_request_completed"
-
-Counts = dict[tuple[str, frozenset[tuple[str, Any]]], float]
+AT_ONCE = 12
+"""Calls at the same time; most of them wait for the deadline."""
 
 
 def until(condition: Callable[[], object], what: str, limit_s: float = 5.0) -> None:
@@ -40,12 +47,54 @@ def until(condition: Callable[[], object], what: str, limit_s: float = 5.0) -> N
         time.sleep(0.005)
 
 
+def trace_of(request: Head | SeenRequest) -> str:
+    """The trace that a request belongs to; every attempt of a call belongs to the caller's."""
+    return request.headers.get("traceparent", "--").split("-")[1]
+
+
 class UpstreamAt(FakeUpstream):
-    """The fake upstream at a port known beforehand: it can stop, and come back where it was."""
+    """The fake upstream at a port known beforehand: it can stop, and come back where it was.
+
+    It can also do something else for each trace, so that calls at the same time do not disturb each other.
+    """
 
     def __init__(self, port: int) -> None:
         super().__init__()
         self.port = port
+        self._plays: dict[str, list[Behaviour]] = {}
+        self._left: set[str] = set()
+
+    def play_for(self, trace_id: str, behaviours: Sequence[Behaviour]) -> None:
+        """Do these for the requests of a trace, one after the other, and the last one for all that follow."""
+        with self._changed:
+            self._plays[trace_id] = list(behaviours)
+
+    def requests_of(self, trace_id: str) -> list[SeenRequest]:
+        """The requests of a trace."""
+        return [request for request in self.requests if trace_of(request) == trace_id]
+
+    def was_left(self, trace_id: str) -> bool:
+        """Whether the client went away before the answer to a request of this trace was complete."""
+        with self._changed:
+            return trace_id in self._left
+
+    def _leaves_unread(self, head: Head) -> bool:
+        plays = self._plays.get(trace_of(head))
+        return super()._leaves_unread(head) if plays is None else isinstance(plays[0], AcceptOnly)
+
+    def _choose(self, request: SeenRequest) -> Behaviour:
+        plays = self._plays.get(trace_of(request))
+        if plays is None:
+            return super()._choose(request)
+        return plays.pop(0) if len(plays) > 1 else plays[0]
+
+    async def _play(self, behaviour: Behaviour, exchange: Exchange, gone: asyncio.Event) -> bool:
+        keeps = await super()._play(behaviour, exchange, gone)
+        if not exchange.complete:
+            with self._changed:
+                self._left.add(trace_of(exchange.request))
+                self._changed.notify_all()
+        return keeps
 
     def __enter__(self) -> Self:
         self._listener = socket.create_server(("127.0.0.1", self.port))
@@ -74,15 +123,6 @@ def nobody_at(port: int, place: Place) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one fault: the answer, the requests that the upstream saw, the request's log lines."""
-
-    answer: Answer
-    seen: int
-    messages: list[str]
-
-
 class Bench:
     """A real process between a caller and the upstream; everything is stopped at the end.
 
@@ -95,6 +135,7 @@ class Bench:
         self._variables = {**variables, **({**to_collector(receiver), **OFTEN} if receiver else {})}
         self._receiver = receiver
         self._stack = ExitStack()
+        self._stored: dict[Case, str] = {}
 
     def __enter__(self) -> Self:
         self.upstream = UpstreamAt(0).__enter__()
@@ -133,29 +174,81 @@ class Bench:
                 call.result() for call in [callers.submit(self.generate, **options) for _ in range(number)]
             ]
 
-    def play(self, fault: Fault) -> Outcome:
-        """Let the upstream do what the fault says while one call is made."""
+    def prepare(self, cases: Sequence[Case]) -> None:
+        """Make the stored responses that the cases are about, each of them another one."""
+        for case in cases:
+            if case.route.row.stored:
+                trace_id, response_id = secrets.token_hex(16), f"resp_{secrets.token_hex(8)}"
+                self.upstream.play_for(trace_id, [Status(200, {**RESPONSE, "id": response_id})])
+                answer, _ = self._call(Case(case.fault, ROUTES["responses"]), trace_id)
+                assert answer.status == 200, answer.body
+                self._stored[case] = response_id
+
+    def play_all(self, cases: Sequence[Case]) -> list[Outcome]:
+        """Play cases at the same time; they are all about the same place."""
+        (place,) = {case.fault.place for case in cases}
         self.upstream.clear()
-        self.upstream.script(*fault.behaviours[:-1])
-        self.upstream.default = fault.behaviours[-1]
-        with self.stopped(fault.place) if fault.place != "answering" else ExitStack():
-            answer = self.generate("demo")
-            # While nobody listens, there is nobody to see a request.
-            seen = 0
-        if fault.place == "answering":
-            seen = len(self.upstream.chat_requests)
-        self.upstream.default = Fine()
-        return Outcome(answer, seen, self.messages(answer.request_id))
+        ids = [secrets.token_hex(16) for _ in cases]
+        for case, trace_id in zip(cases, ids, strict=True):
+            self.upstream.play_for(trace_id, case.behaviours)
+        with (
+            nullcontext() if place == "answering" else self.stopped(place),
+            ThreadPoolExecutor(AT_ONCE) as callers,
+        ):
+            answers = list(callers.map(self._call, cases, ids))
+        lines = self._messages_of(ids)
+        return [
+            self._outcome(case, answer, lines[trace_id])
+            for case, trace_id, answer in zip(cases, ids, answers, strict=True)
+        ]
+
+    def _call(self, case: Case, trace_id: str) -> tuple[Answer, bool]:
+        """Make the call; its answer as far as it came, and whether it was whole."""
+        content, content_type = case.body
+        sent = {
+            "traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01",
+            "Authorization": f"Bearer {self.token}",
+            "Content-Type": content_type,
+        }
+        path = case.route.path.format(response_id=self._stored.get(case))
+        connection = HTTPConnection("127.0.0.1", self.process.port, timeout=30)
+        started_s, complete = time.perf_counter(), True
+        try:
+            connection.request(case.route.row.method, path, content or None, sent)
+            response = connection.getresponse()
+            try:
+                body = response.read()
+            except IncompleteRead as error:
+                body, complete = error.partial, False
+        finally:
+            connection.close()
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, headers, body, time.perf_counter() - started_s), complete
+
+    def _outcome(self, case: Case, came: tuple[Answer, bool], messages: list[str]) -> Outcome:
+        answer, complete = came
+        trace_id = answer.request_id
+        if case.fault.waits and answer.headers["x-llm-attempts"] != "0":
+            with suppress(TimeoutError):
+                self.upstream.wait_for(lambda _: self.upstream.was_left(trace_id))
+        seen = self.upstream.requests_of(trace_id)
+        parents = frozenset(request.headers["traceparent"].split("-")[2] for request in seen)
+        return Outcome(answer, len(seen), messages, self.upstream.was_left(trace_id), parents, complete)
 
     def messages(self, request_id: str) -> list[str]:
         """The messages of a request's log lines, all of them: the last one comes after the answer."""
-        found: list[str] = []
+        return self._messages_of([request_id])[request_id]
+
+    def _messages_of(self, request_ids: Sequence[str]) -> Mapping[str, list[str]]:
+        found: dict[str, list[str]] = defaultdict(list)
 
         def complete() -> bool:
-            found[:] = [line["message"] for line in self.process.lines(request_id)]
-            return LAST_LINE in found
+            found.clear()
+            for line in self.process.lines():
+                found[line.get("request_id", "")].append(line["message"])
+            return all(LAST_LINE in found[request_id] for request_id in request_ids)
 
-        until(complete, f"the last line of {request_id}")
+        until(complete, f"the last lines of {request_ids}", 10.0)
         return found
 
     @contextmanager
@@ -194,14 +287,13 @@ def timings_ms(answer: Answer) -> dict[str, float]:
     return {name: float(duration) for name, _, duration in parts if name}
 
 
-def differences(fault: Fault, outcome: Outcome) -> list[str]:
+def differences(case: Case, outcome: Outcome) -> list[str]:
     """What is otherwise than the table says, one line each."""
-    answer = outcome.answer
+    answer, fault = outcome.answer, case.fault
     timings = timings_ms(answer)
     pairs: list[tuple[str, object, object]] = [
         ("status", answer.status, fault.status),
-        ("error", answer.json.get("error", ""), fault.error),
-        ("requests seen upstream", outcome.seen, fault.seen),
+        ("requests seen upstream", outcome.seen, case.seen),
         ("X-LLM-Attempts", answer.headers.get("x-llm-attempts"), f"{fault.attempts}"),
         ("Retry-After", answer.headers.get("retry-after"), fault.retry_after),
         (
@@ -209,12 +301,14 @@ def differences(fault: Fault, outcome: Outcome) -> list[str]:
             timings.keys() - {"auth"},
             {"llm", "total", *(["retry"] if fault.delays_s else [])},
         ),
+        # Bytes have no place for an error: the connection breaks.
+        ("complete", outcome.complete, not (fault.begins and case.given.kind == "bytes")),
+        # What nobody waits for any more is not left running on the model's side.
+        ("left alone", outcome.left or not fault.waits, True),
         ("within the deadline", answer.seconds <= DEADLINE_S + SLACK_S, True),
-        ("request id", answer.json["request_id"], answer.request_id),
     ]
-    if fault.error:
-        pairs.append(("incident id", bool(INCIDENT_ID.fullmatch(answer.json["incident_id"])), True))
-    found = [f"{what}: {got!r}, not {wanted!r}" for what, got, wanted in pairs if got != wanted]
+    found = differences_of_the_body(case, answer)
+    found += [f"{what}: {got!r}, not {wanted!r}" for what, got, wanted in pairs if got != wanted]
     wanted_lines = fault.messages
     same = len(outcome.messages) == len(wanted_lines) and all(
         map(fnmatchcase, outcome.messages, wanted_lines)
@@ -222,3 +316,63 @@ def differences(fault: Fault, outcome: Outcome) -> list[str]:
     if not same:
         found.append(f"log lines: {outcome.messages}, not {wanted_lines}")
     return found
+
+
+def differences_of_the_body(case: Case, answer: Answer) -> list[str]:
+    """What is otherwise than the table says in the answer's body."""
+    if case.fault.status == answer.status:
+        try:
+            if case.fault.begins and case.given.kind == "bytes":
+                right = answer.body.startswith(case.given.begun[0][:1]) and b'"error"' not in answer.body
+                return [] if right else [f"the bytes before the error: {answer.body[:500]!r}"]
+            if case.fault.begins:
+                return differences_of_a_broken_stream(case, answer)
+            if case.fault.error:
+                return differences_of_an_error(case, answer.json, answer.request_id)
+            return differences_of_an_answer(case, answer)
+        except (ValueError, LookupError) as error:
+            return [f"the answer cannot be read: {error!r}: {answer.body[:500]!r}"]
+    return [f"the answer: {answer.body[:500]!r}"]
+
+
+def differences_of_an_error(case: Case, body: Mapping[str, Any], request_id: str) -> list[str]:
+    """What is otherwise than wanted in an error's body, or in the data of the event of one."""
+    said = case.route.error_in(body)
+    pairs: list[tuple[str, object, object]] = [
+        ("error", said.get("name"), case.fault.error),
+        ("request id", said.get("request_id"), request_id),
+        ("incident id", bool(INCIDENT_ID.fullmatch(said.get("incident_id", ""))), True),
+    ]
+    return [f"{what}: {got!r}, not {wanted!r}" for what, got, wanted in pairs if got != wanted]
+
+
+def differences_of_a_broken_stream(case: Case, answer: Answer) -> list[str]:
+    """What is otherwise than wanted in a stream that failed: its first events, and one with the error."""
+    pieces = [piece + b"\n\n" for piece in answer.body.split(b"\n\n")]
+    # Clients ignore comments.
+    *before, last, rest = (piece for piece in pieces if not piece.startswith(b":"))
+    begun = case.given.begun
+    found = [] if rest == b"\n\n" else [f"the end of the stream: {rest!r}"]
+    if case.route.protocol == "own":
+        right = {piece.partition(b"\n")[0] for piece in before} == {b"event: token"}
+    else:
+        right = before[: len(begun)] == list(begun) and set(before[len(begun) :]) <= {begun[-1]}
+    if not right:
+        found.append(f"the events before the error: {before[: len(begun) + 2]}")
+    if b"[DONE]" in answer.body:
+        found.append("a stream that failed ends with [DONE]")
+    said = json.loads(last.rpartition(b"data: ")[2])
+    found += case.route.problems_of_last_event(last, before)
+    return found + differences_of_an_error(case, said, answer.request_id)
+
+
+def differences_of_an_answer(case: Case, answer: Answer) -> list[str]:
+    """What is otherwise than wanted in a correct answer: the upstream's bytes, except in our own protocol."""
+    if case.route.protocol != "own":
+        right = answer.body == case.given.content
+    elif case.streamed:
+        right = answer.body.split(b"\n\n")[-2].startswith(b"event: done\n")
+    else:
+        said = CHAT_ANSWER["choices"][0]["message"]["content"]
+        right = (answer.json["response"], answer.json["request_id"]) == (said, answer.request_id)
+    return [] if right else [f"the answer: {answer.body[:500]!r}"]

@@ -13,8 +13,17 @@ import pytest
 
 from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import Answer, Silent, Status
-from tests.faults.bench import Bench, Counts, changed, until
-from tests.faults.traces import ATTEMPTS, CALLS, COUNTERS, REJECTIONS, SCHEDULED, TRANSITIONS, Trace
+from tests.faults.bench import Bench, changed, until
+from tests.faults.traces import (
+    ATTEMPTS,
+    CALLS,
+    COUNTERS,
+    REJECTIONS,
+    SCHEDULED,
+    TRANSITIONS,
+    Counts,
+    Trace,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 

@@ -358,3 +358,55 @@ def test_a_spool_of_another_user_is_refused(
     assert error.startswith(f"SPOOL_PATH belongs to another user ({owner}), ")
     # Without MLflow nothing is written there.
     assert read(**{**given, "MLFLOW_TRACKING_URI": None}).errors == ()
+
+
+@pytest.mark.parametrize(
+    ("url", "valid"),
+    [
+        ("sqlite:///data/other.db", True),
+        ("sqlite:////var/lib/other.db", True),
+        ("sqlite://", True),
+        ("postgresql://someone:a%40b@db.internal:5432/llmops", True),
+        ("postgres://db/llmops?sslmode=verify-full", True),
+        ("postgresql+psycopg://db/llmops", True),
+        ("postgresql+psycopg2://db/llmops", False),
+        ("postgresql://db", False),
+        ("postgresql://some one@db/llmops", False),
+        ("sqlite:///data/other.db?mode=ro", False),
+        ("sqlite:data/other.db", False),
+        ("mysql://someone:hunter2secret@db/llmops", False),
+        ("data/other.db", False),
+    ],
+)
+def test_a_database_url_names_a_file_or_a_server(read: Read, url: str, *, valid: bool) -> None:
+    errors = read(DATABASE_URL=url).errors
+    said = (
+        "DATABASE_URL is not valid: write sqlite:///path for a file, or "
+        "postgresql://user:password@host/database for a server."
+    )
+    assert errors == (() if valid else (said,))
+
+
+def test_a_database_in_memory_is_not_shared(read: Read) -> None:
+    assert read(WORKERS="2", QDRANT_URL="http://qdrant:6333", DATABASE_URL="sqlite://").errors == (
+        (
+            "DATABASE_URL must name a file or a server when WORKERS is 2: a database in memory belongs to one "
+            "process."
+        ),
+    )
+
+
+def test_a_database_file_of_others_is_refused(
+    read: Read, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, url = tmp_path / "own.db", f"sqlite:///{tmp_path}/own.db"
+    path.touch(0o600)
+    assert read(DATABASE_URL=url).errors == ()
+    path.chmod(0o640)
+    assert read(DATABASE_URL=url).errors == (
+        "DATABASE_URL names a file that others can use (mode 0640): run chmod 600 on it.",
+    )
+    path.chmod(0o600)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    (error,) = read(DATABASE_URL=url).errors
+    assert error.startswith("DATABASE_URL names a file of another user (")

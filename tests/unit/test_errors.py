@@ -21,6 +21,7 @@ TABLE = {
     "UpstreamError": (502, True),
     "RequestTimeoutError": (408, True),
     "CircuitOpenError": (503, True),
+    "DependencyUnavailableError": (503, True),
     "OverloadedError": (503, True),
     "ShuttingDownError": (503, True),
     "InternalError": (500, False),

@@ -1,0 +1,247 @@
+"""The owners of stored responses: who made which response, and with which model.
+
+A response that a provider stores can be read, continued and deleted by whoever knows its id and has the
+provider's key, which all callers of this service share. So each id is kept here with the caller who got it.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import cachetools
+import sqlalchemy as sa
+
+from service.errors import DependencyUnavailableError
+from service.identity.database import Database, DatabaseFailedError, metadata
+
+RETENTION_S: Final = 30 * 86_400
+"""OpenAI keeps a response for 30 days."""
+
+MAX_IN_MEMORY: Final = 10_000
+MAX_NAME_CHARS: Final = 256
+RETRY_INTERVAL_S: Final = 1.0
+"""How often the rows that a failing database has not taken are written again."""
+
+PURGE_INTERVAL_S: Final = 3_600.0
+PURGE_ROWS: Final = 1_000
+"""Rows that one transaction removes, so that others do not wait for long."""
+
+WRITTEN_ROWS: Final = 500
+"""Rows that one transaction writes after an outage."""
+
+TABLE: Final = sa.Table(
+    "response_owners",
+    metadata,
+    sa.Column("id_hash", sa.LargeBinary(32), primary_key=True),
+    sa.Column("owner", sa.String(MAX_NAME_CHARS), nullable=False),
+    sa.Column("model", sa.String(MAX_NAME_CHARS), nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Index("response_owners_created_at", "created_at"),
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """Who made a response, and with which model."""
+
+    owner: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    stored: StoredResponse
+    created_at: int
+
+
+@asynccontextmanager
+async def open_response_owners(database: Database) -> AsyncIterator["ResponseOwners"]:
+    """The owners of stored responses; on exit, what the database has not taken is offered to it once more."""
+    owners = ResponseOwners(database)
+    yield owners
+    with suppress(DatabaseFailedError):  # it has been logged
+        await owners.write()
+
+
+class ResponseOwners:
+    """Keeps the owner of each stored response.
+
+    A database that fails fails no call: ids of this process are answered from memory, and what the database
+    has not taken is written when it works again.
+
+    Args:
+        database: Where they are kept.
+        max_in_memory: How many ids of this process are answered without the database.
+        now: Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        max_in_memory: int = MAX_IN_MEMORY,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._now = now
+        self._known: cachetools.LRUCache[bytes, _Row] = cachetools.LRUCache(max_in_memory)
+        # What the database has not taken: a row, or None for one that must go.
+        self._unwritten: cachetools.LRUCache[bytes, _Row | None] = cachetools.LRUCache(max_in_memory)
+
+    async def keep(self, response_id: str, owner: str, model: str) -> None:
+        """Keep the owner of a response, before anybody is told its id; does not raise.
+
+        The first owner of an id stays its owner: a second one is a provider's fault, or an attempt to get at
+        the first one's response.
+        """
+        key, created_at = _hash(response_id), int(self._now())
+        row = _Row(StoredResponse(owner[:MAX_NAME_CHARS], model[:MAX_NAME_CHARS]), created_at)
+        known = self._from_memory(key)
+        if known is None:
+            known = await self._keep_new(key, row)
+        if known.owner != row.stored.owner:
+            # Neither the id nor the other owner: the line belongs to this caller's request.
+            logger.warning("The upstream gave a response's id that belongs to another caller")
+
+    async def _keep_new(self, key: bytes, row: _Row) -> StoredResponse:
+        if self._database.failing(writes=True):
+            # Not on the caller's time: `run` tries the database again.
+            self._known[key] = self._unwritten[key] = row
+            return row.stored
+        try:
+            kept = await self._database.run("keep", partial(self._insert, key, row), writes=True)
+        except DatabaseFailedError:
+            self._known[key] = self._unwritten[key] = row
+            return row.stored
+        self._known[key] = kept
+        return kept.stored
+
+    def _insert(self, key: bytes, row: _Row, connection: sa.Connection) -> _Row:
+        """Write a row, unless there is one that has not expired; the row that is there then."""
+        values = {"owner": row.stored.owner, "model": row.stored.model, "created_at": row.created_at}
+        insert = self._database.insert(TABLE).values(id_hash=key, **values)
+        written = connection.execute(
+            insert.on_conflict_do_update(
+                index_elements=["id_hash"], set_=values, where=TABLE.c.created_at < self._oldest()
+            )
+        )
+        if written.rowcount == 1:
+            return row
+        return self._select(key, connection) or row
+
+    async def find(self, response_id: str) -> StoredResponse | None:
+        """The owner and the model of a response; None where nobody has made it, or its time is over.
+
+        Raises:
+            DependencyUnavailableError: The database failed, so that it is not known.
+        """
+        key = _hash(response_id)
+        known = self._from_memory(key)
+        if known is not None or key in self._unwritten:
+            return known
+        try:
+            row = await self._database.run("find", partial(self._select, key), writes=False)
+        except DatabaseFailedError:
+            raise DependencyUnavailableError from None
+        if row is None:
+            return None
+        self._known[key] = row
+        return row.stored
+
+    def _select(self, key: bytes, connection: sa.Connection) -> _Row | None:
+        found = connection.execute(
+            sa.select(TABLE.c.owner, TABLE.c.model, TABLE.c.created_at).where(
+                TABLE.c.id_hash == key, TABLE.c.created_at >= self._oldest()
+            )
+        ).one_or_none()
+        return None if found is None else _Row(StoredResponse(found[0], found[1]), found[2])
+
+    async def forget(self, response_id: str) -> None:
+        """Forget a response that does not exist any more; does not raise."""
+        key = _hash(response_id)
+        self._known.pop(key, None)
+        # Until the database has done it, this process knows that it must.
+        self._unwritten[key] = None
+        if self._database.failing(writes=True):
+            return
+        try:
+            await self._database.run("forget", partial(_delete, key), writes=True)
+        except DatabaseFailedError:
+            return
+        # A new owner of the same id may have come meanwhile.
+        if key in self._unwritten and self._unwritten[key] is None:
+            del self._unwritten[key]
+
+    async def run(self) -> None:
+        """Write what a failing database has not taken, and remove what has expired, until cancelled."""
+        purge_at = time.monotonic()
+        while True:
+            try:
+                await self.write()
+                if time.monotonic() >= purge_at:
+                    await self.purge()
+                    purge_at = time.monotonic() + PURGE_INTERVAL_S
+            except DatabaseFailedError:
+                pass  # it has been logged
+            except Exception:
+                # A bug here must not take the lifespan down with it, and the requests in flight.
+                logger.exception("The owners of responses could not be written")
+            await asyncio.sleep(RETRY_INTERVAL_S)
+
+    async def write(self) -> None:
+        """Write what the database has not taken; raises ``DatabaseFailedError``."""
+        while batch := dict(list(self._unwritten.items())[:WRITTEN_ROWS]):
+            kept = await self._database.run("keep", partial(self._write_all, batch), writes=True)
+            for key, row in batch.items():
+                # It may have changed meanwhile.
+                if key in self._unwritten and self._unwritten[key] is row:
+                    del self._unwritten[key]
+                # The database may have had an owner whom this process did not know.
+                if key in self._known and key in kept:
+                    self._known[key] = kept[key]
+
+    def _write_all(self, batch: dict[bytes, _Row | None], connection: sa.Connection) -> dict[bytes, _Row]:
+        kept: dict[bytes, _Row] = {}
+        for key, row in batch.items():
+            if row is None:
+                _delete(key, connection)
+            else:
+                kept[key] = self._insert(key, row, connection)
+        return kept
+
+    async def purge(self) -> int:
+        """Remove the rows whose time is over, and return how many; raises ``DatabaseFailedError``."""
+        removed = 0
+        while True:
+            count = await self._database.run("purge", self._delete_expired, writes=True)
+            removed += count
+            if count < PURGE_ROWS:
+                return removed
+
+    def _delete_expired(self, connection: sa.Connection) -> int:
+        expired = sa.select(TABLE.c.id_hash).where(TABLE.c.created_at < self._oldest()).limit(PURGE_ROWS)
+        return connection.execute(sa.delete(TABLE).where(TABLE.c.id_hash.in_(expired))).rowcount
+
+    def _from_memory(self, key: bytes) -> StoredResponse | None:
+        row = self._known.get(key)
+        return None if row is None or row.created_at < self._oldest() else row.stored
+
+    def _oldest(self) -> int:
+        return int(self._now()) - RETENTION_S
+
+
+def _delete(key: bytes, connection: sa.Connection) -> None:
+    connection.execute(sa.delete(TABLE).where(TABLE.c.id_hash == key))
+
+
+def _hash(response_id: str) -> bytes:
+    """What stands for an id in memory and on disk, where it cannot be used to get at the response."""
+    return hashlib.sha256(response_id.encode("utf-8", "surrogatepass")).digest()
