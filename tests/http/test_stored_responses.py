@@ -193,6 +193,12 @@ def test_an_id_never_changes_the_upstreams_path(
     assert [seen for seen in fake.requests if seen.path != "/v1/models"] == []
 
 
+def test_a_method_that_a_path_does_not_take_is_told_those_that_it_takes(app: AppUnderTest) -> None:
+    for below, methods in (("", "DELETE, GET"), ("/cancel", "POST"), ("/input_items", "GET")):
+        answer = app.call("PUT", f"/v1/responses/resp_1{below}")
+        assert (answer.status, answer.headers["allow"]) == (405, methods)
+
+
 def test_an_id_that_no_path_can_hold_is_kept_and_not_asked_for(
     app: AppUnderTest, fake: FakeUpstream, owner: str
 ) -> None:
