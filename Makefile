@@ -12,7 +12,7 @@ ARGS :=
 VENV := .venv/.project
 LITELLM := .venv-litellm/.packages
 MLFLOW := .venv-mlflow/.packages
-CLIENTS := .venv-clients/.packages
+CLIENTS := .venv-clients/.packages .venv-clients-openai2/.packages
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 # A lock is whole: without --no-deps an older pip prefers a newer release of a package that is asked for with an
@@ -26,7 +26,8 @@ unexport PYTHONHOME PYTHONPATH PYTHONWARNINGS
 RUN = env -i CI="$$CI" HOME="$$HOME" LANG=C.UTF-8 PATH="$(CURDIR)/.venv/bin:$$PATH" TMPDIR="$${TMPDIR:-/tmp}"
 
 PYTEST = $(RUN) LITELLM_BIN="$(CURDIR)/.venv-litellm/bin/litellm" \
-	MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" CLIENTS_PYTHON="$(CURDIR)/.venv-clients/bin/python" pytest
+	MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" CLIENTS_PYTHON="$(CURDIR)/.venv-clients/bin/python" \
+	CLIENTS_OPENAI2_PYTHON="$(CURDIR)/.venv-clients-openai2/bin/python" pytest
 
 # OpenAI's JavaScript client is tried where npm is; in CI it must be.
 ifneq ($(CI)$(shell command -v npm 2>/dev/null),)
@@ -144,11 +145,12 @@ lock: .venv-lock/.packages ## Write the lock files; UPGRADE=1 takes newer versio
 	$(UV_COMPILE) --output-file deploy/litellm/requirements.lock deploy/litellm/requirements.in
 	$(UV_COMPILE) --output-file deploy/mlflow/requirements.lock deploy/mlflow/requirements.in
 	$(UV_COMPILE) --output-file tests/e2e/clients/requirements.lock tests/e2e/clients/requirements.in
+	$(UV_COMPILE) --output-file tests/e2e/clients/requirements-openai2.lock tests/e2e/clients/requirements-openai2.in
 	$(UV_COMPILE) --output-file tests/compose/requirements.lock tests/compose/requirements.in
 	cd tests/e2e/clients/node && npm $(if $(UPGRADE),update,install) --package-lock-only --silent --no-audit --no-fund
 
 clean: ## Remove everything that make made; .env stays
-	rm -rf .venv .venv-litellm .venv-mlflow .venv-clients .venv-compose tests/e2e/clients/node/node_modules .venv-lock
+	rm -rf .venv .venv-litellm .venv-mlflow .venv-clients .venv-clients-openai2 .venv-compose tests/e2e/clients/node/node_modules .venv-lock
 	rm -rf .bench .demo .stack .coverage .coverage.* htmlcov
 	rm -rf .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .schemathesis
 	find deploy grafana service tests -name __pycache__ -prune -exec rm -rf {} +
@@ -179,6 +181,12 @@ $(MLFLOW): deploy/mlflow/requirements.lock
 	@echo "Installing clients to test with into .venv-clients (once, about half a minute)"
 	$(call new_venv,.venv-clients)
 	@.venv-clients/bin/python $(PIP_INSTALL_LOCK) -r tests/e2e/clients/requirements.lock
+	@touch $@
+
+.venv-clients-openai2/.packages: tests/e2e/clients/requirements-openai2.lock
+	@echo "Installing clients that need an older library of OpenAI's into .venv-clients-openai2 (once)"
+	$(call new_venv,.venv-clients-openai2)
+	@.venv-clients-openai2/bin/python $(PIP_INSTALL_LOCK) -r tests/e2e/clients/requirements-openai2.lock
 	@touch $@
 
 .venv-compose/.packages: tests/compose/requirements.lock

@@ -48,6 +48,9 @@ STDOUT = 1
 REQUEST_LOGGERS = ("alembic", "httpx", "httpx2", "httpcore", "httpcore2", "openai", "grpc", "urllib3")
 """Libraries that log every request below WARNING, with its URL or body; Alembic, each of its steps."""
 
+PARSERS = ("python_multipart",)
+"""Libraries that log below ERROR what is wrong with a caller's bytes, and quote them; the answer says it."""
+
 NOT_EXPORTED = ("opentelemetry", *REQUEST_LOGGERS)
 """Loggers of the exporters and of the libraries they use. Exporting their records would cause an endless loop
 while the collector is down."""
@@ -152,6 +155,8 @@ class RecordContext(logging.Filter):
         """Complete the record; False where it is excluded or a request log of a library."""
         library = record.name.split(".", 1)[0]
         if library in self._excluded or (record.levelno < logging.WARNING and library in REQUEST_LOGGERS):
+            return False
+        if library in PARSERS and record.levelno < logging.ERROR:
             return False
         if record.name == HEADER_PARSER:
             # Its message quotes the header list that it cannot parse, including credentials.

@@ -15,7 +15,8 @@ DEPLOYMENT: Final = "llmops.deployment"
 SLASHES: Final = re.compile(r"/{2,}")
 REPEATED: Final = re.compile(r"^(?:/v1){2,}(?=/|$)")
 AZURE: Final = re.compile(r"^/openai/deployments/([^/]{1,200})(?=/)")
-AZURE_V1: Final = re.compile(r"^/openai(?=/v1/)")
+AZURE_OTHER: Final = re.compile(r"^/openai(?:/v1)?(?=/)")
+"""Azure's paths without a deployment: those of its newer API, and of responses in the older one."""
 
 
 def rewrite_path(scope: Scope) -> None:
@@ -29,7 +30,7 @@ def rewrite_path(scope: Scope) -> None:
     if azure is not None:
         scope[DEPLOYMENT] = azure[1]
         found = "/v1" + found[azure.end() :]
-    found = REPEATED.sub("/v1", AZURE_V1.sub("", found))
+    found = REPEATED.sub("/v1", AZURE_OTHER.sub("/v1", found))
     if not found.startswith("/v1/"):
         return
     scope["path"] = found.rstrip("/") or "/"

@@ -24,7 +24,7 @@ from service.upstream.messages import (
     read_answer,
     read_object,
 )
-from service.upstream.operations import MAX_CHOICES, OPERATIONS, Facts, NoAnswerError
+from service.upstream.operations import MAX_CHOICES, MAX_NAME_CHARS, OPERATIONS, Facts, NoAnswerError
 from service.upstream.spans import AttemptSpan
 
 END_OF_EVENT = re.compile(rb"(\r\n\r\n|\n\n|\r\r|\n\r\n|\r\n\n)[\r\n]*")
@@ -165,6 +165,7 @@ class Reading:
 
 EVENT_STREAM: Final = "text/event-stream"
 JSON: Final = "application/json"
+UNKNOWN: Final = "application/octet-stream"
 
 
 def media_type_of(headers: Mapping[str, str]) -> str:
@@ -466,8 +467,8 @@ class ByteStream:
         self._first: StreamEvent | None = None
         self._completion: Completion | None = None
         self._kept = bytearray()
-        self._media_type = media_type_of(response.headers)
-        self.content_type = response.headers.get("content-type", "application/octet-stream")
+        self.content_type = response.headers.get("content-type", UNKNOWN)
+        self._media_type = media_type_of({"content-type": self.content_type})
         self.error = b""
 
     async def first(self) -> None:
@@ -503,7 +504,7 @@ class ByteStream:
     async def _read(self) -> AsyncGenerator[StreamEvent, None]:
         operation = OPERATIONS[self._request.operation]
         is_json = self._media_type == JSON
-        if not (is_json or operation.may_answer(self._media_type)):
+        if not (is_json or operation.may_answer(self._media_type)) or not self._can_be_told:
             # A page of a proxy's, for instance.
             raise invalid_answer()
         try:
@@ -522,6 +523,12 @@ class ByteStream:
                 yield StreamEvent(data)
         except httpx2.HTTPError as error:
             raise from_transport(error) from None
+
+    @property
+    def _can_be_told(self) -> bool:
+        """Whether the type can stand in the head of our answer."""
+        given = self.content_type
+        return given.isascii() and given.isprintable() and len(given) <= MAX_NAME_CHARS
 
     async def _whole(self) -> StreamEvent:
         """An answer in JSON, checked as every whole answer is."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.clients.llm_program import ask_llm
 from tests.e2e.clients.model import MODELS, CapableModel
 from tests.e2e.clients.runtimes import Script, runnable
 from tests.e2e.support import stopped
@@ -79,16 +80,6 @@ def test_a_library_works_unchanged(process: ServiceProcess, tmp_path: Path, scri
     assert {json.loads(line)["check"] for line in ended.stdout.splitlines()} == CHECKS[script.name]
 
 
-MODELS_FILE = """\
-- model_id: here
-  model_name: {model}
-  api_base: "{base_url}"
-  api_key_name: here
-  supports_tools: true
-  supports_schema: true
-"""
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -115,32 +106,5 @@ def test_a_command_line_shows_what_went_wrong(process: ServiceProcess, tmp_path:
 def _llm(
     process: ServiceProcess, folder: Path, model: str, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
-    python = os.environ.get("CLIENTS_PYTHON")
-    assert python, (
-        "CLIENTS_PYTHON must name the clients' Python; `make test` installs it and sets the variable"
-    )
-    environment = _environment(process, folder)
-    base_url, key = environment.pop("OPENAI_BASE_URL"), environment.pop("OPENAI_API_KEY")
-    models = folder / "extra-openai-models.yaml"
-    models.write_text(MODELS_FILE.format(model=model, base_url=base_url))
-    (folder / "keys.json").write_text(json.dumps({"here": key}))
-    return subprocess.run(
-        [
-            python,
-            "-m",
-            "llm",
-            "prompt",
-            "-m",
-            "here",
-            "--no-log",
-            "What is a trace?",
-            *arguments,
-        ],
-        cwd=folder,
-        env={**environment, "LLM_USER_PATH": str(folder)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    base_url = f"http://127.0.0.1:{process.port}/v1"
+    return ask_llm(base_url, process.token(), folder, model, *arguments)

@@ -1,13 +1,8 @@
 """The service in front of a real LiteLLM proxy, with the configuration that the demo runs."""
 
 import json
-import os
 import secrets
-import signal
-import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +10,18 @@ from typing import Any
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
-from deploy.ports import unused_port
 from tests.client_library import assembled, read
+from tests.e2e.servers import LITELLM_CONFIG, litellm_server
 from tests.e2e.support import generate, stopped
 from tests.e2e.tap import Tap
 from tests.fakes.streams import DONE, RawStream, chunk, usage
 from tests.fakes.upstream import Answer as Completion
 from tests.fakes.upstream import FakeUpstream, Status, Stream
-from tests.harness import Answer, ServiceProcess, request
+from tests.harness import Answer, ServiceProcess
 from tests.http.streaming import data, events
 from tests.http.support import eventually
 
 pytestmark = pytest.mark.e2e
-
-CONFIG = Path(__file__).parents[2] / "deploy/litellm/config.yaml"
-START_LIMIT_S = 120.0
-STOP_LIMIT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -48,73 +39,30 @@ class LiteLlm:
 
 @pytest.fixture(scope="session")
 def litellm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiteLlm]:
-    binary = os.environ.get("LITELLM_BIN")
-    if not binary:
-        pytest.fail(
-            "LITELLM_BIN must name LiteLLM's executable; `make test` installs it and sets the variable"
-        )
     folder = tmp_path_factory.mktemp("litellm")
     with FakeUpstream() as provider:
         provider.unknown_model_error = False
-        yield from _running(binary, folder, LiteLlm(unused_port(), new_key(), provider))
+        server, variables = litellm_server(folder, _with_scripted(folder, provider))
+        with server:
+            yield LiteLlm(server.port, variables["LITELLM_API_KEY"], provider)
 
 
-def _running(binary: str, folder: Path, proxy: LiteLlm) -> Iterator[LiteLlm]:
-    config, output = folder / "config.yaml", folder / "output"
-    model = {"model": "openai/scripted", "api_key": "none", "api_base": f"{proxy.provider.url}/v1"}
+def _with_scripted(folder: Path, provider: FakeUpstream) -> Path:
+    """The demo's configuration with one more model, which asks the provider."""
+    config = folder / "config.yaml"
+    model = {"model": "openai/scripted", "api_key": "none", "api_base": f"{provider.url}/v1"}
     scripted = json.dumps({"model_name": "scripted", "litellm_params": {**model, "max_retries": 0}})
     # No cool-down: the failures of one test are no other's.
     config.write_text(
-        CONFIG.read_text().replace("model_list:", f"model_list:\n  - {scripted}\n")
+        LITELLM_CONFIG.read_text().replace("model_list:", f"model_list:\n  - {scripted}\n")
         + "\nrouter_settings: {num_retries: 0, disable_cooldowns: true}\n"
     )
-    with output.open("wb") as stream:
-        process = subprocess.Popen(
-            [binary, "--config", str(config), "--host", "127.0.0.1", "--port", str(proxy.port)],
-            cwd=folder,
-            env={
-                "PATH": os.environ["PATH"],
-                "HOME": str(folder),
-                "LITELLM_API_KEY": proxy.key,
-                "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-                "LITELLM_MODE": "PRODUCTION",
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        _wait_ready(proxy.port, process, output)
-        yield proxy
-    finally:
-        _stop(process)
+    return config
 
 
 def new_key() -> str:
     """A master key that LiteLLM takes for a strong one."""
     return f"sk-{secrets.token_hex(24)}"
-
-
-def _wait_ready(port: int, process: subprocess.Popen[bytes], output: Path) -> None:
-    end = time.monotonic() + START_LIMIT_S
-    while True:
-        with suppress(OSError):
-            if request(port, "GET", "/health/readiness", timeout_s=5).status == 200:
-                return
-        if process.poll() is not None or time.monotonic() > end:
-            tail = output.read_text(errors="replace")[-2_000:]
-            pytest.fail(f"LiteLLM did not get ready within {START_LIMIT_S} s; the end of its output:\n{tail}")
-        time.sleep(0.1)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.fixture(scope="module")

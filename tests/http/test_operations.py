@@ -398,6 +398,7 @@ def test_anthropics_header_fields_are_passed_on(app: AppUnderTest, fake: FakeUps
             "/v1/v1/chat/completions",
         ),
         *("/openai/deployments/demo/chat/completions?api-version=2025-01-01", "/openai/v1/chat/completions"),
+        "/openai/chat/completions?api-version=2025-01-01",  # as Azure's client asks for /responses
     ],
 )
 def test_paths_that_clients_make_of_a_base_url_lead_to_the_route(

@@ -271,6 +271,7 @@ def test_a_form_over_the_limit_is_refused_as_it_arrives(app: AppUnderTest, provi
         pytest.param(b"--" + BOUNDARY.encode() + b"\r\nX" * 20_000, id="endless header fields"),
         pytest.param(part("x", "y" * (MAX_FIELD_BYTES + 1)), id="too much text"),
         pytest.param(part("x", "y") * MAX_PARTS, id="too many parts"),
+        pytest.param(f"--{BOUNDARY}?\r\n".encode() * 1_000, id="what is no boundary"),
     ],
 )  # fmt: skip
 def test_what_must_not_go_on_ends_the_form_before_it_is_complete(
@@ -301,8 +302,10 @@ def test_what_must_not_go_on_ends_the_form_before_it_is_complete(
     ],
 )
 def test_what_is_no_form_is_refused(app: AppUnderTest, provider: Provider, content: bytes) -> None:
-    assert error_of(send(app, content)) == (422, "ValidationError")
+    found = send(app, content)
+    assert error_of(found) == (422, "ValidationError")
     assert not any(provider.complete)
+    assert not [line for line in app.lines(found.request_id) if line["logger"].startswith("python_multipart")]
 
 
 @pytest.mark.parametrize(
