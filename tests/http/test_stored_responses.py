@@ -261,6 +261,28 @@ def test_another_id_in_the_last_event_is_kept_too(app: AppUnderTest, fake: FakeU
     assert [ask(app, "get_response", one, owner).status for one in (first, last)] == [200, 200]
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_id_is_not_told_before_the_database_has_answered(
+    fake: FakeUpstream, tmp_path: Path, *, streamed: bool
+) -> None:
+    """The database is locked, so that it answers late, and in vain."""
+    path, made = tmp_path / "own.db", new_id()
+    created = named("response.created", response={**STARTED, "id": made}, sequence_number=0)
+    with (
+        running_app(litellm_url=fake.url, database_url=f"sqlite:///{path}", **LIMITS) as app,
+        closing(sqlite3.connect(path, isolation_level=None)) as locker,
+    ):
+        owner = app.token()
+        locker.execute("BEGIN IMMEDIATE")
+        whole = Status(200, {**RESPONSE, "id": made})
+        fake.script(RawStream((created,), then="silence") if streamed else whole)
+        with calling(app, owner, {**ASKED, "stream": streamed}, "/v1/responses") as caller:
+            failed = [line for line in app.lines() if line.get("event") == "llmops.identity.store.failed"]
+            assert [line["operation"] for line in failed] == ["keep"]
+            assert made.encode() in (caller.event() if streamed else caller.rest())
+        locker.execute("ROLLBACK")
+
+
 # ---- Deleting, cancelling, polling ---------------------------------------------------------------------
 
 
