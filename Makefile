@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check faults attack bench lock clean env dashboards stack-test stack-programs demo-stack compose-test
+.PHONY: help demo test check faults attack bench clients lock clean env dashboards stack-test stack-programs demo-stack compose-test
 
 COVERAGE_FLOOR := 97
 UV_VERSION := 0.13.9
@@ -25,11 +25,11 @@ unexport PYTHONHOME PYTHONPATH PYTHONWARNINGS
 # Nothing of the caller's shell reaches the tools and the tests, except what is named here.
 RUN = env -i CI="$$CI" HOME="$$HOME" LANG=C.UTF-8 PATH="$(CURDIR)/.venv/bin:$$PATH" TMPDIR="$${TMPDIR:-/tmp}"
 
-PYTEST = $(RUN) LITELLM_BIN="$(CURDIR)/.venv-litellm/bin/litellm" \
-	MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" CLIENTS_PYTHON="$(CURDIR)/.venv-clients/bin/python" \
-	CLIENTS_OPENAI2_PYTHON="$(CURDIR)/.venv-clients-openai2/bin/python" pytest
+CLIENTS_PYTHONS = LITELLM_BIN="$(CURDIR)/.venv-litellm/bin/litellm" CLIENTS_PYTHON="$(CURDIR)/.venv-clients/bin/python" \
+	CLIENTS_OPENAI2_PYTHON="$(CURDIR)/.venv-clients-openai2/bin/python"
+PYTEST = $(RUN) $(CLIENTS_PYTHONS) MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" pytest
 
-# OpenAI's JavaScript client is tried where npm is; in CI it must be.
+# The JavaScript clients are tried where npm is; in CI they must be.
 ifneq ($(CI)$(shell command -v npm 2>/dev/null),)
 CLIENTS += tests/e2e/clients/node/node_modules/.packages
 endif
@@ -72,6 +72,13 @@ faults: $(VENV) ## Play the table of upstream faults against a real process; ARG
 
 attack: $(VENV) ## Attack a real process for under three minutes, while a second user uses it; ARGS="--seed 5"
 	$(RUN) python -m tests.faults.attack $(ARGS)
+
+# Not a part of `test`: Go, Rust and Java build for minutes, and two coding agents are 700 MB. What this machine has
+# no toolchain for is left out, and named; in CI nothing may be. The environment is the caller's: cargo's, npm's and
+# Maven's own variables may name their registries.
+clients: $(VENV) $(LITELLM) $(CLIENTS) ## Play the clients that people use against a real LiteLLM; ARGS=--write keeps it, ARGS=rust plays one
+	@$(CLIENTS_PYTHONS) .venv/bin/python -m tests.e2e.clients \
+		--folder "$${XDG_CACHE_HOME:-$$HOME/.cache}/llmops-api-clients" $(ARGS)
 
 # The gateways that it is measured beside; where npm is not, without the one from there.
 PORTKEY := .bench/node_modules/.packages
@@ -148,6 +155,7 @@ lock: .venv-lock/.packages ## Write the lock files; UPGRADE=1 takes newer versio
 	$(UV_COMPILE) --output-file tests/e2e/clients/requirements-openai2.lock tests/e2e/clients/requirements-openai2.in
 	$(UV_COMPILE) --output-file tests/compose/requirements.lock tests/compose/requirements.in
 	cd tests/e2e/clients/node && npm $(if $(UPGRADE),update,install) --package-lock-only --silent --no-audit --no-fund
+	cd tests/e2e/clients/agents && npm install --package-lock-only --silent --no-audit --no-fund
 
 clean: ## Remove everything that make made; .env stays
 	rm -rf .venv .venv-litellm .venv-mlflow .venv-clients .venv-clients-openai2 .venv-compose tests/e2e/clients/node/node_modules .venv-lock

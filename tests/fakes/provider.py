@@ -183,7 +183,11 @@ def _embeddings(asked: Mapping[str, Any]) -> Reply:
     return _json({"object": "list", "data": data, "model": asked["model"], "usage": usage})
 
 
-MODERATED: Final = ("harassment", "hate", "self-harm", "sexual", "violence")
+MODERATED: Final = (
+    *("harassment", "harassment/threatening", "hate", "hate/threatening", "illicit", "illicit/violent"),
+    *("self-harm", "self-harm/intent", "self-harm/instructions", "sexual", "sexual/minors"),
+    *("violence", "violence/graphic"),
+)
 
 
 def _moderation(asked: Mapping[str, Any]) -> Reply:
@@ -252,7 +256,7 @@ def _transcription(request: SeenRequest) -> Reply:
             segment = {"id": 0, "start": 0.0, "end": 1.0, "text": text, "tokens": [1], "temperature": 0.0}
             segment |= {"seek": 0, "avg_logprob": -0.1, "compression_ratio": 1.0, "no_speech_prob": 0.01}
             more = {"task": "transcribe", "language": "english", "duration": 1.0, "segments": [segment]}
-            return _json({**more, "text": text})
+            return _json({**more, "text": text, "usage": {"type": "duration", "seconds": 1}})
         case _:
             return _json({"text": text, "usage": usage})
 
