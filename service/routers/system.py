@@ -21,6 +21,7 @@ INLINE_SCRIPT: Final = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
 router = APIRouter(tags=["system"])
 
 
+@router.head("/", status_code=307, response_class=RedirectResponse, include_in_schema=False)
 @router.get("/", status_code=307, response_class=RedirectResponse, responses=errors())
 async def root() -> str:
     """Redirect to the documentation."""

@@ -26,6 +26,7 @@ from service.upstream.messages import (
 )
 from service.upstream.operations import MAX_CHOICES, MAX_NAME_CHARS, OPERATIONS, Facts, NoAnswerError
 from service.upstream.spans import AttemptSpan
+from service.upstream.transport import ENCODED
 
 END_OF_EVENT = re.compile(rb"(\r\n\r\n|\n\n|\r\r|\n\r\n|\r\n\n)[\r\n]*")
 """An empty line, in the group, and those that follow it."""
@@ -165,6 +166,7 @@ class Reading:
 
 EVENT_STREAM: Final = "text/event-stream"
 JSON: Final = "application/json"
+IDENTITY: Final = "identity"
 UNKNOWN: Final = "application/octet-stream"
 
 
@@ -526,9 +528,14 @@ class ByteStream:
 
     @property
     def _can_be_told(self) -> bool:
-        """Whether the type can stand in the head of our answer."""
-        given = self.content_type
-        return given.isascii() and given.isprintable() and len(given) <= MAX_NAME_CHARS
+        """Whether the type can stand in the head of our answer, and the bytes are of that type."""
+        given, coding = self.content_type, self._response.headers.get(ENCODED, IDENTITY)
+        return (
+            coding.lower() == IDENTITY
+            and given.isascii()
+            and given.isprintable()
+            and len(given) <= MAX_NAME_CHARS
+        )
 
     async def _whole(self) -> StreamEvent:
         """An answer in JSON, checked as every whole answer is."""

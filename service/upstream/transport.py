@@ -32,6 +32,9 @@ NO_AUTO_HEADERS: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Age
 SDK_HEADERS: Final = "x-stainless-"
 """Prefix of the header fields in which the SDK describes this machine and itself; they are not sent."""
 
+ENCODED: Final = "llmops-content-encoding"
+"""Stands for the ``Content-Encoding`` of an answer, which httpx2 would decode."""
+
 FORM_TYPE: Final = "llmops-content-type"
 """Becomes the ``Content-Type`` of a form that is sent as it is: the SDK would write such a form itself."""
 
@@ -122,7 +125,10 @@ class UpstreamTransport(httpx2.AsyncBaseTransport):
             _raise_translated(error)
         # Only unencoded bytes were asked for. A body that claims another encoding is not decoded, and so
         # fails as an invalid answer.
-        fields = [(name, value) for name, value in answer.raw_headers if name.lower() != b"content-encoding"]
+        fields = [
+            (ENCODED.encode() if name.lower() == b"content-encoding" else name, value)
+            for name, value in answer.raw_headers
+        ]
         # aiohttp lets the connection go when the whole answer has arrived.
         protocol = None if answer.connection is None else answer.connection.protocol
         monitor = None if protocol is None else self._monitors.get(protocol)

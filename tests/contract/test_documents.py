@@ -17,9 +17,14 @@ MADE = re.compile(r"\.demo/|\.venv|\.env$|data/")
 
 NOT_SETTINGS = {
     "LITELLM_BIN": "a program, for the benches",
+    "ANTHROPIC_API_KEY": "Anthropic's clients read it",
+    "ANTHROPIC_AUTH_TOKEN": "Anthropic's clients read it",
+    "ANTHROPIC_BASE_URL": "Anthropic's clients read it",
     "LITELLM_OTEL_V2": "LiteLLM reads it",
     "MAX_ATTRIBUTE_CHARS": "a constant of the service",
     "MAX_TEXT": "a constant of the service",
+    "OPENAI_API_KEY": "OpenAI's clients read it",
+    "OPENAI_BASE_URL": "OpenAI's clients read it",
     "MLFLOW_SERVER_ALLOWED_HOSTS": "the MLflow server reads it",
 }
 

@@ -107,6 +107,11 @@ def test_a_recording_is_bounded(app: AppUnderTest, fake: FakeUpstream) -> None:
         ("speech", Status(200, b"", content_type="audio/mpeg"), (502, "UpstreamError")),
         ("speech", Status(200, b"ID3", content_type="audio/\xe9"), (502, "UpstreamError")),
         ("speech", Status(200, b"ID3", content_type=f"audio/{'x' * 300}"), (502, "UpstreamError")),
+        (
+            "speech",
+            Status(200, b"\x1f\x8b", {"Content-Encoding": "gzip"}, "audio/mpeg"),
+            (502, "UpstreamError"),
+        ),
         ("transcriptions", Status(200, "<html>", content_type="text/html"), (502, "UpstreamError")),
         ("transcriptions", Status(200, b"ID3", content_type="audio/mpeg"), (502, "UpstreamError")),
         ("transcriptions", Status(200, {"error": {"message": "x", "code": 400}}), (400, "BadRequestError")),

@@ -59,6 +59,13 @@ def schema(app: AppUnderTest) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_the_root_leads_to_the_documentation(app: AppUnderTest, method: str) -> None:
+    # Claude Code asks with HEAD whether anybody is there.
+    answer = app.call(method, "/")
+    assert (answer.status, answer.headers["location"]) == (307, "/docs")
+
+
 @pytest.mark.parametrize(("method", "body"), [("GET", b'{"status":"alive"}'), ("HEAD", b"")])
 def test_health_answers_while_the_process_serves(app: AppUnderTest, method: str, body: bytes) -> None:
     answer = app.call(method, "/health")
@@ -66,12 +73,6 @@ def test_health_answers_while_the_process_serves(app: AppUnderTest, method: str,
     assert (answer.status, answer.body) == (200, body)
     assert re.fullmatch(r"[0-9a-f]{32}", answer.request_id)
     assert not app.spans(answer.request_id), "a probe leaves no span"
-
-
-def test_the_root_leads_to_the_documentation(app: AppUnderTest) -> None:
-    answer = app.call("GET", "/")
-
-    assert (answer.status, answer.headers["location"]) == (307, "/docs")
 
 
 def test_the_page_and_all_that_it_loads_come_from_here(app: AppUnderTest) -> None:
