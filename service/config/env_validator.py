@@ -394,8 +394,8 @@ def _database_problems(settings: Settings) -> Iterator[tuple[str, str]]:
         yield (
             "DATABASE_URL",
             (
-                f"DATABASE_URL must name a file or a server when WORKERS is {settings.workers}: a database in "
-                "memory belongs to one process."
+                f"DATABASE_URL must name a file or a server when WORKERS is {settings.workers}: a database "
+                "in memory belongs to one process."
             ),
         )
     elif found["path"]:

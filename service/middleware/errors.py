@@ -40,6 +40,12 @@ UNKNOWN_PATH: Final = (
     + ", ".join(f"{operation.method} {OPENAI_PREFIX}{operation.path}" for operation in OPERATIONS.values())
     + f", GET {OPENAI_PREFIX}/models."
 )
+ALLOWED: Final[Mapping[str, str]] = {
+    f"{OPENAI_PREFIX}{path}": ", ".join(sorted(row.method for row in OPERATIONS.values() if row.path == path))
+    for path in {row.path for row in OPERATIONS.values()}
+}
+"""The methods of each path of the operations; the router knows only those of the first of a path's routes."""
+
 ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
     **dict.fromkeys((400, 405, 408, 415, 422), "invalid_request_error"),
     401: "authentication_error",
@@ -122,6 +128,9 @@ def error_response(error: Exception, scope: Scope) -> JSONResponse:
     if not found.retryable:
         # OpenAI's client libraries retry 408, 409, 429 and every 5xx unless this field tells them not to.
         headers["X-Should-Retry"] = "false"
+    if isinstance(found, MethodNotAllowedError):
+        route = getattr(scope.get("route"), "path", "")
+        headers.update({"Allow": ALLOWED[route]} if route in ALLOWED else {})
     if is_openai_path(scope) and isinstance(error, HTTPException) and isinstance(found, NotFoundError):
         found = NotFoundError(UNKNOWN_PATH)
     return JSONResponse(_body_for(scope)(found), status_code=found.status, headers=headers)

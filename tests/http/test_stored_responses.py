@@ -193,6 +193,12 @@ def test_an_id_never_changes_the_upstreams_path(
     assert [seen for seen in fake.requests if seen.path != "/v1/models"] == []
 
 
+def test_a_method_that_a_path_does_not_take_is_told_those_that_it_takes(app: AppUnderTest) -> None:
+    for below, methods in (("", "DELETE, GET"), ("/cancel", "POST"), ("/input_items", "GET")):
+        answer = app.call("PUT", f"/v1/responses/resp_1{below}")
+        assert (answer.status, answer.headers["allow"]) == (405, methods)
+
+
 def test_an_id_that_no_path_can_hold_is_kept_and_not_asked_for(
     app: AppUnderTest, fake: FakeUpstream, owner: str
 ) -> None:
@@ -253,6 +259,28 @@ def test_another_id_in_the_last_event_is_kept_too(app: AppUnderTest, fake: FakeU
     answer = app.call("POST", "/v1/responses", body={**ASKED, "stream": True}, token=owner)
     assert answer.body == b"".join(events)
     assert [ask(app, "get_response", one, owner).status for one in (first, last)] == [200, 200]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_id_is_not_told_before_the_database_has_answered(
+    fake: FakeUpstream, tmp_path: Path, *, streamed: bool
+) -> None:
+    """The database is locked, so that it answers late, and in vain."""
+    path, made = tmp_path / "own.db", new_id()
+    created = named("response.created", response={**STARTED, "id": made}, sequence_number=0)
+    with (
+        running_app(litellm_url=fake.url, database_url=f"sqlite:///{path}", **LIMITS) as app,
+        closing(sqlite3.connect(path, isolation_level=None)) as locker,
+    ):
+        owner = app.token()
+        locker.execute("BEGIN IMMEDIATE")
+        whole = Status(200, {**RESPONSE, "id": made})
+        fake.script(RawStream((created,), then="silence") if streamed else whole)
+        with calling(app, owner, {**ASKED, "stream": streamed}, "/v1/responses") as caller:
+            failed = [line for line in app.lines() if line.get("event") == "llmops.identity.store.failed"]
+            assert [line["operation"] for line in failed] == ["keep"]
+            assert made.encode() in (caller.event() if streamed else caller.rest())
+        locker.execute("ROLLBACK")
 
 
 # ---- Deleting, cancelling, polling ---------------------------------------------------------------------

@@ -390,8 +390,8 @@ def test_a_database_url_names_a_file_or_a_server(read: Read, url: str, *, valid:
 def test_a_database_in_memory_is_not_shared(read: Read) -> None:
     assert read(WORKERS="2", QDRANT_URL="http://qdrant:6333", DATABASE_URL="sqlite://").errors == (
         (
-            "DATABASE_URL must name a file or a server when WORKERS is 2: a database in memory belongs to one "
-            "process."
+            "DATABASE_URL must name a file or a server when WORKERS is 2: a database in memory belongs to "
+            "one process."
         ),
     )
 

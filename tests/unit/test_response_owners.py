@@ -97,11 +97,11 @@ async def opened(url: str, measured: Measured | None = None) -> AsyncIterator[Da
 Scenario = Callable[[ResponseOwners, Database], Awaitable[None]]
 
 
-def owners_of(url: str, scenario: Scenario, **options: Any) -> None:
+def owners_of(url: str, scenario: Scenario, measured: Measured | None = None, **options: Any) -> None:
     """Run a scenario with the owners of one process."""
 
     async def main() -> None:
-        async with asyncio.timeout(20), opened(url) as database:
+        async with asyncio.timeout(20), opened(url, measured) as database:
             await scenario(ResponseOwners(database, **options), database)
 
     asyncio.run(main())
@@ -365,6 +365,7 @@ def test_a_file_that_another_process_has_locked_costs_no_id(
 ) -> None:
     url, path = _file(tmp_path)
     caplog.set_level(logging.WARNING)
+    measured = Measured()
 
     async def scenario(owners: ResponseOwners, database: Database) -> None:
         await owners.keep("resp_before", "alice", "demo")
@@ -374,13 +375,14 @@ def test_a_file_that_another_process_has_locked_costs_no_id(
             assert events(caplog) == [(FAILED, "busy")]
             # Those that come now do not wait for the lock, and reading needs none.
             await owners.keep("resp_2", "alice", "demo")
+            assert (measured.count("keep", "success"), measured.count("keep", "error")) == (1, 1)
             assert await ResponseOwners(database).find("resp_before") == ALICE
             assert len(events(caplog)) == 1
         await owners.write()
         found = ResponseOwners(database)
         assert [await found.find(f"resp_{number}") for number in (1, 2)] == [ALICE] * 2
 
-    owners_of(url, scenario)
+    owners_of(url, scenario, measured)
 
 
 def test_a_lock_that_is_given_back_soon_is_waited_for(
