@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -137,6 +137,54 @@ class ResponseOwners:
             return row
         return self._select(key, connection) or row
 
+    async def keep_items(self, item_ids: Iterable[str], owner: str, model: str) -> None:
+        """Keep the owner of a response's items, which can be referred to by their ids; as ``keep``."""
+        stored = StoredResponse(owner[:MAX_NAME_CHARS], model[:MAX_NAME_CHARS])
+        row = _Row(stored, int(self._now()))
+        batch = {key: row for key in map(_hash_of_item, item_ids) if self._from_memory(key) is None}
+        if not batch:
+            return
+        kept: dict[bytes, _Row] = batch
+        if self._database.failing(writes=True):
+            self._unwritten.update(batch)
+        else:
+            try:
+                kept = await self._database.run("keep", partial(self._write_all, batch), writes=True)
+            except DatabaseFailedError:
+                self._unwritten.update(batch)
+        self._known.update(kept)
+
+    async def find_items(self, item_ids: Iterable[str]) -> dict[str, StoredResponse]:
+        """The owners of those items that are known.
+
+        Raises:
+            DependencyUnavailableError: The database failed, so that it is not known.
+        """
+        found: dict[str, StoredResponse] = {}
+        missing: dict[bytes, str] = {}
+        for item_id in item_ids:
+            key = _hash_of_item(item_id)
+            known = self._from_memory(key)
+            if known is not None:
+                found[item_id] = known
+            else:
+                missing[key] = item_id
+        if missing:
+            try:
+                rows = await self._database.run("find", partial(self._select_all, missing), writes=False)
+            except DatabaseFailedError:
+                raise DependencyUnavailableError from None
+            self._known.update(rows)
+            found |= {missing[key]: row.stored for key, row in rows.items()}
+        return found
+
+    def _select_all(self, keys: Iterable[bytes], connection: sa.Connection) -> dict[bytes, _Row]:
+        columns = TABLE.c.id_hash, TABLE.c.owner, TABLE.c.model, TABLE.c.created_at
+        rows = connection.execute(
+            sa.select(*columns).where(TABLE.c.id_hash.in_(keys), TABLE.c.created_at >= self._oldest())
+        )
+        return {bytes(row[0]): _Row(StoredResponse(row[1], row[2]), row[3]) for row in rows}
+
     async def find(self, response_id: str) -> StoredResponse | None:
         """The owner and the model of a response; None where nobody has made it, or its time is over.
 
@@ -208,7 +256,7 @@ class ResponseOwners:
                 if key in self._known and key in kept:
                     self._known[key] = kept[key]
 
-    def _write_all(self, batch: dict[bytes, _Row | None], connection: sa.Connection) -> dict[bytes, _Row]:
+    def _write_all(self, batch: Mapping[bytes, _Row | None], connection: sa.Connection) -> dict[bytes, _Row]:
         kept: dict[bytes, _Row] = {}
         for key, row in batch.items():
             if row is None:
@@ -245,3 +293,8 @@ def _delete(key: bytes, connection: sa.Connection) -> None:
 def _hash(response_id: str) -> bytes:
     """What stands for an id in memory and on disk, where it cannot be used to get at the response."""
     return hashlib.sha256(response_id.encode("utf-8", "surrogatepass")).digest()
+
+
+def _hash_of_item(item_id: str) -> bytes:
+    """As ``_hash``; the ids of items are apart from those of responses."""
+    return _hash(f"item {item_id}")

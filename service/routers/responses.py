@@ -5,10 +5,10 @@ none: they get the answer for an id that does not exist, and the upstream is not
 """
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from http import HTTPStatus
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Request
@@ -53,7 +53,16 @@ from service.routers.streaming import EventStream
 from service.services.call_report import CallOutcome
 from service.services.generation import AnswerStream
 from service.upstream.messages import Completion, LlmRequest
-from service.upstream.operations import MAX_ID_CHARS, OPERATIONS, OperationName, id_of, object_of
+from service.upstream.operations import (
+    MAX_ID_CHARS,
+    MAX_ITEMS,
+    OPERATIONS,
+    OperationName,
+    id_of,
+    item_ids_of,
+    object_of,
+    objects_of,
+)
 from service.upstream.stream import StreamEvent
 from service.utils.disconnect import cancel_on_disconnect
 
@@ -93,6 +102,7 @@ async def responses(request: Request, call: ModelCallDep) -> Response:
     services = call.services
     body = read_body("responses", await json_content(request), services.pass_litellm_fields)
     await _check_previous(body, call)
+    await _check_items(body, call)
     asked = body.as_request("responses", default_model(request, call, "responses"), passed_headers(request))
     keeper = _Keeper(call, asked.model, stored=body.fields.get("store") is not False)
     spec = call.spec(asked, streamed=body.stream)
@@ -101,6 +111,7 @@ async def responses(request: Request, call: ModelCallDep) -> Response:
         return EventStream(stream, ResponsesFormat(), services.stream_times)
     answer = await cancel_on_disconnect(request.receive, services.generation.answer(spec))
     await keeper.keep(answer.reply.completion.id)
+    await keeper.keep_items(answer.reply.completion.item_ids)
     return Response(answer.reply.content, media_type=JSON)
 
 
@@ -120,6 +131,37 @@ async def _check_previous(body: JsonBody, call: ModelCall) -> None:
         )
 
 
+async def _check_items(body: JsonBody, call: ModelCall) -> None:
+    """Refuse items of other callers': the provider would put what it has stored in their place.
+
+    That is so for an ``item_reference``, which may leave its type out, and for a reasoning without its
+    content. The latter is refused only where it is known to be another caller's, since models that store
+    nothing have such items too.
+    """
+    items = objects_of(body.fields, "input", MAX_ITEMS + 1)
+    references = {id_of(item) for item in items if _is_reference(item)}
+    reasonings = {id_of(item) for item in items if _is_empty_reasoning(item)}
+    if len(items) > MAX_ITEMS and (references or reasonings):
+        refuse("input", f"must not have more than {MAX_ITEMS:,} items where it refers to stored ones")
+    named = {one for one in references | reasonings if one is not None}
+    if not named and None not in references:
+        return
+    found = await call.services.responses.find_items(named)
+    strange = {one for one, stored in found.items() if stored.owner != call.user.username}
+    if strange or references - found.keys():
+        raise BadRequestError(
+            "An item of the input was not found. It must be one of your own that is stored.", param="input"
+        )
+
+
+def _is_reference(item: Mapping[str, Any]) -> bool:
+    return item.get("type") == "item_reference" or (item.get("type") is None and "role" not in item)
+
+
+def _is_empty_reasoning(item: Mapping[str, Any]) -> bool:
+    return item.get("type") == "reasoning" and not item.get("encrypted_content")
+
+
 class _Keeper:
     """Keeps the owner of each id that an answer tells, before the caller is told."""
 
@@ -135,6 +177,13 @@ class _Keeper:
         if response_id is not None and self._stored and response_id not in self._kept:
             self._kept.add(response_id)
             await self._owners.keep(response_id, self._owner, self._model)
+
+    async def keep_items(self, item_ids: Iterable[str]) -> None:
+        """Keep the ids of these items of the response, unless they have been kept or it is not stored."""
+        new = set(item_ids) - self._kept
+        if new and self._stored:
+            self._kept |= new
+            await self._owners.keep_items(new, self._owner, self._model)
 
 
 class _KeptStream:
@@ -158,7 +207,12 @@ class _KeptStream:
     async def __aiter__(self) -> AsyncIterator[StreamEvent]:
         async for event in self._stream:
             if event.payload is not None:
-                await self._keeper.keep(id_of(object_of(event.payload, "response")))
+                response = object_of(event.payload, "response")
+                await self._keeper.keep(id_of(response))
+                item_id = id_of(object_of(event.payload, "item"))
+                await self._keeper.keep_items(
+                    (*item_ids_of(response, "output"), *(() if item_id is None else (item_id,)))
+                )
             yield event
 
 
@@ -280,6 +334,7 @@ async def _call_stored(
     told = answer.reply.completion.id
     if operation in NAMING and told is not None:
         await services.responses.keep(told, found.owner, found.model)
+    await services.responses.keep_items(answer.reply.completion.item_ids, found.owner, found.model)
     return Response(answer.reply.content, media_type=JSON)
 
 

@@ -71,7 +71,7 @@ LLM_FIRST_CHUNK: Final = Metric(
 )
 OPERATION_NAMES: Final = (
     *("chat", "embeddings", "completions", "responses", "messages", "count_tokens", "moderations"),
-    *("images", "rerank"),
+    *("images", "rerank", "speech", "transcriptions"),
     *("get_response", "delete_response", "cancel_response", "list_input_items"),
 )
 """The kinds of calls; ``service.upstream.operations`` has a row for each."""

@@ -119,7 +119,7 @@ class Completion:
     The token counts, and the cost in US dollars, are None where the upstream sent none. ``estimated`` is true
     where the number of a stream's events stands in for its completion tokens. ``id`` and ``finish_reasons``
     are the upstream's. The tokens of the provider's cache are a part of the prompt's, those of reasoning a
-    part of the completion's.
+    part of the completion's. ``item_ids`` are those of a response's items.
     """
 
     text: str
@@ -134,6 +134,7 @@ class Completion:
     cache_read_tokens: int | None = None
     cache_write_tokens: int | None = None
     reasoning_tokens: int | None = None
+    item_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,7 @@ def completion_of(
         cache_read_tokens=counts.cache_read,
         cache_write_tokens=counts.cache_write,
         reasoning_tokens=counts.reasoning,
+        item_ids=facts.item_ids,
     )
 
 

@@ -8,10 +8,13 @@ each of its modules can ask an operation what to do.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Final, Literal, Protocol
 
 MAX_NAME_CHARS: Final = 256
 MAX_ID_CHARS: Final = 1_024
+MAX_ITEMS: Final = 1_000
+"""Most items of one response whose owner is kept, or to which one request can refer."""
 """The longest id of a response that is read; LiteLLM's have some 400 characters. A part of one is no id."""
 
 MAX_CHOICES: Final = 128
@@ -56,6 +59,7 @@ class Facts:
         model: The model that answered.
         usage: The upstream's ``usage``, as it is; it may hold the cost.
         finish_reasons: Why each choice ended, by its index.
+        item_ids: The ids of a response's items, which a later request can refer to.
         pieces: Of a stream: how many pieces of the answer the event holds.
         usage_only: Of a stream: whether the event holds token counts and nothing else.
         ends: Of a stream: whether the event is the last one.
@@ -67,6 +71,7 @@ class Facts:
     model: str | None = None
     usage: Mapping[str, Any] = field(default_factory=dict)
     finish_reasons: Mapping[int, str] = field(default_factory=dict)
+    item_ids: tuple[str, ...] = ()
     pieces: int = 0
     usage_only: bool = False
     ends: bool = False
@@ -187,10 +192,10 @@ def object_of(payload: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def objects_of(payload: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """The objects of a list in an answer, as many as choices are permitted; empty where there is none."""
+def objects_of(payload: Mapping[str, Any], key: str, most: int = MAX_CHOICES) -> list[Mapping[str, Any]]:
+    """The objects of a list, at most as many as choices are permitted; empty where there is none."""
     value = payload.get(key)
-    return [one for one in value[:MAX_CHOICES] if isinstance(one, dict)] if isinstance(value, list) else []
+    return [one for one in value[:most] if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def text_of(value: object) -> str:
@@ -285,7 +290,20 @@ def read_response(payload: Mapping[str, Any]) -> Facts:
         raise NoAnswerError
     reason = object_of(payload, "incomplete_details").get("reason") or payload.get("status")
     reasons = {0: reason[:MAX_NAME_CHARS]} if isinstance(reason, str) else {}
-    return replace(_facts(payload, _text_of_output(payload), reasons), id=id_of(payload))
+    facts = _facts(payload, _text_of_output(payload), reasons)
+    return replace(facts, id=id_of(payload), item_ids=item_ids_of(payload, "output"))
+
+
+def read_input_items(payload: Mapping[str, Any]) -> Facts:
+    """The items that a response was made from."""
+    return replace(reads_list("data")(payload), item_ids=item_ids_of(payload, "data"))
+
+
+def item_ids_of(payload: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """The ids of a list of items, as many as are kept."""
+    items = payload.get(key)
+    found = (id_of(item) for item in (items if isinstance(items, list) else []) if isinstance(item, dict))
+    return tuple(islice(filter(None, found), MAX_ITEMS))
 
 
 def read_stored_response(payload: Mapping[str, Any]) -> Facts:
@@ -533,7 +551,7 @@ def response_as_events(answer: Mapping[str, Any]) -> Iterator[NamedEvent]:
         {"type": "response.created", "response": started},
         {"type": "response.in_progress", "response": started},
     ]
-    for index, item in enumerate(objects_of(answer, "output")):
+    for index, item in enumerate(objects_of(answer, "output", MAX_ITEMS)):
         events += _item_as_events(item, {"output_index": index})
     events.append({"type": end, "response": answer})
     for number, event in enumerate(events):
@@ -734,7 +752,7 @@ OPERATIONS: Final[Mapping[OperationName, Operation]] = {
     "list_input_items": Operation(
         path="/responses/{response_id}/input_items",
         genai="list_input_items",
-        read=reads_list("data"),
+        read=read_input_items,
         count=count_nothing,
         method="GET",
         stored=True,

@@ -190,7 +190,8 @@ def test_an_id_never_changes_the_upstreams_path(
     answer = ask(app, name, hostile, owner)
     assert answer.status in {404, 405}
     assert answer.json["error"]["type"] in {"NotFoundError", "MethodNotAllowedError"}
-    assert [seen for seen in fake.requests if seen.path != "/v1/models"] == []
+    unasked = {"/v1/models", "/health/liveliness", "/health/readiness"}
+    assert [seen for seen in fake.requests if seen.path not in unasked] == []
 
 
 def test_a_method_that_a_path_does_not_take_is_told_those_that_it_takes(app: AppUnderTest) -> None:
@@ -662,3 +663,93 @@ def test_a_caller_who_leaves_during_the_answer_leaves_no_trace_of_an_error(
     connection.close()
     eventually(lambda: fake.disconnects > disconnects, "the upstream to be left")
     assert ask(app, "get_response", made, owner).status == 200
+
+
+# ---- Items ---------------------------------------------------------------------------------------------
+
+
+def make_items(app: AppUnderTest, fake: FakeUpstream, token: str, **fields: Any) -> tuple[str, str]:
+    """Make a response, whole or streamed; the ids of its reasoning and of its message."""
+    reasoning, message = f"rs_{secrets.token_hex(8)}", f"msg_{secrets.token_hex(8)}"
+    output = [
+        {"type": "reasoning", "id": reasoning, "summary": []},
+        {"type": "message", "id": message, "role": "assistant", "content": []},
+    ]
+    whole = {**RESPONSE, "id": new_id(), "output": output}
+    events = (
+        named("response.created", response={**STARTED, "id": whole["id"]}, sequence_number=0),
+        named("response.output_item.added", item=output[0], output_index=0, sequence_number=1),
+        *RESPONSE_STREAM[3:-1],
+        named("response.completed", response=whole, sequence_number=6),
+    )
+    fake.script(RawStream(events) if fields.get("stream") else Status(200, whole))
+    assert app.call("POST", "/v1/responses", body={**ASKED, **fields}, token=token).status == 200
+    fake.clear()
+    return reasoning, message
+
+
+ITEM_NOT_FOUND = {
+    "message": "An item of the input was not found. It must be one of your own that is stored.",
+    "type": "BadRequestError",
+    "param": "input",
+    "code": None,
+}
+
+
+def send_items(app: AppUnderTest, token: str, *items: dict[str, Any]) -> Answer:
+    """Ask with these items."""
+    given = [{"role": "user", "content": "And?"}, *items]
+    return app.call("POST", "/v1/responses", body={**ASKED, "input": given}, token=token)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_item_of_ones_own_can_be_referred_to_and_no_other(
+    app: AppUnderTest, fake: FakeUpstream, owner: str, other: str, *, streamed: bool
+) -> None:
+    for item_id in make_items(app, fake, owner, **({"stream": True} if streamed else {})):
+        for item in (
+            {"type": "item_reference", "id": item_id},
+            {"id": item_id},
+            {"type": None, "id": item_id},
+        ):
+            answer = send_items(app, other, item)
+            assert (answer.status, error_of(answer)) == (400, ITEM_NOT_FOUND)
+            assert asked(fake) == []
+            assert send_items(app, owner, item).status == 200
+            fake.clear()
+
+
+def test_a_reference_to_nothing_that_is_known_is_refused(
+    app: AppUnderTest, fake: FakeUpstream, owner: str
+) -> None:
+    unstored, _ = make_items(app, fake, owner, store=False)
+    for item_id in (unstored, "msg_unknown", "x" * 2_000, "", 7, None):
+        answer = send_items(app, owner, {"type": "item_reference", "id": item_id})
+        assert (answer.status, error_of(answer)) == (400, ITEM_NOT_FOUND)
+    assert asked(fake) == []
+    many = [{"type": "item_reference", "id": unstored}] * 1_001
+    assert send_items(app, owner, *many).status == 422
+
+
+def test_another_callers_reasoning_cannot_be_continued(
+    app: AppUnderTest, fake: FakeUpstream, owner: str, other: str
+) -> None:
+    reasoning, _ = make_items(app, fake, owner)
+    item = {"type": "reasoning", "id": reasoning, "summary": []}
+    answer = send_items(app, other, item)
+    assert (answer.status, error_of(answer)) == (400, ITEM_NOT_FOUND)
+    assert send_items(app, owner, item).status == 200
+    # What brings its content is not looked up, and a model that stores nothing has reasonings too.
+    assert send_items(app, other, {**item, "encrypted_content": "x"}).status == 200
+    assert send_items(app, other, {**item, "id": "rs_unknown"}).status == 200
+
+
+def test_what_a_response_was_made_from_can_be_referred_to(
+    app: AppUnderTest, fake: FakeUpstream, owner: str, other: str
+) -> None:
+    made, item_id = make(app, fake, owner), f"msg_{secrets.token_hex(8)}"
+    listed = {"object": "list", "data": [{"type": "message", "id": item_id}], "has_more": False}
+    fake.script(Status(200, listed))
+    assert ask(app, "list_input_items", made, owner).status == 200
+    assert send_items(app, owner, {"type": "item_reference", "id": item_id}).status == 200
+    assert send_items(app, other, {"type": "item_reference", "id": item_id}).status == 400
