@@ -40,6 +40,9 @@ FRAMING_PER_PAYLOAD: Final = 8
 """Bytes of chunk lines permitted for each byte of payload, beyond the first 64 kB of them: a body in chunks
 of one byte passes, one that is all framing does not."""
 
+CUT_TIMEOUT_S: Final = 5.0
+"""Seconds that a client has to read what was written before its connection ends."""
+
 TCP_NOTSENT_LOWAT: Final = 25
 """Linux's number of the socket option (tcp(7)); Python names it from 3.12 on."""
 
@@ -261,6 +264,8 @@ class Protocol(HttpToolsProtocol):
             if cycle is not None:
                 cycle.disconnected = True
             self.transport.close()
+            # A client that does not read would keep the connection for ever.
+            self.loop.call_later(CUT_TIMEOUT_S, self.transport.abort)
             return
         # Without chunks the end of the connection is the end of the answer, unless the connection is reset.
         link: socket.socket = self.transport.get_extra_info("socket")

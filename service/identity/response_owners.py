@@ -28,6 +28,10 @@ MAX_NAME_CHARS: Final = 256
 RETRY_INTERVAL_S: Final = 1.0
 """How often the rows that a failing database has not taken are written again."""
 
+MAX_EACH: Final = 200_000
+"""Rows of one caller that stay when rows are removed. LiteLLM gives a response another id in each answer, so
+polling makes rows."""
+
 PURGE_INTERVAL_S: Final = 3_600.0
 PURGE_ROWS: Final = 1_000
 """Rows that one transaction removes, so that others do not wait for long."""
@@ -80,6 +84,7 @@ class ResponseOwners:
     Args:
         database: Where they are kept.
         max_in_memory: How many ids of this process are answered without the database.
+        max_each: How many rows of one caller stay when rows are removed.
         now: Unix time in seconds.
     """
 
@@ -88,9 +93,11 @@ class ResponseOwners:
         database: Database,
         *,
         max_in_memory: int = MAX_IN_MEMORY,
+        max_each: int = MAX_EACH,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
+        self._max_each = max_each
         self._now = now
         self._known: cachetools.LRUCache[bytes, _Row] = cachetools.LRUCache(max_in_memory)
         # What the database has not taken: a row, or None for one that must go.
@@ -102,8 +109,7 @@ class ResponseOwners:
         The first owner of an id stays its owner: a second one is a provider's fault, or an attempt to get at
         the first one's response.
         """
-        key, created_at = _hash(response_id), int(self._now())
-        row = _Row(StoredResponse(owner[:MAX_NAME_CHARS], model[:MAX_NAME_CHARS]), created_at)
+        key, row = _hash(response_id), self._row(owner, model)
         known = self._from_memory(key)
         if known is None:
             known = await self._keep_new(key, row)
@@ -114,12 +120,12 @@ class ResponseOwners:
     async def _keep_new(self, key: bytes, row: _Row) -> StoredResponse:
         if self._database.failing(writes=True):
             # Not on the caller's time: `run` tries the database again.
-            self._known[key] = self._unwritten[key] = row
+            self._defer({key: row})
             return row.stored
         try:
             kept = await self._database.run("keep", partial(self._insert, key, row), writes=True)
         except DatabaseFailedError:
-            self._known[key] = self._unwritten[key] = row
+            self._defer({key: row})
             return row.stored
         self._known[key] = kept
         return kept.stored
@@ -139,20 +145,17 @@ class ResponseOwners:
 
     async def keep_items(self, item_ids: Iterable[str], owner: str, model: str) -> None:
         """Keep the owner of a response's items, which can be referred to by their ids; as ``keep``."""
-        stored = StoredResponse(owner[:MAX_NAME_CHARS], model[:MAX_NAME_CHARS])
-        row = _Row(stored, int(self._now()))
+        row = self._row(owner, model)
         batch = {key: row for key in map(_hash_of_item, item_ids) if self._from_memory(key) is None}
         if not batch:
             return
-        kept: dict[bytes, _Row] = batch
         if self._database.failing(writes=True):
-            self._unwritten.update(batch)
-        else:
-            try:
-                kept = await self._database.run("keep", partial(self._write_all, batch), writes=True)
-            except DatabaseFailedError:
-                self._unwritten.update(batch)
-        self._known.update(kept)
+            self._defer(batch)
+            return
+        try:
+            self._known.update(await self._database.run("keep", partial(self._write_all, batch), writes=True))
+        except DatabaseFailedError:
+            self._defer(batch)
 
     async def find_items(self, item_ids: Iterable[str]) -> dict[str, StoredResponse]:
         """The owners of those items that are known.
@@ -266,20 +269,50 @@ class ResponseOwners:
         return kept
 
     async def purge(self) -> int:
-        """Remove the rows whose time is over, and return how many; raises ``DatabaseFailedError``."""
+        """Remove the rows whose time is over, and the oldest ones of callers who have too many.
+
+        Returns how many; raises ``DatabaseFailedError``.
+        """
         removed = 0
-        while True:
-            count = await self._database.run("purge", self._delete_expired, writes=True)
-            removed += count
-            if count < PURGE_ROWS:
-                return removed
+        for delete in (self._delete_expired, self._delete_excess):
+            while count := await self._database.run("purge", delete, writes=True):
+                removed += count
+        return removed
+
+    def _delete_excess(self, connection: sa.Connection) -> int:
+        number = sa.func.count()
+        counted = sa.select(TABLE.c.owner, number).group_by(TABLE.c.owner).having(number > self._max_each)
+        removed = 0
+        for owner, count in connection.execute(counted).all():
+            oldest = (
+                sa.select(TABLE.c.id_hash)
+                .where(TABLE.c.owner == owner)
+                .order_by(TABLE.c.created_at)
+                .limit(min(PURGE_ROWS, count - self._max_each))
+            )
+            removed += connection.execute(sa.delete(TABLE).where(TABLE.c.id_hash.in_(oldest))).rowcount
+        return removed
 
     def _delete_expired(self, connection: sa.Connection) -> int:
         expired = sa.select(TABLE.c.id_hash).where(TABLE.c.created_at < self._oldest()).limit(PURGE_ROWS)
         return connection.execute(sa.delete(TABLE).where(TABLE.c.id_hash.in_(expired))).rowcount
 
+    def _row(self, owner: str, model: str) -> _Row:
+        """A row that every database takes: PostgreSQL's texts have no NUL."""
+        names = (text.replace("\0", "")[:MAX_NAME_CHARS] for text in (owner, model))
+        return _Row(StoredResponse(*names), int(self._now()))
+
+    def _defer(self, rows: Mapping[bytes, _Row]) -> None:
+        """Keep rows in memory until the database takes them; a caller has a quarter of the places."""
+        owners = {row.stored.owner for row in rows.values()}
+        own = sum(1 for other in self._unwritten.values() if other and other.stored.owner in owners)
+        for number, (key, row) in enumerate(rows.items(), own):
+            place = self._unwritten if number < self._unwritten.maxsize / 4 else self._known
+            place[key] = row
+
     def _from_memory(self, key: bytes) -> StoredResponse | None:
-        row = self._known.get(key)
+        # Not of the first alone: whoever reads much would push out what is nowhere else.
+        row = self._unwritten.get(key) if key in self._unwritten else self._known.get(key)
         return None if row is None or row.created_at < self._oldest() else row.stored
 
     def _oldest(self) -> int:

@@ -14,7 +14,9 @@ DEPLOYMENT: Final = "llmops.deployment"
 
 SLASHES: Final = re.compile(r"/{2,}")
 REPEATED: Final = re.compile(r"^(?:/v1){2,}(?=/|$)")
-AZURE: Final = re.compile(r"^/openai/deployments/([^/]{1,200})(?=/)")
+AZURE: Final = re.compile(r"^/openai/deployments/([!-+\-.0-~](?:[ -+\-.0-~]{0,198}[!-+\-.0-~])?)(?=/)")
+"""A deployment is the name of one model, as in a body: up to 200 printable ASCII characters, no comma."""
+
 AZURE_OTHER: Final = re.compile(r"^/openai(?:/v1)?(?=/)")
 """Azure's paths without a deployment: those of its newer API, and of responses in the older one."""
 

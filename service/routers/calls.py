@@ -31,7 +31,7 @@ from service.routers.schemas import MODEL_NAME
 from service.routers.streaming import EventStream, StreamFormat
 from service.upstream.control_fields import control_field
 from service.upstream.messages import LlmRequest, with_fields
-from service.upstream.operations import OPERATIONS, OperationName
+from service.upstream.operations import MAX_CHOICES, OPERATIONS, OperationName
 from service.utils.deadline import Deadline
 from service.utils.disconnect import cancel_on_disconnect
 
@@ -66,6 +66,9 @@ callers may read each other's.
 
 KINDS: Final[Mapping[type, str]] = {str: "a text", list: "a list", int: "a whole number", dict: "an object"}
 
+CHOICES: Final = ("n", "best_of")
+"""Fields that say how many answers are made."""
+
 _MODEL_NAME = re.compile(MODEL_NAME)
 
 
@@ -76,14 +79,18 @@ class JsonBody:
     content: bytes
     fields: Mapping[str, Any]
 
-    def as_request(
-        self, operation: OperationName, default_model: str, headers: Mapping[str, str]
-    ) -> LlmRequest:
-        """The request for the upstream, in the caller's bytes, with the default model where none is named."""
+    def as_request(self, request: Request, call: ModelCall, operation: OperationName) -> LlmRequest:
+        """The request for the upstream, in the caller's bytes.
+
+        The model is Azure's deployment in the path, else the body's, else the operation's or the service's
+        default.
+        """
         named = self.fields.get("model")
-        model = default_model if named is None else str(named)
-        content = with_fields(self.fields, self.content, {"model": model} if named is None else {})
-        return LlmRequest(operation, model, {**self.fields, "model": model}, content, headers, verbatim=True)
+        default = OPERATIONS[operation].default_model or call.services.generation.default_model
+        model = request.scope.get(DEPLOYMENT) or (default if named is None else str(named))
+        content = with_fields(self.fields, self.content, {} if named == model else {"model": model})
+        body = {**self.fields, "model": model}
+        return LlmRequest(operation, model, body, content, passed_headers(request), verbatim=True)
 
     @property
     def stream(self) -> bool:
@@ -97,20 +104,26 @@ class JsonBody:
         return isinstance(options, dict) and options.get("include_usage") is True
 
 
-def read_body(operation: OperationName, content: bytes, passed: AbstractSet[str]) -> JsonBody:
-    """A request of any operation that this service reads little of; arguments as ``read_fields``'s.
+async def read_request(request: Request, call: ModelCall, operation: OperationName) -> JsonBody:
+    """Read the request of any operation that this service reads little of.
 
     Raises:
         ValidationError: It is no JSON object, or a field of the operation is missing or of another type.
     """
+    content, passed = await json_content(request), call.services.pass_litellm_fields
     row = OPERATIONS[operation]
     own = {METADATA} if row.metadata else set()
     body = read_fields(content, passed | own | ({PREVIOUS} if row.continues else set()))
     metadata = body.fields.get(METADATA)
     if row.metadata and METADATA not in passed and metadata is not None and not _is_texts(metadata):
         refuse(METADATA, "must be an object of texts")
-    if row.needs_model and body.fields.get("model") is None:
-        refuse("model", "must name a model")
+    if row.needs_model:
+        check_named(body, request)
+    for name in CHOICES:
+        value = body.fields.get(name)
+        # LiteLLM's mock makes as many as are asked for, until there is no memory left.
+        if value is not None and not (type(value) is int and 1 <= value <= MAX_CHOICES):
+            refuse(name, f"must be a whole number from 1 to {MAX_CHOICES}")
     for name, kinds in row.fields.items():
         value = body.fields.get(name)
         if not isinstance(value, kinds) or isinstance(value, bool):
@@ -121,6 +134,12 @@ def read_body(operation: OperationName, content: bytes, passed: AbstractSet[str]
     if stream and row.read_event is None:
         refuse("stream", "is not possible here")
     return body
+
+
+def check_named(body: JsonBody, request: Request) -> None:
+    """Raise ``ValidationError`` where neither the body nor the path names a model."""
+    if body.fields.get("model") is None and DEPLOYMENT not in request.scope:
+        refuse("model", "must name a model")
 
 
 def _is_texts(value: object) -> bool:
@@ -168,8 +187,8 @@ async def call_operation(
         stream_format: Makes what writes a stream of it.
     """
     generation = call.services.generation
-    body = read_body(operation, await json_content(request), call.services.pass_litellm_fields)
-    asked = body.as_request(operation, default_model(request, call, operation), passed_headers(request))
+    body = await read_request(request, call, operation)
+    asked = body.as_request(request, call, operation)
     spec = call.spec(asked, streamed=body.stream)
     if body.stream:
         return EventStream(generation.stream(spec), stream_format(body), call.services.stream_times)
@@ -181,8 +200,8 @@ async def call_bytes(
     request: Request, call: ModelCall, operation: OperationName, stream_format: StreamFormat
 ) -> Response:
     """Answer a request in JSON whose answer is bytes, or events where the upstream answers with them."""
-    body = read_body(operation, await json_content(request), call.services.pass_litellm_fields)
-    asked = body.as_request(operation, default_model(request, call, operation), passed_headers(request))
+    body = await read_request(request, call, operation)
+    asked = body.as_request(request, call, operation)
     stream = call.services.generation.stream(call.spec(asked, streamed=True))
     return EventStream(stream, stream_format, call.services.stream_times)
 
@@ -207,12 +226,6 @@ async def call_form(
     deadline = Deadline.after(generation.timeout_s, clock=form.upload.clock)
     spec = replace(call, deadline=deadline).spec(asked, streamed=True)
     return EventStream(generation.stream(spec), stream_format, services.stream_times, upload=form.upload)
-
-
-def default_model(request: Request, call: ModelCall, operation: OperationName) -> str:
-    """The model of a request whose body names none: Azure's deployment, the operation's, or the service's."""
-    deployment: str | None = request.scope.get(DEPLOYMENT)
-    return deployment or OPERATIONS[operation].default_model or call.services.generation.default_model
 
 
 def passed_headers(request: Request) -> dict[str, str]:

@@ -22,6 +22,7 @@ from service.upstream.control_fields import control_field
 from service.upstream.upload import Upload
 
 FORM: Final = b"multipart/form-data"
+UTF_8: Final = frozenset({b"utf-8", b"utf8"})
 FIELD_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,100}(\[[A-Za-z0-9_.-]{0,100}\])?")
 BOUNDARY: Final = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{1,256}")
 """RFC 2046, section 5.1.1, with more characters than its 70: some clients have longer ones."""
@@ -221,8 +222,9 @@ async def read_form(
             b"--" + boundary + b'\r\nContent-Disposition: form-data; name="model"\r\n\r\n'
             + model.encode() + b"\r\n"
         )  # fmt: skip
-        start.insert(0, added)
-        size = None if size is None else size + len(added)
+        # What stands before the first boundary would be a part of the model's name.
+        start = [added + b"".join(start).lstrip(b"\r\n")]
+        size = len(start[0])
     pass_body_on(request.scope)
     return Form(model, dict(reader.fields), Upload(content_type, start, rest, size))
 
@@ -233,7 +235,10 @@ def _check_form_type(request: Request) -> tuple[str, bytes]:
     codings = request.headers.getlist("content-encoding")
     kind, options = parse_options_header(values[0] if len(values) == 1 else b"")
     boundary = options.get(b"boundary", b"")
-    if kind != FORM or BOUNDARY.fullmatch(boundary) is None or set(codings) - {"", "identity"}:
+    # LiteLLM would read the names with another character set than this service.
+    charset = options.get(b"charset", b"utf-8").lower()
+    is_form = kind == FORM and BOUNDARY.fullmatch(boundary) is not None and charset in UTF_8
+    if not is_form or set(codings) - {"", "identity"}:
         raise UnsupportedMediaTypeError(
             "The body must be a form with a file, with Content-Type: multipart/form-data and its boundary,"
             " and without Content-Encoding.",

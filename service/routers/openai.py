@@ -21,8 +21,7 @@ from service.routers.calls import (
     call_bytes,
     call_form,
     call_operation,
-    default_model,
-    passed_headers,
+    check_named,
     read_fields,
 )
 from service.routers.schemas import (
@@ -102,6 +101,11 @@ def read_chat(content: bytes, passed: AbstractSet[str]) -> JsonBody:
             refuse(f"messages.{number}.content", "must be a list of objects, each with a type")
         if not isinstance(message.get("tool_calls"), list | None):
             refuse(f"messages.{number}.tool_calls", "must be a list")
+        # LiteLLM makes items of Responses of these: one without its content is looked up by its id, whosever
+        # it is.
+        reasonings = message.get("reasoning_items") or ()
+        if not isinstance(reasonings, list | tuple) or not _have(reasonings, "encrypted_content"):
+            refuse(f"messages.{number}.reasoning_items", "must be a list of objects, each with its content")
     _check_types(body.fields)
     _check_shapes(body.fields)
     options = body.fields.get("stream_options")
@@ -145,8 +149,6 @@ def _have(entries: Iterable[object], key: str) -> bool:
 def read_embeddings(content: bytes, passed: AbstractSet[str]) -> JsonBody:
     """An embeddings request; ``ValidationError`` where it cannot be one. Arguments as ``read_chat``'s."""
     body = read_fields(content, passed, MAX_INPUT_VALUES)
-    if body.fields.get("model") is None:
-        refuse("model", "must name a model")
     given = body.fields.get("input")
     if not isinstance(given, (str, list)) or not given:
         refuse("input", "must be a text, or a list that is not empty")
@@ -302,7 +304,7 @@ async def chat_completions(request: Request, call: ModelCallDep) -> Response:
     """
     generation = call.services.generation
     body = read_chat(await json_content(request), call.services.pass_litellm_fields)
-    asked = body.as_request("chat", default_model(request, call, "chat"), passed_headers(request))
+    asked = body.as_request(request, call, "chat")
     spec = call.spec(asked, streamed=body.stream)
     if body.stream:
         return EventStream(
@@ -324,7 +326,8 @@ async def embeddings(request: Request, call: ModelCallDep) -> Response:
     """OpenAI's embeddings; the model must be named, since the default one chats."""
     generation = call.services.generation
     body = read_embeddings(await json_content(request), call.services.pass_litellm_fields)
-    asked = body.as_request("embeddings", default_model(request, call, "embeddings"), passed_headers(request))
+    check_named(body, request)
+    asked = body.as_request(request, call, "embeddings")
     spec = call.spec(asked)
     answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
     return Response(answer.reply.content, media_type=JSON)

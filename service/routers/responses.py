@@ -35,10 +35,9 @@ from service.routers.calls import (
     PREVIOUS,
     UNAVAILABLE,
     JsonBody,
-    default_model,
     passed_headers,
-    read_body,
     read_fields,
+    read_request,
 )
 from service.routers.openai import ResponsesFormat
 from service.routers.schemas import (
@@ -61,7 +60,6 @@ from service.upstream.operations import (
     id_of,
     item_ids_of,
     object_of,
-    objects_of,
 )
 from service.upstream.stream import StreamEvent
 from service.utils.disconnect import cancel_on_disconnect
@@ -76,13 +74,22 @@ with the one that they got last. The answer to a deletion has the provider's own
 
 INCLUDE: Final = ("include", "include[]")
 STREAM_QUERY: Final = ("stream", "starting_after", "include_obfuscation")
+PAGE_QUERY: Final = ("after", "before", "limit", "order")
 MAX_QUERY_CHARS: Final = 1_024
 """The longest value of a query parameter."""
+
+IMAGE: Final = "image_generation_call"
+API_VERSION: Final = "api-version"
+"""A query parameter of Azure's clients, which is not sent on."""
+
+UNSENT_QUERY: Final = frozenset({*STREAM_QUERY, API_VERSION})
 
 STORED_ERRORS = (
     *(*ALWAYS, NotFoundError, ValidationError),
     *(CircuitOpenError, DependencyUnavailableError, *UNAVAILABLE),
 )
+
+NoQuery = Annotated[None, Depends(only_query(API_VERSION))]
 
 router = APIRouter(prefix=OPENAI_PREFIX, tags=["openai"])
 
@@ -100,10 +107,10 @@ async def responses(request: Request, call: ModelCallDep) -> Response:
     A failure after the first event is an event of the type `error`.
     """
     services = call.services
-    body = read_body("responses", await json_content(request), services.pass_litellm_fields)
+    body = await read_request(request, call, "responses")
     await _check_previous(body, call)
     await _check_items(body, call)
-    asked = body.as_request("responses", default_model(request, call, "responses"), passed_headers(request))
+    asked = body.as_request(request, call, "responses")
     keeper = _Keeper(call, asked.model, stored=body.fields.get("store") is not False)
     spec = call.spec(asked, streamed=body.stream)
     if body.stream:
@@ -134,32 +141,31 @@ async def _check_previous(body: JsonBody, call: ModelCall) -> None:
 async def _check_items(body: JsonBody, call: ModelCall) -> None:
     """Refuse items of other callers': the provider would put what it has stored in their place.
 
-    That is so for an ``item_reference``, which may leave its type out, and for a reasoning without its
-    content. The latter is refused only where it is known to be another caller's, since models that store
-    nothing have such items too.
+    An item that is known to be another caller's is refused whatever it is. A reference must be to an item
+    that is known; other items may be a model's that stores nothing.
     """
-    items = objects_of(body.fields, "input", MAX_ITEMS + 1)
-    references = {id_of(item) for item in items if _is_reference(item)}
-    reasonings = {id_of(item) for item in items if _is_empty_reasoning(item)}
-    if len(items) > MAX_ITEMS and (references or reasonings):
-        refuse("input", f"must not have more than {MAX_ITEMS:,} items where it refers to stored ones")
-    named = {one for one in references | reasonings if one is not None}
-    if not named and None not in references:
+    given = body.fields.get("input")
+    items = [item for item in given if isinstance(item, dict)] if isinstance(given, list) else []
+    references = [id_of(item) for item in items if _is_reference(item)]
+    named = {item_id for item in items if (item_id := id_of(item)) is not None}
+    if len(named) > MAX_ITEMS:
+        refuse("input", f"must not have more than {MAX_ITEMS:,} items with an id")
+    if not named and not references:
         return
     found = await call.services.responses.find_items(named)
-    strange = {one for one, stored in found.items() if stored.owner != call.user.username}
-    if strange or references - found.keys():
+    strange = any(stored.owner != call.user.username for stored in found.values())
+    if strange or any(reference not in found for reference in references):
         raise BadRequestError(
             "An item of the input was not found. It must be one of your own that is stored.", param="input"
         )
 
 
 def _is_reference(item: Mapping[str, Any]) -> bool:
-    return item.get("type") == "item_reference" or (item.get("type") is None and "role" not in item)
-
-
-def _is_empty_reasoning(item: Mapping[str, Any]) -> bool:
-    return item.get("type") == "reasoning" and not item.get("encrypted_content")
+    """Whether an item stands for one that the provider has stored."""
+    kind = item.get("type")
+    if kind == IMAGE:
+        return not item.get("result")
+    return kind == "item_reference" or (kind is None and item.get("role") is None)
 
 
 class _Keeper:
@@ -233,7 +239,7 @@ async def get_response(
     response_id: str,
     request: Request,
     call: ModelCallDep,
-    _query: Annotated[None, Depends(only_query(*INCLUDE, *STREAM_QUERY, repeatable=INCLUDE))],
+    _query: Annotated[None, Depends(only_query(*INCLUDE, *STREAM_QUERY, API_VERSION, repeatable=INCLUDE))],
 ) -> Response:
     """A stored response of the caller's own; one that was made with `background` is polled here.
 
@@ -250,7 +256,10 @@ async def get_response(
     responses={200: DELETED_RESPONSE, **openai_errors(*STORED_ERRORS)},
 )
 async def delete_response(
-    response_id: str, request: Request, call: ModelCallDep, _query: Annotated[None, Depends(only_query())]
+    response_id: str,
+    request: Request,
+    call: ModelCallDep,
+    _query: Annotated[None, Depends(only_query(API_VERSION))],
 ) -> Response:
     """Delete a stored response of the caller's own."""
     answer = await _call_stored(request, call, "delete_response", response_id)
@@ -270,7 +279,10 @@ async def delete_response(
     },
 )
 async def cancel_response(
-    response_id: str, request: Request, call: ModelCallDep, _query: Annotated[None, Depends(only_query())]
+    response_id: str,
+    request: Request,
+    call: ModelCallDep,
+    _query: Annotated[None, Depends(only_query(API_VERSION))],
 ) -> Response:
     """Cancel a response of the caller's own that is made in the background."""
     content = await json_content(request)
@@ -289,7 +301,8 @@ async def list_input_items(
     request: Request,
     call: ModelCallDep,
     _query: Annotated[
-        None, Depends(only_query(*INCLUDE, "after", "before", "limit", "order", repeatable=INCLUDE))
+        None,
+        Depends(only_query(*INCLUDE, API_VERSION, "after", "before", "limit", "order", repeatable=INCLUDE)),
     ],
 ) -> Response:
     """What a stored response of the caller's own was made from."""
@@ -305,7 +318,7 @@ async def _call_stored(
         NotFoundError: The caller has not made it, or it is no longer there.
         DependencyUnavailableError: It is not known who has made it.
     """
-    query = [(name, value) for name, value in request.query_params.multi_items() if name not in STREAM_QUERY]
+    query = [(name, value) for name, value in request.query_params.multi_items() if name not in UNSENT_QUERY]
     for name, value in query:
         if len(value) > MAX_QUERY_CHARS:
             refuse(f"query.{name}", f"must have at most {MAX_QUERY_CHARS} characters")

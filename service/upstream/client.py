@@ -193,7 +193,8 @@ class LlmClient:
             try:
                 self._remember(request.model)
                 span.suspend()
-                yield events
+                async with nullcontext() if request.upload is None else request.upload.ends():
+                    yield events
             finally:
                 await events.aclose()
                 span.completion = events.completion()

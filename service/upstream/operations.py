@@ -123,6 +123,7 @@ class Operation:
         whole_as_events: Makes the events of a stream of a whole answer, for providers that answer a stream
             with one; each is the data and, where the protocol has one, the event's name.
         ends_with_done: Whether only ``[DONE]`` ends a stream; otherwise an event does.
+        ends_with_body: Whether a stream with a finish reason ends with the body too.
         shape: Whose format errors have.
         cacheable: Whether answers may be stored, and shared by equal calls.
         asks_for_usage: Whether streams have to be asked for their token counts.
@@ -148,6 +149,7 @@ class Operation:
     read_event: ReadEvent | None = None
     whole_as_events: Callable[[Mapping[str, Any]], Iterator[NamedEvent]] | None = None
     ends_with_done: bool = True
+    ends_with_body: bool = False
     shape: Shape = "openai"
     cacheable: bool = False
     asks_for_usage: bool = False
@@ -467,7 +469,7 @@ def read_message_event(payload: Mapping[str, Any], name: str) -> Facts:
 
 
 def reads_typed_events(text_delta: str, done: str) -> ReadEvent:
-    """A reader of events of audio and images, which are typed like those of a response.
+    """A reader of events of audio, which are typed like those of a response.
 
     Args:
         text_delta: The type of an event with a piece of text.
@@ -556,6 +558,24 @@ def response_as_events(answer: Mapping[str, Any]) -> Iterator[NamedEvent]:
     events.append({"type": end, "response": answer})
     for number, event in enumerate(events):
         yield {**event, "sequence_number": number}, event["type"]
+
+
+def images_as_events(answer: Mapping[str, Any]) -> Iterator[NamedEvent]:
+    """Images: each is completed; the last one has the counts."""
+    images = objects_of(answer, "data")
+    if not images:
+        raise NoAnswerError
+    about = {name: value for name, value in answer.items() if name not in {"data", "created", "usage"}}
+    kind = "image_generation.completed"
+    for image in images:
+        event = {"type": kind, "created_at": answer.get("created"), **about, **image}
+        yield event | ({"usage": answer.get("usage")} if image is images[-1] else {}), kind
+
+
+def read_image_event(payload: Mapping[str, Any], name: str) -> Facts:
+    """An event of images. There may be several, so only the end of the body is the end of the stream."""
+    completed = (text_of(payload.get("type")) or name) == "image_generation.completed"
+    return Facts(usage=object_of(payload, "usage"), finish_reasons={0: "stop"} if completed else {})
 
 
 ENDED: Final = frozenset({"incomplete", "failed"})
@@ -689,8 +709,10 @@ OPERATIONS: Final[Mapping[OperationName, Operation]] = {
         genai="image_generation",
         read=reads_list("data"),
         count=count_responses,
-        read_event=reads_typed_events("", "image_generation.completed"),
+        read_event=read_image_event,
+        whole_as_events=images_as_events,
         ends_with_done=False,
+        ends_with_body=True,
         needs_model=True,
         fields={"prompt": (str,)},
     ),

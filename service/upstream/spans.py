@@ -152,24 +152,29 @@ def _describe_request(invocation: InferenceInvocation, body: Mapping[str, Any]) 
     invocation.request_choice_count = None if choices == 1 else choices
     stop = body.get("stop", body.get("stop_sequences"))
     sequences = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
-    kept = [one[:MAX_STOP_CHARS] for one in sequences[:MAX_STOPS] if isinstance(one, str)]
+    kept = [_encodable(one[:MAX_STOP_CHARS]) for one in sequences[:MAX_STOPS] if isinstance(one, str)]
     invocation.stop_sequences = kept or None
     reasoning = body.get("reasoning")
     effort = body.get("reasoning_effort") or (
         reasoning.get("effort") if isinstance(reasoning, dict) else None
     )
     if isinstance(effort, str):
-        invocation.data.request_reasoning_level = effort[:MAX_NAME_CHARS]
+        invocation.data.request_reasoning_level = _encodable(effort[:MAX_NAME_CHARS])
     previous = body.get("previous_response_id")
     if isinstance(previous, str):
-        invocation.data.request_previous_response_id = previous[:MAX_ID_CHARS]
+        invocation.data.request_previous_response_id = _encodable(previous[:MAX_ID_CHARS])
 
 
 def _conversation_of(body: Mapping[str, Any]) -> str | None:
     """The id of the conversation that a response belongs to."""
     given = body.get("conversation")
     name = given.get("id") if isinstance(given, dict) else given
-    return name[:MAX_ID_CHARS] if isinstance(name, str) and name else None
+    return _encodable(name[:MAX_ID_CHARS]) if isinstance(name, str) and name else None
+
+
+def _encodable(text: str) -> str:
+    """A text that the exporters can encode: JSON may hold half a surrogate pair, and UTF-8 may not."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _double(value: object) -> float | None:

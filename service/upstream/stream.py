@@ -321,6 +321,8 @@ class LlmStream:
             event = await self._event(raw)
             if event is not None:
                 yield event
+        if self._operation.ends_with_body and self._reasons:
+            self._ended = True
         if not self._is_over():
             raise UpstreamError("The model's side ended its answer too early. Try again.", label="Cut off")
 

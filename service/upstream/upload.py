@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from service.errors import ServiceError
@@ -37,6 +37,7 @@ class Upload:
         self._limit: tuple[asyncio.Timeout, Deadline] | None = None
         self._took_rest = False
         self._over = asyncio.Event()
+        self._stop: Callable[[], None] | None = None
         self.failure: ServiceError | None = None
         """What was wrong with the rest, or with the caller."""
         if rest is None:
@@ -62,6 +63,25 @@ class Upload:
         finally:
             self._limit = None
 
+    @asynccontextmanager
+    async def ends(self) -> AsyncIterator[None]:
+        """End the block with what goes wrong with the rest: the upstream may be answering meanwhile."""
+        loop = asyncio.get_running_loop()
+        try:
+            # Expires when it is told to.
+            async with asyncio.timeout(None) as limit:
+                self._stop = lambda: limit.reschedule(loop.time())
+                if self.failure is not None:
+                    self._stop()
+                yield
+        except TimeoutError:
+            if not limit.expired() or self.failure is None:
+                raise
+        finally:
+            self._stop = None
+        if self.failure is not None:
+            raise self.failure
+
     async def content(self) -> AsyncGenerator[bytes, None]:
         """The body, for one attempt."""
         for piece in self._start:
@@ -74,6 +94,8 @@ class Upload:
                 yield piece
         except ServiceError as error:
             self.failure = error
+            if self._stop is not None:
+                self._stop()
             raise
         finally:
             self._over.set()

@@ -128,7 +128,9 @@ def recording_on_a_full_disk(given: dict[str, str], tmp_path: Path) -> Iterator[
 def recording_on_no_disk(given: dict[str, str], tmp_path: Path) -> Iterator[ServiceProcess]:
     """A service that may make files, and write nothing into them."""
     tmp_path.joinpath("disk").mkdir()
-    with ServiceProcess({**given, "MLFLOW_TIMEOUT_S": "10"}, arguments=("-c", LIMITED)) as process:
+    # It would not start with a database that cannot be written to.
+    variables = {**given, "MLFLOW_TIMEOUT_S": "10", "DATABASE_URL": "sqlite://"}
+    with ServiceProcess(variables, arguments=("-c", LIMITED)) as process:
         yield process.wait_ready()
 
 

@@ -419,6 +419,58 @@ def test_azures_deployment_is_the_model(app: AppUnderTest, fake: FakeUpstream) -
     assert fake.chat_requests[0].json["model"] == "other-model"
 
 
+def test_azures_deployment_goes_before_the_bodys_model(app: AppUnderTest, fake: FakeUpstream) -> None:
+    body = {"model": "gpt-5.4", "messages": [{"role": "user", "content": "x"}]}
+    path = "/openai/deployments/demo/chat/completions?api-version=2025-01-01"
+    assert app.call("POST", path, body=body, headers={"api-key": app.token()}).status == 200
+    assert fake.chat_requests[0].json == {**body, "model": "demo"}
+    # As REST calls of Azure have it, also where a body must name its model.
+    for below, fields in (("embeddings", {"input": "x"}), ("images/generations", {"prompt": "x"})):
+        path = f"/openai/deployments/demo/{below}?api-version=2025-01-01"
+        assert app.call("POST", path, body=fields, headers={"api-key": app.token()}).status == 200
+
+
+@pytest.mark.parametrize(
+    "deployment", ["m1%2Cm2", "a%00b", "a%0D%0Ab", "%20demo", "d%C3%A9mo", "x" * 201], ids=repr
+)
+@pytest.mark.parametrize("below", ["chat/completions", "responses", "audio/transcriptions"])
+def test_a_deployment_is_the_name_of_one_model(
+    app: AppUnderTest, fake: FakeUpstream, deployment: str, below: str
+) -> None:
+    answer = app.call("POST", f"/openai/deployments/{deployment}/{below}", body={}, token=app.token())
+    assert answer.status == 404
+    assert [seen for seen in fake.requests if seen.method == "POST"] == []
+
+
+@pytest.mark.parametrize("name", ["completions", "images"])
+@pytest.mark.parametrize(
+    "wrong", [{"n": 10**9}, {"n": 0}, {"n": "2"}, {"n": True}, {"best_of": 129}], ids=str
+)
+def test_the_number_of_answers_is_bounded(app: AppUnderTest, name: str, wrong: dict[str, Any]) -> None:
+    answer = _ask(app, SAMPLES[name], **wrong)
+    assert (answer.status, answer.json["error"]["param"]) == (422, next(iter(wrong)))
+    assert _ask(app, SAMPLES[name], n=2).status == 200
+
+
+def test_half_a_surrogate_pair_does_not_cost_a_span_its_attribute(app: AppUnderTest) -> None:
+    asked = {**SAMPLES["messages"].request, "stop_sequences": ["\ud800", "x"], "reasoning_effort": "\ud801"}
+    found = app.call("POST", "/v1/messages", body=asked, token=app.token())
+    (attempt,) = [span for span in trace_of(app, found.request_id) if span.name == "chat demo"]
+    assert attributes(attempt)["gen_ai.request.stop_sequences"] == ("?", "x")
+
+
+def test_whole_images_are_handed_on_as_a_stream(app: AppUnderTest, fake: FakeUpstream) -> None:
+    usage = {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}
+    whole = {"created": 7, "data": [{"b64_json": "AA=="}, {"b64_json": "AAA="}], "usage": usage}
+    fake.script(Status(200, whole))
+    found = _ask(app, SAMPLES["images"], stream=True)
+    kind = "image_generation.completed"
+    assert [json.loads(event.rpartition(b"data: ")[2]) for event in found.body.split(b"\n\n")[:-1]] == [
+        {"type": kind, "created_at": 7, "b64_json": "AA=="},
+        {"type": kind, "created_at": 7, "b64_json": "AAA=", "usage": usage},
+    ]
+
+
 @pytest.mark.parametrize("path", ["/v1/nothing", "/v1", "/v1/assistants", "/v1/messages/batches"])
 def test_a_path_that_is_not_there_names_those_that_are(app: AppUnderTest, path: str) -> None:
     answer = app.call("POST", path, body={}, token=app.token())

@@ -727,7 +727,7 @@ def test_a_reference_to_nothing_that_is_known_is_refused(
         answer = send_items(app, owner, {"type": "item_reference", "id": item_id})
         assert (answer.status, error_of(answer)) == (400, ITEM_NOT_FOUND)
     assert asked(fake) == []
-    many = [{"type": "item_reference", "id": unstored}] * 1_001
+    many = [{"type": "item_reference", "id": f"msg_{number}"} for number in range(1_001)]
     assert send_items(app, owner, *many).status == 422
 
 
@@ -739,9 +739,63 @@ def test_another_callers_reasoning_cannot_be_continued(
     answer = send_items(app, other, item)
     assert (answer.status, error_of(answer)) == (400, ITEM_NOT_FOUND)
     assert send_items(app, owner, item).status == 200
-    # What brings its content is not looked up, and a model that stores nothing has reasonings too.
-    assert send_items(app, other, {**item, "encrypted_content": "x"}).status == 200
+    assert send_items(app, other, {**item, "encrypted_content": "x"}).status == 400
+    # A model that stores nothing has reasonings too.
     assert send_items(app, other, {**item, "id": "rs_unknown"}).status == 200
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        *({"type": kind} for kind in ("function_call", "code_interpreter_call", "compaction", "message")),
+        *({"type": "image_generation_call", **more} for more in ({}, {"result": "AAAA"})),
+        {"role": None},
+        {"role": "assistant", "content": "x"},
+    ],
+    ids=str,
+)
+def test_no_item_of_another_callers_goes_on_whatever_it_is(
+    app: AppUnderTest, fake: FakeUpstream, owner: str, other: str, item: dict[str, Any]
+) -> None:
+    item_id, _ = make_items(app, fake, owner)
+    many = [{"role": "user", "content": "x"}] * 1_100
+    answer = send_items(app, other, *many, {**item, "id": item_id})
+    assert (answer.status, error_of(answer)) == (400, ITEM_NOT_FOUND)
+    assert asked(fake) == []
+    assert send_items(app, owner, *many, {**item, "id": item_id}).status == 200
+
+
+def test_a_stored_image_is_referred_to_by_its_id(app: AppUnderTest, owner: str) -> None:
+    image = {"type": "image_generation_call", "id": "ig_unknown"}
+    assert send_items(app, owner, image).status == 400
+    assert send_items(app, owner, {**image, "result": "AAAA"}).status == 200
+
+
+@pytest.mark.parametrize(
+    "items", [[{"type": "reasoning", "id": "rs_1"}], [{"id": "rs_1", "encrypted_content": None}], "x", 7, [7]]
+)
+def test_a_chat_brings_the_content_of_its_reasonings(
+    app: AppUnderTest, fake: FakeUpstream, owner: str, items: Any
+) -> None:
+    said = {"role": "assistant", "content": "", "reasoning_items": items}
+    body = {"model": "demo", "messages": [{"role": "user", "content": "x"}, said]}
+    answer = app.call("POST", "/v1/chat/completions", body=body, token=owner)
+    assert (answer.status, answer.json["error"]["param"]) == (422, "messages.1.reasoning_items")
+    assert fake.chat_requests == []
+    said["reasoning_items"] = [{"type": "reasoning", "id": "rs_1", "encrypted_content": "x"}]
+    assert app.call("POST", "/v1/chat/completions", body=body, token=owner).status == 200
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_azures_client_sends_a_version_that_stays_here(
+    app: AppUnderTest, fake: FakeUpstream, owner: str, name: str
+) -> None:
+    made = make(app, fake, owner)
+    sample = STORED[name]
+    path = f"/openai/v1/responses/{made}{sample.below}?api-version=preview"
+    assert app.call(sample.method, path, headers={"api-key": owner}).status == 200
+    (sent,) = [seen for seen in fake.requests if "/responses" in seen.path]
+    assert sent.query == ""
 
 
 def test_what_a_response_was_made_from_can_be_referred_to(

@@ -48,6 +48,7 @@ class Provider:
     status: int = 200
     stalls_at: int | None = None
     answers_at: int | None = None
+    answers_slowly: bool = False
     breaks_at: int | None = None
     received: list[bytearray] = field(default_factory=list)
     complete: list[bool] = field(default_factory=list)
@@ -56,6 +57,7 @@ class Provider:
     def forget(self) -> None:
         """Be as new."""
         self.status, self.stalls_at, self.answers_at, self.breaks_at = 200, None, None, None
+        self.answers_slowly = False
         self.received, self.complete = [], []
         self.go_on = threading.Event()
 
@@ -73,6 +75,9 @@ class Provider:
                 handler.close_connection = True
                 return
             if self.answers_at is not None and len(seen) >= self.answers_at:
+                if self.answers_slowly:
+                    self.begin_answer(handler)
+                    return
                 # As a server that lingers: the rest is read, and thrown away.
                 answer(handler, self.status)
                 handler.close_connection = True
@@ -81,6 +86,17 @@ class Provider:
         self.complete[-1] = seen.endswith(END)
         if self.complete[-1] and not answered:
             answer(handler, self.status)
+
+    def begin_answer(self, handler: BaseHTTPRequestHandler) -> None:
+        """Answer with the beginning of a text, and go on with it when the test is over."""
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/plain")
+        handler.send_header("Content-Length", "100")
+        handler.end_headers()
+        handler.wfile.write(b"A path")
+        handler.wfile.flush()
+        self.go_on.wait(20)
+        handler.close_connection = True
 
 
 def pieces_of(handler: BaseHTTPRequestHandler) -> Iterator[bytes]:
@@ -315,6 +331,7 @@ def test_what_is_no_form_is_refused(app: AppUnderTest, provider: Provider, conte
         ("multipart/form-data", {}),
         ("multipart/mixed; boundary=x", {}),
         ("multipart/form-data; boundary=", {}),
+        (f"{FORM}; charset=utf-7", {}),
         (f"multipart/form-data; boundary={'x' * 300}", {}),
         (FORM, {"Content-Encoding": "gzip"}),
     ],
@@ -393,6 +410,30 @@ def test_a_form_that_went_on_is_not_sent_again(
     assert ("x-should-retry" in found.headers) is (status == 400)
 
 
+def test_a_form_that_is_refused_while_it_is_answered_fails_the_call(
+    app: AppUnderTest, provider: Provider
+) -> None:
+    def failures() -> int:
+        lines = (one for one in app.lines() if one["message"] == "llm_request_failed")
+        return sum(one["error"] == "ValidationError" for one in lines)
+
+    before = failures()
+    provider.answers_at, provider.answers_slowly = 300_000, True
+    sender = Sender(app)
+    sender.send(MODEL + FILE[:400_000])
+    assert sender.socket.recv(12) == b"HTTP/1.1 200"
+    # The upstream is still answering, and the caller sends what must not be sent.
+    sender.send(b"\r\n" + part("api_base", "x") + END)
+    sender.end()
+    eventually(lambda: failures() > before, "the call to fail")
+    rest = b""
+    while data := sender.socket.recv(65_536):
+        rest += data
+    sender.socket.close()
+    assert not rest.endswith(b"0\r\n\r\n")
+    assert provider.complete == [False]
+
+
 def test_a_small_form_is_sent_again(app: AppUnderTest, provider: Provider) -> None:
     provider.status = 500
     found = send(app, MODEL + part("file", b"x") + END)
@@ -416,7 +457,10 @@ def test_a_caller_who_leaves_stops_the_upload(app: AppUnderTest, provider: Provi
 def test_azures_deployment_is_added_to_a_form_without_a_model(app: AppUnderTest, provider: Provider) -> None:
     path = "/openai/deployments/demo/audio/transcriptions?api-version=2025-01-01"
     content = part("file", b"RIFF") + END
-    found = app.call("POST", path, body=content, headers={"api-key": app.token(), "Content-Type": FORM})
+    # What stands before the first boundary would become a part of the name.
+    found = app.call(
+        "POST", path, body=b"\r\n" + content, headers={"api-key": app.token(), "Content-Type": FORM}
+    )
     assert found.status == 200
     assert bytes(provider.received[0]) == MODEL + content
 

@@ -265,6 +265,62 @@ def test_postgresql_that_is_killed_costs_no_id_and_comes_back(
     owners_of(postgresql.url, scenario)
 
 
+def test_what_only_memory_holds_is_not_pushed_out_by_others(tmp_path: Path) -> None:
+    async def scenario(owners: ResponseOwners, database: Database) -> None:
+        await database.run("purge", _rename, writes=True)
+        await owners.keep("resp_1", "alice", "demo")
+        # One caller reads and makes much while the database fails.
+        await owners.keep_items([f"item_{number}" for number in range(100)], "bob", "demo")
+        for number in range(100):
+            await owners.keep(f"resp_bob_{number}", "bob", "demo")
+        assert await owners.find("resp_1") == ALICE
+        await owners.keep("resp_1", "bob", "demo")
+        assert await owners.find("resp_1") == ALICE
+        await database.run("purge", lambda connection: _rename(connection, back=True), writes=True)
+        await owners.write()
+        assert await ResponseOwners(database).find("resp_1") == ALICE
+
+    owners_of(_file(tmp_path)[0], scenario, max_in_memory=20)
+
+
+def _rename(connection: sa.Connection, *, back: bool = False) -> None:
+    names = ("gone", TABLE.name) if back else (TABLE.name, "gone")
+    connection.exec_driver_sql(f"ALTER TABLE {names[0]} RENAME TO {names[1]}")
+
+
+def test_the_rows_of_one_caller_are_bounded(url: str) -> None:
+    clock = FakeClock(1_000_000_000)
+
+    async def scenario(owners: ResponseOwners, _database: Database) -> None:
+        await owners.keep("resp_1", "alice", "demo")
+        for number in range(15):
+            clock.advance(1)
+            await owners.keep(f"resp_bob_{number}", "bob", "demo")
+        assert await owners.purge() == 5
+        assert await owners.purge() == 0
+
+    async def find(owners: ResponseOwners, _database: Database) -> None:
+        assert await owners.find("resp_1") == ALICE
+        kept = [await owners.find(f"resp_bob_{number}") is not None for number in range(15)]
+        assert kept == [False] * 5 + [True] * 10
+
+    owners_of(url, scenario, max_each=10, now=clock)
+    owners_of(url, find, now=clock)
+
+
+def test_a_name_with_a_nul_is_kept(url: str) -> None:
+    async def scenario(owners: ResponseOwners, _database: Database) -> None:
+        await owners.keep("resp_1", "ali\0ce", "de\0mo")
+        await owners.keep_items(["item_1"], "ali\0ce", "de\0mo")
+
+    async def find(owners: ResponseOwners, _database: Database) -> None:
+        assert await owners.find("resp_1") == ALICE
+        assert await owners.find_items(["item_1", "item_2"]) == {"item_1": ALICE}
+
+    owners_of(url, scenario)
+    owners_of(url, find)
+
+
 def test_the_background_writes_what_was_not_taken(
     postgresql: PostgreSql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
