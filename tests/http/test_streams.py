@@ -140,11 +140,15 @@ def test_the_server_span_covers_the_whole_stream_and_so_does_its_metric(
     (chat,) = [span for span in trace_of(app, answer.request_id) if span.name == "chat demo"]
     assert attributes(chat)["gen_ai.response.finish_reasons"] == ("stop",)
     assert attributes(chat)["gen_ai.usage.output_tokens"] == 20
-    (point,) = [
-        point
-        for point in app.points("http.server.request.duration")
-        if (point.attributes or {}).get("http.route") == "/v1/chat/completions"
-    ]
+    # It is recorded after the span has ended.
+    (point,) = eventually(
+        lambda: [
+            point
+            for point in app.points("http.server.request.duration")
+            if (point.attributes or {}).get("http.route") == "/v1/chat/completions"
+        ],
+        "the duration",
+    )
     assert point.sum >= 0.2  # type: ignore[union-attr]  # a histogram's
     # Six events: the first is timed by itself, each further one by its distance.
     assert app.value("gen_ai.client.operation.time_per_output_chunk") == 5

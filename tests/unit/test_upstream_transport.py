@@ -115,7 +115,7 @@ def test_what_goes_wrong_has_its_class_and_cause_and_quotes_nothing(
     assert str(caught.value) in {kind.__name__, f"more than {MAX_BYTES} bytes"}
     assert cause_of(caught.value) is cause
     if cause is not None:
-        (line,) = caplog.messages
+        (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("service")]
         assert line.startswith(f"Exchange with the upstream failed: {cause}: ")
     assert "secret" not in caplog.text
 
