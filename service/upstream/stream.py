@@ -306,10 +306,17 @@ class LlmStream:
                     if alive:
                         yield ALIVE
         except httpx2.HTTPError as error:
-            raise from_transport(error) from None
+            self._break_off(error)
+            return
         # Some servers close the connection without the empty line that would end their last event.
         async for event in self._without_end(decoder.rest):
             yield event
+
+    def _break_off(self, error: httpx2.HTTPError) -> None:
+        """Raise why the body ended, unless all of the answer is there, however its body ends."""
+        if not (self._operation.ends_with_body and self._reasons):
+            raise from_transport(error) from None
+        self._ended = True
 
     async def _without_end(self, rest: bytes) -> AsyncIterator[StreamEvent]:
         """The event that ends the stream, where only its empty line is missing; raises where it is not so."""
