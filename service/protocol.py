@@ -260,17 +260,18 @@ class Protocol(HttpToolsProtocol):
 
     def _cut(self) -> None:
         cycle: RequestResponseCycle | None = self.cycle
-        if cycle is None or cycle.chunked_encoding:
-            if cycle is not None:
-                cycle.disconnected = True
-            self.transport.close()
-            # A client that does not read would keep the connection for ever.
-            self.loop.call_later(CUT_TIMEOUT_S, self.transport.abort)
+        if cycle is not None and not cycle.chunked_encoding:
+            # Without chunks the end of the connection is the end of the answer, unless it is a reset.
+            link: socket.socket = self.transport.get_extra_info("socket")
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._abort()
             return
-        # Without chunks the end of the connection is the end of the answer, unless the connection is reset.
-        link: socket.socket = self.transport.get_extra_info("socket")
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._abort()
+        if cycle is not None:
+            # As in ``_abort``.
+            cycle.disconnected = True
+        self.transport.close()
+        # A client that does not read would keep the connection for ever.
+        self.loop.call_later(CUT_TIMEOUT_S, self.transport.abort)
 
     def on_message_complete(self) -> None:
         """Do nothing: llhttp calls it after a head without a body; where a message ends is decided here."""

@@ -37,7 +37,9 @@ MALFORMED = "llmops.malformed"
 
 LOGIN: Final = "/auth/login"
 UPLOADS: Final = frozenset(
-    f"{OPENAI_PREFIX}{operation.path}" for operation in OPERATIONS.values() if operation.asks == "form"
+    f"{OPENAI_PREFIX}{operation.path}"
+    for operation in OPERATIONS.values()
+    if operation.request_body == "form"
 )
 """The routes whose body is passed on as it arrives."""
 

@@ -48,7 +48,7 @@ CALL_ERRORS = (
 
 METADATA: Final = "metadata"
 PREVIOUS: Final = "previous_response_id"
-OTHERS_TEXTS: Final[Mapping[str, str]] = {
+STORED_ELSEWHERE: Final[Mapping[str, str]] = {
     PREVIOUS: "is not possible here; POST /v1/responses takes it",
     "conversation": (
         "is not possible here: a conversation that was made elsewhere belongs to no caller of this service. "
@@ -163,7 +163,7 @@ def read_fields(content: bytes, passed: AbstractSet[str], max_values: int = MAX_
     field = control_field(fields.keys(), passed)
     if field is not None:
         refuse(field[:100], "is LiteLLM's own, and not permitted here")
-    for name, problem in OTHERS_TEXTS.items():
+    for name, problem in STORED_ELSEWHERE.items():
         if name not in passed and fields.get(name) is not None:
             refuse(name, problem)
     model = fields.get("model")

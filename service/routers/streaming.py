@@ -44,7 +44,7 @@ class StreamFormat(Protocol):
         """The bytes that end an answer which failed."""
 
 
-class Answering(Protocol):
+class StreamedAnswer(Protocol):
     """A streamed answer, to be iterated once; ``completion`` and ``outcome`` are there when it has ended."""
 
     @property
@@ -80,7 +80,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        stream: AbstractAsyncContextManager[Answering],
+        stream: AbstractAsyncContextManager[StreamedAnswer],
         stream_format: StreamFormat,
         times: StreamTimes,
         *,

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
@@ -20,7 +20,6 @@ from service.errors import Cause, ServiceError, UpstreamError
 from service.telemetry.names import OTHER_MODEL
 from service.telemetry.providers import Telemetry
 from service.upstream.errors import cause_of, timed_out, translate
-from service.upstream.large_answers import LARGE_BYTES
 from service.upstream.messages import (
     MAX_CONTENT_CHARS,
     LlmRequest,
@@ -129,7 +128,6 @@ class LlmClient:
         self._reading = Reading(readers, settings.llm_max_answer_bytes, keep_chars)
         self._instruments = telemetry.instruments
         self._spans = AttemptSpans(telemetry, settings, self.known)
-        self._readers = readers
         self._offered = OfferedModels(self._read_offered)
         self._known: set[str] = set()
         self._unlisted: set[str] = set()
@@ -158,7 +156,7 @@ class LlmClient:
                 known_model=request.model in self._known,
             )
             try:
-                reply = await self._read(response.content, read)
+                reply = await self._reading.run(len(response.content), read)
             except UpstreamError as error:
                 if error.upstream_status is None:
                     error.upstream_status = response.status_code
@@ -184,7 +182,7 @@ class LlmClient:
             ServiceError: As ``ask``; iterating the stream raises the same.
         """
         # A stream of bytes is not asked for: it is how such an answer is passed on.
-        asks = OPERATIONS[request.operation].answers == "json"
+        asks = OPERATIONS[request.operation].answer_body == "json"
         with self._spans.attempt(request, stream=asks) as span:
             try:
                 events = await self._open_stream(request, deadline, span)
@@ -193,7 +191,7 @@ class LlmClient:
             try:
                 self._remember(request.model)
                 span.suspend()
-                async with nullcontext() if request.upload is None else request.upload.ends():
+                async with nullcontext() if request.upload is None else request.upload.raising_failure():
                     yield events
             finally:
                 await events.aclose()
@@ -226,7 +224,7 @@ class LlmClient:
     ) -> AnswerEvents:
         """Wait for a stream's first event; ``FieldRefusedError`` where the token counts are refused."""
         refusal_of = STREAM_OPTIONS if with_usage else None
-        asks = OPERATIONS[request.operation].answers == "json"
+        asks = OPERATIONS[request.operation].answer_body == "json"
         response = await self._send(
             self._url_of(request),
             deadline,
@@ -285,7 +283,7 @@ class LlmClient:
 
     async def _list(self, query: str = "") -> ModelList:
         response = await self._send(f"{self._root}/v1/models{query}", Deadline.after(self._timeout_s))
-        listed = await self._read(response.content, partial(read_models, response.content))
+        listed = await self._reading.run(len(response.content), partial(read_models, response.content))
         self._keep_listed([name for name in listed.names if WILDCARD not in name])
         return listed
 
@@ -317,12 +315,6 @@ class LlmClient:
     def _know(self, model: str) -> None:
         self._known.add(model)
         self._instruments.start_model_at_zero(model)
-
-    async def _read(self, content: bytes, read: Callable[[], T]) -> T:
-        """Read an answer's content; in one of a few threads where it is large."""
-        if len(content) <= LARGE_BYTES:
-            return read()
-        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
     async def _send(
         self,
@@ -356,7 +348,7 @@ class LlmClient:
                         options={"timeout": limits, "headers": request.headers},
                     )
                 upload = request.upload
-                with nullcontext() if upload is None else upload.within(limit, deadline):
+                with nullcontext() if upload is None else upload.pausing(limit, deadline):
                     answer = await self._sdk.post(
                         url,
                         content=request.content if upload is None else upload.content(),

@@ -26,9 +26,6 @@ from service.upstream.operations import (
 )
 from service.upstream.upload import Upload
 
-READ_IN_PART: Final = frozenset({"chat", "embeddings", "images"})
-"""Operations of whose large answers only the fields are read that this service needs."""
-
 
 @dataclass(frozen=True)
 class LlmRequest:
@@ -214,7 +211,7 @@ def read_answer(
         UpstreamError: It is no answer.
         ServiceError: It is an error with the status of an answer.
     """
-    payload = read_needed(content, in_part=request.operation in READ_IN_PART)
+    payload = read_needed(content, in_part=OPERATIONS[request.operation].partly_read)
     error = failure_in(payload)
     if error is not None:
         # Beside choices too: they are a part of an answer, and would be stored as a whole one.

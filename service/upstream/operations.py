@@ -132,13 +132,15 @@ class Operation:
         metadata: Whether the protocol has ``metadata``: texts by their names. LiteLLM has a field of this
             name too, which steers it by lists and objects.
         default_model: The model of a request that names none, where it is not the service's default one.
-        asks: How a request is written: in JSON, or as a form with files, which is passed on as it arrives.
-        answers: Whether whole answers are JSON, or bytes of one of the media types, passed on as they arrive.
-            Then the upstream decides whether it answers with a stream of events.
+        request_body: How a request is written: in JSON, or as a form with files, which is passed on as it
+            arrives.
+        answer_body: Whether whole answers are JSON, or bytes of one of the media types, which are passed on
+            as they arrive. Then the upstream decides whether it answers with a stream of events.
         method: The HTTP method.
         stored: Whether it is about a response that is stored. The model that made it need not be on offer any
             more, and its tokens and its cost were counted when it was made.
         continues: Whether a request can continue a stored response.
+        partly_read: Whether only the fields that this service needs are read of a large whole answer.
         media: The media types of answers that are bytes; one that ends with a slash stands for all below it.
     """
 
@@ -157,15 +159,16 @@ class Operation:
     fields: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
     metadata: bool = False
     default_model: str | None = None
-    asks: Literal["json", "form"] = "json"
-    answers: Literal["json", "bytes"] = "json"
+    request_body: Literal["json", "form"] = "json"
+    answer_body: Literal["json", "bytes"] = "json"
+    partly_read: bool = False
     media: tuple[str, ...] = ()
     method: Literal["GET", "POST", "DELETE"] = "POST"
     stored: bool = False
     continues: bool = False
 
-    def may_answer(self, media_type: str) -> bool:
-        """Whether answers may have this media type, given without parameters and in lower case."""
+    def has_media_type(self, media_type: str) -> bool:
+        """Whether answers in bytes may have this media type, given without parameters and in lower case."""
         return any(
             media_type.startswith(one) if one.endswith("/") else media_type == one for one in self.media
         )
@@ -651,9 +654,15 @@ OPERATIONS: Final[Mapping[OperationName, Operation]] = {
         whole_as_events=chat_as_events,
         cacheable=True,
         asks_for_usage=True,
+        partly_read=True,
     ),
     "embeddings": Operation(
-        path="/embeddings", genai="embeddings", read=reads_list("data"), count=count_openai, needs_model=True
+        path="/embeddings",
+        genai="embeddings",
+        read=reads_list("data"),
+        count=count_openai,
+        needs_model=True,
+        partly_read=True,
     ),
     "completions": Operation(
         path="/completions",
@@ -715,6 +724,7 @@ OPERATIONS: Final[Mapping[OperationName, Operation]] = {
         ends_with_body=True,
         needs_model=True,
         fields={"prompt": (str,)},
+        partly_read=True,
     ),
     "rerank": Operation(
         path="/rerank",
@@ -733,7 +743,7 @@ OPERATIONS: Final[Mapping[OperationName, Operation]] = {
         ends_with_done=False,
         needs_model=True,
         fields={"input": (str,)},
-        answers="bytes",
+        answer_body="bytes",
         media=("audio/", "application/octet-stream"),
     ),
     "transcriptions": Operation(
@@ -744,8 +754,8 @@ OPERATIONS: Final[Mapping[OperationName, Operation]] = {
         read_event=reads_typed_events("transcript.text.delta", "transcript.text.done"),
         ends_with_done=False,
         needs_model=True,
-        asks="form",
-        answers="bytes",
+        request_body="form",
+        answer_body="bytes",
         media=("application/json", "text/plain", "text/vtt", "application/x-subrip", "application/srt"),
     ),
     "get_response": Operation(

@@ -24,7 +24,7 @@ MAX_TOKENS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 MAX_STOPS: Final = 8
 MAX_STOP_CHARS: Final = 64
-MAX_ID_CHARS: Final = 512
+MAX_SHOWN_ID_CHARS: Final = 512
 """How much of a caller's values stands on a span. LiteLLM's ids of responses have some 400 characters."""
 
 
@@ -162,14 +162,14 @@ def _describe_request(invocation: InferenceInvocation, body: Mapping[str, Any]) 
         invocation.data.request_reasoning_level = _encodable(effort[:MAX_NAME_CHARS])
     previous = body.get("previous_response_id")
     if isinstance(previous, str):
-        invocation.data.request_previous_response_id = _encodable(previous[:MAX_ID_CHARS])
+        invocation.data.request_previous_response_id = _encodable(previous[:MAX_SHOWN_ID_CHARS])
 
 
 def _conversation_of(body: Mapping[str, Any]) -> str | None:
     """The id of the conversation that a response belongs to."""
     given = body.get("conversation")
     name = given.get("id") if isinstance(given, dict) else given
-    return _encodable(name[:MAX_ID_CHARS]) if isinstance(name, str) and name else None
+    return _encodable(name[:MAX_SHOWN_ID_CHARS]) if isinstance(name, str) and name else None
 
 
 def _encodable(text: str) -> str:

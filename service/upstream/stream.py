@@ -3,13 +3,14 @@
 import asyncio
 import json
 import re
+from abc import ABC, abstractmethod
 from codecs import BOM_UTF8
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Self, TypeVar
 
 import httpx2
 
@@ -27,6 +28,8 @@ from service.upstream.messages import (
 from service.upstream.operations import MAX_CHOICES, MAX_NAME_CHARS, OPERATIONS, Facts, NoAnswerError
 from service.upstream.spans import AttemptSpan
 from service.upstream.transport import ENCODED
+
+T = TypeVar("T")
 
 END_OF_EVENT = re.compile(rb"(\r\n\r\n|\n\n|\r\r|\n\r\n|\r\n\n)[\r\n]*")
 """An empty line, in the group, and those that follow it."""
@@ -151,10 +154,10 @@ They show that it is at work, and are not passed on."""
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How the streams of a client are read.
+    """How the answers of a client are read.
 
     Args:
-        readers: Where large events are parsed.
+        readers: Where large ones are parsed.
         max_event_bytes: The largest single event.
         keep_chars: How much of the text is kept for the record of the call.
     """
@@ -162,6 +165,12 @@ class Reading:
     readers: Executor
     max_event_bytes: int
     keep_chars: int = 0
+
+    async def run(self, size: int, read: Callable[[], T]) -> T:
+        """Read so many bytes; in one of a few threads where they are many."""
+        if size <= LARGE_BYTES:
+            return read()
+        return await asyncio.get_running_loop().run_in_executor(self.readers, read)
 
 
 EVENT_STREAM: Final = "text/event-stream"
@@ -175,43 +184,21 @@ def media_type_of(headers: Mapping[str, str]) -> str:
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-class AnswerEvents(Protocol):
-    """An answer that arrives in pieces, to be iterated once."""
+class AnswerEvents(ABC):
+    """An answer that arrives in pieces, to be iterated once.
 
-    content_type: str
-    """What the caller is told that it is."""
-    error: bytes
-    """The event that is an error, as it came; empty where there is none."""
-
-    def __aiter__(self) -> AsyncIterator[StreamEvent]: ...
-
-    async def __anext__(self) -> StreamEvent: ...
-
-    async def first(self) -> None:
-        """Wait for the first piece, which stays to be iterated; raises as iterating does."""
-
-    def completion(self) -> Completion:
-        """What is known of the answer so far."""
-
-    async def aclose(self) -> None:
-        """Release the connection."""
-
-
-class LlmStream:
-    """The events of one answer, to be iterated once, with ``ALIVE`` between them.
-
-    Iteration ends after the upstream's last event, and raises an error in every other case. A whole answer in
-    JSON, which some providers send though they are asked for a stream, comes as the events of one.
+    Iteration ends after the answer's last piece, and raises an error in every other case.
 
     Args:
         response: The upstream's, with its body unread.
         request: What was asked.
-        span: The attempt's; it measures the time to each event.
+        span: The attempt's; it measures the time to the pieces.
         reading: How it is read.
         known_model: Whether the upstream has listed the model.
     """
 
-    content_type = EVENT_STREAM
+    content_type: str
+    """The media type that the caller is told."""
 
     def __init__(
         self,
@@ -223,29 +210,34 @@ class LlmStream:
         known_model: bool,
     ) -> None:
         self._response = response
-        self._readers = reading.readers
-        self._max_event_bytes = reading.max_event_bytes
+        self._request = request
+        self._span = span
+        self._reading = reading
+        self._known_model = known_model
+        self._operation = OPERATIONS[request.operation]
+        self._keep_chars = reading.keep_chars
         self._bytes = response.aiter_raw()
         self._events = self._read()
         self._first: StreamEvent | None = None
-        self._started = self._ended = False
-        self._request = request
-        self._span = span
-        self._known_model = known_model
-        self._operation = OPERATIONS[request.operation]
-        self._pieces = 0
-        self._keep_chars = reading.keep_chars
-        self._kept: list[str] = []
-        self._id: str | None = None
-        self._model: str | None = None
-        self._usage: dict[str, Any] = {}
-        self._reasons: dict[int, str] = {}
-        self._failure: ServiceError | None = None
+        self._ended = False
         self.error = b""
         """The event that is an error, as it came; empty where there is none."""
+        self._prepare()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Set what is known of the answer before anything is read."""
+
+    @abstractmethod
+    def _read(self) -> AsyncGenerator[StreamEvent, None]:
+        """The pieces, with ``ALIVE`` between them."""
+
+    @abstractmethod
+    def completion(self) -> Completion:
+        """What is known of the answer so far."""
 
     async def first(self) -> None:
-        """Wait for the first event, which stays to be iterated; raises as iterating does."""
+        """Wait for the first piece, which stays to be iterated; raises as iterating does."""
         while (event := await anext(self._events, None)) is ALIVE:
             pass
         self._first = event
@@ -258,19 +250,6 @@ class LlmStream:
             first, self._first = self._first, None
             return first
         return await anext(self._events)
-
-    def completion(self) -> Completion:
-        """What is known of the answer so far; without the upstream's count, the deltas are the tokens."""
-        return completion_of(self._request, self._facts(), self._response.headers, self._pieces)
-
-    def _facts(self) -> Facts:
-        return Facts(
-            text="".join(self._kept),
-            id=self._id,
-            model=self._model,
-            usage=self._usage,
-            finish_reasons=self._reasons,
-        )
 
     async def aclose(self) -> None:
         """Release the connection: to the pool when the answer was read to its end, closed otherwise."""
@@ -285,8 +264,39 @@ class LlmStream:
         finally:
             await self._response.aclose()
 
+
+class LlmStream(AnswerEvents):
+    """An answer as server-sent events.
+
+    A whole answer in JSON, which some providers send though they are asked for a stream, comes as the events
+    of one. Arguments as the base class has them.
+    """
+
+    content_type = EVENT_STREAM
+
+    def _prepare(self) -> None:
+        self._started = False
+        self._pieces = 0
+        self._kept: list[str] = []
+        self._id: str | None = None
+        self._model: str | None = None
+        self._usage: dict[str, Any] = {}
+        self._reasons: dict[int, str] = {}
+        self._failure: ServiceError | None = None
+
+    def completion(self) -> Completion:
+        """What is known of the answer so far; without the upstream's count, the deltas are the tokens."""
+        facts = Facts(
+            text="".join(self._kept),
+            id=self._id,
+            model=self._model,
+            usage=self._usage,
+            finish_reasons=self._reasons,
+        )
+        return completion_of(self._request, facts, self._response.headers, self._pieces)
+
     async def _read(self) -> AsyncGenerator[StreamEvent, None]:
-        decoder = EventDecoder(self._max_event_bytes)
+        decoder = EventDecoder(self._reading.max_event_bytes)
         try:
             async with aclosing(self._server_sent()) as body:
                 async for data in body:
@@ -398,10 +408,7 @@ class LlmStream:
         yield event(DONE)
 
     async def _parse(self, data: bytes, event_name: bytes = b"") -> dict[str, Any]:
-        if len(data) <= LARGE_BYTES:
-            return _read_payload(data, event_name)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._readers, _read_payload, data, event_name)
+        return await self._reading.run(len(data), partial(_read_payload, data, event_name))
 
     def _end(self) -> None:
         if self._pieces == 0 and not self._reasons:
@@ -465,58 +472,18 @@ class LlmStream:
         return facts
 
 
-class ByteStream:
-    """An answer that is no stream of events, in the pieces in which it arrives; to be iterated once.
+class ByteStream(AnswerEvents):
+    """An answer that is no stream of events, in the pieces in which it arrives.
 
-    An answer in JSON is read whole before it is passed on, since it may be an error. Iteration ends after the
-    last byte, and raises an error in every other case.
-
-    Args:
-        response: The upstream's, with its body unread.
-        request: What was asked.
-        span: The attempt's; it measures the time to the first piece.
-        reading: How it is read.
-        known_model: Whether the upstream has listed the model.
+    An answer in JSON is read whole before it is passed on, since it may be an error. Arguments as the base
+    class has them.
     """
 
-    def __init__(
-        self,
-        response: httpx2.Response,
-        request: LlmRequest,
-        span: AttemptSpan,
-        reading: Reading,
-        *,
-        known_model: bool,
-    ) -> None:
-        self._response = response
-        self._request = request
-        self._span = span
-        self._readers = reading.readers
-        self._keep_chars = reading.keep_chars
-        self._known_model = known_model
-        self._bytes = response.aiter_raw()
-        self._pieces = self._read()
-        self._first: StreamEvent | None = None
+    def _prepare(self) -> None:
         self._completion: Completion | None = None
         self._kept = bytearray()
-        self.content_type = response.headers.get("content-type", UNKNOWN)
+        self.content_type = self._response.headers.get("content-type", UNKNOWN)
         self._media_type = media_type_of({"content-type": self.content_type})
-        self.error = b""
-
-    async def first(self) -> None:
-        """Wait for the first piece, which stays to be iterated; raises as iterating does."""
-        self._first = await anext(self._pieces, None)
-        if self._first is None:
-            raise invalid_answer()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> StreamEvent:
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
-        return await anext(self._pieces)
 
     def completion(self) -> Completion:
         """What is known of the answer so far; bytes that are no JSON have no counts."""
@@ -525,25 +492,16 @@ class ByteStream:
         text = self._kept.decode("utf-8", "replace")
         return completion_of(self._request, Facts(text=text), self._response.headers)
 
-    async def aclose(self) -> None:
-        """Release the connection: to the pool when the answer was read to its end, closed otherwise."""
-        await self._pieces.aclose()
-        try:
-            await self._bytes.aclose()
-        finally:
-            await self._response.aclose()
-
     async def _read(self) -> AsyncGenerator[StreamEvent, None]:
-        operation = OPERATIONS[self._request.operation]
         is_json = self._media_type == JSON
-        if not (is_json or operation.may_answer(self._media_type)) or not self._can_be_told:
+        if not (is_json or self._operation.has_media_type(self._media_type)) or not self._is_passable:
             # A page of a proxy's, for instance.
             raise invalid_answer()
+        started = False
         try:
             if is_json:
                 yield await self._whole()
                 return
-            started = False
             async for data in self._bytes:
                 if not data:
                     continue
@@ -555,9 +513,11 @@ class ByteStream:
                 yield StreamEvent(data)
         except httpx2.HTTPError as error:
             raise from_transport(error) from None
+        if not started:
+            raise invalid_answer()
 
     @property
-    def _can_be_told(self) -> bool:
+    def _is_passable(self) -> bool:
         """Whether the type can stand in the head of our answer, and the bytes are of that type."""
         given, coding = self.content_type, self._response.headers.get(ENCODED, IDENTITY)
         return (
@@ -573,10 +533,7 @@ class ByteStream:
         read = partial(
             read_answer, content, self._response.headers, self._request, known_model=self._known_model
         )
-        if len(content) <= LARGE_BYTES:
-            reply = read()
-        else:
-            reply = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        reply = await self._reading.run(len(content), read)
         self._span.record_chunk()
         self._completion = reply.completion
         return StreamEvent(content)

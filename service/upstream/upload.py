@@ -55,7 +55,7 @@ class Upload:
         return now - self._waited_s - waiting
 
     @contextmanager
-    def within(self, limit: asyncio.Timeout, deadline: Deadline) -> Iterator[None]:
+    def pausing(self, limit: asyncio.Timeout, deadline: Deadline) -> Iterator[None]:
         """Let the limit around an attempt stand still while the caller is awaited."""
         self._limit = limit, deadline
         try:
@@ -64,8 +64,8 @@ class Upload:
             self._limit = None
 
     @asynccontextmanager
-    async def ends(self) -> AsyncIterator[None]:
-        """End the block with what goes wrong with the rest: the upstream may be answering meanwhile."""
+    async def raising_failure(self) -> AsyncIterator[None]:
+        """End the block with what goes wrong with the rest of the body, while the upstream is answering."""
         loop = asyncio.get_running_loop()
         try:
             # Expires when it is told to.

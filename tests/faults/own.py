@@ -60,7 +60,7 @@ class Given:
     def kind(self) -> Kind:
         """What the answer is."""
         if self.streamed:
-            return "events" if self.route.row.answers == "json" else "unasked"
+            return "events" if self.route.row.answer_body == "json" else "unasked"
         if self.route.row.stored:
             return "stored"
         return "json" if self.media_type == JSON else "bytes"

@@ -65,10 +65,10 @@ def check_spans(trace: Trace, case: Case) -> None:
         assert span.attributes["gen_ai.operation.name"] == case.route.sample.genai
         # Nobody has asked where the upstream decides; an attempt that is read in pieces is a stream.
         began = fault.succeeds and span is trace.chats[-1]
-        streamed = case.streamed if case.route.row.answers == "json" else began
+        streamed = case.streamed if case.route.row.answer_body == "json" else began
         assert span.attributes.get("gen_ai.request.stream", False) is streamed
     # An answer in text is not read.
-    counts = case.route.row.answers == "json" or fault.behaviours[-1] is correct
+    counts = case.route.row.answer_body == "json" or fault.behaviours[-1] is correct
     if case.route.sample.counts and counts and not fault.error:
         last = trace.chats[-1].attributes
         counted = last.get("gen_ai.usage.input_tokens"), last.get("gen_ai.usage.output_tokens")

@@ -1,16 +1,18 @@
 """Recordings and their texts: bytes that arrive in pieces, and events where the upstream sends them."""
 
 import json
+import socket
 from collections.abc import Iterator
 from http.client import HTTPConnection, IncompleteRead
 from typing import Any
 
 import pytest
 
+from service import protocol
 from tests.fakes.operations import FORM, SAMPLES, named
 from tests.fakes.streams import RawStream
 from tests.fakes.upstream import FakeUpstream, Status
-from tests.harness import Answer, AppUnderTest
+from tests.harness import Answer, AppUnderTest, running_app
 from tests.http.support import attributes, eventually, module_app, server_span, trace_of
 
 AUDIO = {"Content-Type": "audio/mpeg"}
@@ -90,6 +92,37 @@ def test_a_recording_that_breaks_off_is_seen_to_break_off(
         "the failure",
     )
     assert line["error"] == "UpstreamError"
+
+
+def test_a_client_that_does_not_read_loses_its_connection_with_what_broke_off(
+    fake: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "CUT_TIMEOUT_S", 0.2)
+    pieces = [b"x" * 10_000] * 100
+    fake.script(RawStream(pieces, then="cut", headers=AUDIO))
+    with running_app(litellm_url=fake.url) as served, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        client.settimeout(20)
+        client.connect(("127.0.0.1", served.port))
+        body, content_type = SPEECH.encoded()
+        client.sendall(
+            f"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {served.token()}\r\n"
+            f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        # The client takes what lets the upstream's cut be seen, and then nothing more.
+        while not [one for one in served.lines() if one["message"] == "llm_request_failed"]:
+            assert client.recv(20_000)
+        eventually(lambda: _is_gone(client), "the end of the connection")
+
+
+def _is_gone(client: socket.socket) -> bool:
+    """Whether what a client sends is answered with a reset: an open connection would take it."""
+    try:
+        client.send(b"x")
+    except OSError:
+        return True
+    return False
 
 
 def test_a_recording_is_bounded(app: AppUnderTest, fake: FakeUpstream) -> None:

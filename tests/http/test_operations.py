@@ -56,7 +56,7 @@ def test_each_operation_has_a_sample() -> None:
         name: sample.path for name, sample in SAMPLES.items()
     }
     # Of bytes, the upstream decides whether they come as a stream of events.
-    json_answers = [name for name in PASSED_ON if OPERATIONS[name].answers == "json"]
+    json_answers = [name for name in PASSED_ON if OPERATIONS[name].answer_body == "json"]
     assert {name for name in json_answers if OPERATIONS[name].read_event} == set(STREAMED)
 
 
