@@ -18,7 +18,7 @@ from service.middleware.request_id import RequestIdMiddleware, sanitize_scope
 from service.middleware.request_limits import RequestLimitsMiddleware
 from service.middleware.security_headers import SecurityHeadersMiddleware
 from service.middleware.shutdown import ShutdownMiddleware
-from service.routers import anthropic, auth, cache, llm, openai, responses, system
+from service.routers import accounts, anthropic, auth, cache, keys, llm, openai, responses, system, usage
 from service.telemetry.providers import Telemetry
 from service.telemetry.server import instrument_server
 
@@ -73,7 +73,8 @@ def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
         },
     )
     app.trust_traceparent = settings.trust_traceparent == "all"
-    for module in (auth, llm, cache, openai, responses, anthropic, system):
+    # Model calls first: a path is compared with one route after the other, for the answer and for the span.
+    for module in (llm, openai, anthropic, responses, auth, keys, accounts, usage, cache, system):
         app.include_router(module.router)
     app.router.routes.append(system.docs_assets())
     instrument_server(app, telemetry)
@@ -91,7 +92,7 @@ def _middleware(settings: Settings, telemetry: Telemetry) -> list[Middleware]:
         Middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
             # All that the page asks for: client libraries send fields of their own, and new ones with each
             # version. What is not known here is not read.
             allow_headers=["*"],

@@ -6,6 +6,10 @@ log lines, error bodies and the header fields of the answer are made from it.
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Final
+
+DEPLOYMENT: Final = "llmops.deployment"
+"""Key in the ASGI scope: the model that an Azure client names in the path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,12 +17,14 @@ class RateFacts:
     """The state of the caller's rate limit after this call was counted.
 
     Args:
+        policy: Whose limit it is: ``per-key``, ``per-user`` or ``per-team``.
         quota: Calls permitted in one window.
         window_s: Length of the window in seconds.
         remaining: Calls left in the window.
         reset_s: Seconds until a call is available again.
     """
 
+    policy: str
     quota: int
     window_s: int
     remaining: int
@@ -58,7 +64,9 @@ class RequestContext:
         continued: Whether the trace is the caller's; then other requests may have the same ``request_id``.
         entered_s: Arrival time on the monotonic clock.
         client_request_id: The caller's own ``X-Request-ID``, when it has a permitted form.
-        user: The caller's name, once known.
+        user: The caller's name, once known; the same holds for the next two.
+        team: The team that the call belongs to.
+        key_id: The id of the caller's API key.
         error: Name of the error that the request was answered with.
         auth_s: Seconds spent on authentication.
         rate: The caller's rate limit, once the call was counted.
@@ -71,6 +79,8 @@ class RequestContext:
     entered_s: float = 0.0
     client_request_id: str | None = None
     user: str | None = None
+    team: str | None = None
+    key_id: str | None = None
     error: str | None = None
     auth_s: float = 0.0
     rate: RateFacts | None = None

@@ -1,5 +1,6 @@
 """What a route asks for: the process's services, the caller, and the model call, as annotated aliases."""
 
+import json
 import re
 import time
 from collections.abc import Callable, Collection, Coroutine
@@ -7,32 +8,43 @@ from dataclasses import dataclass
 from typing import Annotated, Final, cast
 
 from fastapi import Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.openapi.models import HTTPBearer as HTTPBearerModel
+from fastapi.security.base import SecurityBase
 from opentelemetry import trace
 from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDUSER_ID
 from starlette.types import Scope
 
 from service.cache.control import CacheControl, parse_cache_control
 from service.cache.response_cache import CacheAdmin, NoCacheAdmin
-from service.context import current_request
+from service.context import DEPLOYMENT, current_request
 from service.errors import AuthenticationError, PermissionDeniedError, ValidationError
+from service.identity.accounts import Accounts
+from service.identity.callers import Callers
+from service.identity.keys import ApiKeys
+from service.identity.ledger import Ledger
+from service.identity.principal import Principal
 from service.identity.response_owners import ResponseOwners
-from service.identity.tokens import Authenticator, User
+from service.identity.tokens import Authenticator
 from service.services.call_report import CallSpec
 from service.services.drain import Drain
 from service.services.generation import Generation
 from service.services.health_checker import HealthChecker
 from service.services.rate_limit import RateLimiter
+from service.telemetry.names import ATTR_KEY_ID, ATTR_TEAM
 from service.upstream.messages import LlmRequest
 from service.utils.deadline import Deadline
 
 ENDUSER_ROLE = "enduser.role"
+
+CALLER: Final = "llmops.caller"
+"""Key in the scope: the caller, or why what they sent proves nothing."""
+
+MODEL_DENIED: Final = "Your key, your user or your team does not permit this model."
+
 PARAMETER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,31}")
 MAX_DETAILS = 20
 
 KEY_FIELDS: Final = frozenset({b"authorization", b"x-api-key", b"api-key"})
-
-bearer = HTTPBearer(auto_error=False, bearerFormat="JWT", description="The token from POST /auth/login")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +66,13 @@ class AppServices:
 
     Args:
         auth: Signs users in and checks tokens.
+        callers: Tells who is calling.
+        keys: API keys.
+        accounts: Users and teams.
+        ledger: What was used, and what was spent of budgets.
         generation: Answers model calls.
         cache: Statistics and clearing of the cache.
-        rate_limiter: Counts model calls per user.
+        rate_limiter: Counts the model calls of each user, key and team.
         drain: Requests in flight, and the state of the stop.
         health: The state of the dependencies.
         health_required: Dependencies without which the process is not ready.
@@ -66,6 +82,10 @@ class AppServices:
     """
 
     auth: Authenticator
+    callers: Callers
+    keys: ApiKeys
+    accounts: Accounts
+    ledger: Ledger
     generation: Generation
     cache: CacheAdmin | NoCacheAdmin
     rate_limiter: RateLimiter
@@ -103,41 +123,107 @@ def token_of(scope: Scope) -> str | None:
     return None if key is None else key.decode("latin-1").strip()
 
 
-async def current_user(
-    request: Request, _documented: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
-) -> User:
-    """The signed-in caller; their name goes into the log context, name and role onto the server span."""
-    token = token_of(request.scope)
+async def identify(scope: Scope) -> Principal | None:
+    """Find out who is calling, once for each request; None where nobody says so, or it is not true.
+
+    Raises:
+        OverloadedError: Too many unknown keys are looked up.
+        DependencyUnavailableError: It is not known, because the database does not answer.
+    """
+    token = token_of(scope)
     if token is None:
-        raise AuthenticationError
+        return None
     started = time.monotonic()
-    user = services_of(request.scope).auth.identify(token)
+    try:
+        found: Principal | AuthenticationError = await services_of(scope).callers.identify(token)
+    except AuthenticationError as error:
+        found = error
+    scope[CALLER] = found
     context = current_request.get()
     if context is not None:
-        context.user = user.username
         context.auth_s = time.monotonic() - started
-    trace.get_current_span().set_attributes({ENDUSER_ID: user.username, ENDUSER_ROLE: user.role})
-    return user
+    return found if isinstance(found, Principal) else None
 
 
-async def admin_user(user: Annotated[User, Depends(current_user)]) -> User:
+class SignedIn(SecurityBase):
+    """The dependency on a signed-in caller, which the API's description shows as a bearer token."""
+
+    def __init__(self) -> None:
+        self.model = HTTPBearerModel(bearerFormat="JWT", description="An API key, or a token")
+        self.scheme_name = "HTTPBearer"
+
+    async def __call__(self, request: Request) -> Principal:
+        """The caller, who becomes known to the log context and the server span.
+
+        Raises:
+            AuthenticationError: Nothing was sent that proves who is calling.
+        """
+        user: Principal | AuthenticationError | None = request.scope.get(CALLER)
+        if user is None:
+            raise AuthenticationError
+        if isinstance(user, AuthenticationError):
+            raise user
+        context = current_request.get()
+        if context is not None:
+            context.user, context.team, context.key_id = user.username, user.team, user.key_id
+        attributes = {ENDUSER_ID: user.username, ENDUSER_ROLE: user.role}
+        if user.team is not None:
+            attributes[ATTR_TEAM] = user.team
+        if user.key_id is not None:
+            attributes[ATTR_KEY_ID] = user.key_id
+        trace.get_current_span().set_attributes(attributes)
+        return user
+
+
+signed_in = SignedIn()
+
+
+async def admin_user(user: Annotated[Principal, Depends(signed_in)]) -> Principal:
     """The signed-in caller, who must be an administrator."""
     if user.role != "admin":
         raise PermissionDeniedError("This needs the role admin.")
     return user
 
 
-async def model_caller(request: Request, user: Annotated[User, Depends(current_user)]) -> User:
-    """The signed-in caller, with this model call counted against their rate limit."""
-    await services_of(request.scope).rate_limiter.count(user.username)
+async def model_caller(request: Request, user: Annotated[Principal, Depends(signed_in)]) -> Principal:
+    """The signed-in caller, with this call counted against their rate limits."""
+    await services_of(request.scope).rate_limiter.count(user)
     return user
+
+
+async def _admit(request: Request, user: Principal) -> None:
+    """Count a model call, and refuse it where the caller may not make it.
+
+    The order is: the model, where the body names it and the caller may not ask all; rates; budgets. The
+    route reads the body afterwards, and checks the model again.
+    """
+    services = services_of(request.scope)
+    if user.models is not None:
+        model = await _named_model(request)
+        if model is not None and not user.may_ask(model):
+            raise PermissionDeniedError(MODEL_DENIED, param="model")
+    await services.rate_limiter.count(user)
+    await services.ledger.budgets.check(user)
+
+
+async def _named_model(request: Request) -> str | None:
+    """The model in a request's path or JSON body; None where there is none, or the route will refuse it."""
+    if DEPLOYMENT in request.scope:
+        return str(request.scope[DEPLOYMENT])
+    if request.headers.get("content-type", "").startswith("multipart/"):
+        # It is passed on as it arrives, and the model is somewhere in it.
+        return None
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        return None
+    model = body.get("model") if isinstance(body, dict) else None
+    return model if isinstance(model, str) else None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCall:
     """What a route that calls a model needs beside the body.
-
-    One dependency for all of it: FastAPI spends more time on each than most of them do.
 
     Args:
         user: The caller.
@@ -147,19 +233,44 @@ class ModelCall:
         request_id: The trace id.
     """
 
-    user: User
+    user: Principal
     services: AppServices
     deadline: Deadline
     cache_control: CacheControl
     request_id: str
 
     def spec(self, request: LlmRequest, *, streamed: bool = False, own_protocol: bool = False) -> CallSpec:
-        """The call of the use case for this request; arguments as ``CallSpec`` has them."""
-        name, control = self.user.username, self.cache_control
-        return CallSpec(request, name, self.deadline, streamed, control, own_protocol)
+        """The call of the use case for this request; arguments as ``CallSpec`` has them.
+
+        Raises:
+            PermissionDeniedError: The caller's key, user or team may not ask the model.
+        """
+        if not self.user.may_ask(request.model):
+            raise PermissionDeniedError(MODEL_DENIED, param="model")
+        return CallSpec(
+            request,
+            self.user.username,
+            self.deadline,
+            streamed,
+            self.cache_control,
+            own_protocol,
+            self.user.team,
+            self.user.key_id,
+        )
 
 
-async def _model_call(request: Request, user: Annotated[User, Depends(model_caller)]) -> ModelCall:
+# As few dependencies as possible: FastAPI spends more time on each than most of them do.
+async def _model_call(request: Request, user: Annotated[Principal, Depends(signed_in)]) -> ModelCall:
+    await _admit(request, user)
+    return _call_of(request, user)
+
+
+async def _free_call(request: Request, user: Annotated[Principal, Depends(signed_in)]) -> ModelCall:
+    await services_of(request.scope).rate_limiter.count(user)
+    return _call_of(request, user)
+
+
+def _call_of(request: Request, user: Principal) -> ModelCall:
     services, context = services_of(request.scope), current_request.get()
     return ModelCall(
         user,
@@ -204,7 +315,10 @@ def only_query(
 
 
 ServicesDep = Annotated[AppServices, Depends(_services)]
-CurrentUser = Annotated[User, Depends(current_user)]
-ModelCaller = Annotated[User, Depends(model_caller)]
+CurrentUser = Annotated[Principal, Depends(signed_in)]
+ModelCaller = Annotated[Principal, Depends(model_caller)]
 ModelCallDep = Annotated[ModelCall, Depends(_model_call)]
-AdminUser = Annotated[User, Depends(admin_user)]
+FreeCallDep = Annotated[ModelCall, Depends(_free_call)]
+"""A call that costs nothing, and is possible with a spent budget."""
+
+AdminUser = Annotated[Principal, Depends(admin_user)]

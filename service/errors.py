@@ -14,6 +14,7 @@
     │   ├── UnsupportedMediaTypeError 415 the body is of a type or coding that the route does not read
     │   ├── ValidationError         422  the body is not of the route's shape
     │   ├── RateLimitError          429  too many requests, here or upstream
+    │   ├── BudgetExceededError     429  a budget is spent until it is renewed
     │   └── CallerLeftError         499  the caller disconnected (telemetry only)
     ├── UpstreamFailure             the model's side is at fault
     │   ├── UpstreamError           502  it answered 5xx or an invalid body, or broke off
@@ -208,6 +209,15 @@ class RateLimitError(CallerError):
     default_retry_after_s = 1.0
 
 
+class BudgetExceededError(CallerError):
+    """The budget of the caller's key, user or team is spent; ``Retry-After`` says when it is renewed."""
+
+    status = 429
+    # OpenAI's own word for it: its clients show it, and tools do not try again.
+    default_code = "insufficient_quota"
+    default_message = "The budget is spent until it is renewed."
+
+
 class CallerLeftError(CallerError):
     """The caller closed the connection; nothing is sent, and telemetry shows the status that nginx uses."""
 
@@ -288,6 +298,7 @@ PUBLIC_ERRORS: tuple[type[ServiceError], ...] = (
     UnsupportedMediaTypeError,
     ValidationError,
     RateLimitError,
+    BudgetExceededError,
     UpstreamError,
     UpstreamTimeoutError,
     CircuitOpenError,

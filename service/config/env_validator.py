@@ -38,8 +38,13 @@ OPEN_TO_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 DATABASE_URL = re.compile(
     r"sqlite://(?:/(?P<path>[^?#]+))?|postgres(?:ql)?(?:\+psycopg)?://[^\s/?#]*/[^\s/?#]+(?:\?\S*)?"
 )
+VALKEY_URL = re.compile(r"(?:valkeys?|rediss?)://(?:[^\s/?#@]*@)?(?P<address>[^\s/?#@]+)(?:/[0-9]{0,4})?")
 NARROWEST_WARNED = {4: 24, 6: 64}
 """Length of the prefix, by the version of IP, below which a trusted network is warned about."""
+
+MAX_ISSUERS = 20
+MAX_ISSUER_CHARS = 200
+"""The name of an issuer's user holds the issuer, and has at most 256 characters."""
 
 MAX_REPEATS_CHARS = 1_024
 """Number of characters in which a repetition is looked for, which takes quadratic time."""
@@ -104,6 +109,9 @@ PER_PROCESS = (
     *("CACHE_MEMORY_BYTES", "CACHE_QUEUE_BYTES", "SPOOL_MAX_BYTES"),
 )
 """Limits that each worker process counts by itself."""
+
+SHARED = ("RATE_LIMIT", "LOGIN_FAILURES_PER_NAME", "LOGIN_FAILURES_PER_ADDRESS")
+"""Those of them that all processes count together where ``VALKEY_URL`` is set."""
 
 ARGON2_HASH = re.compile(r"\$argon2(id|i|d)\$v=\d+\$m=\d+,t=\d+,p=\d+\$[A-Za-z0-9+/]+\$[A-Za-z0-9+/]+")
 ARGON2_HASH_SIZES = frozenset({16, 20, 24, 32, 48, 64})
@@ -224,9 +232,11 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
                 f"({settings.shutdown_timeout_s:g}): it is a part of it."
             ),
         )
+    yield from _oidc_problems(settings)
     yield from _store_problems(settings)
     yield from _database_problems(settings)
     yield from _spool_problems(settings)
+    yield from _valkey_problems(settings)
 
 
 def _is_utf8(text: str) -> bool:
@@ -328,6 +338,57 @@ def _same_password(first: str, second: str) -> bool:
     return False
 
 
+def _oidc_problems(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Check the issuers, and what their tokens are compared with."""
+    issuers = settings.oidc_issuers
+    for issuer in issuers:
+        if problem := _issuer_problem(issuer):
+            yield "OIDC_ISSUERS", f"OIDC_ISSUERS has an entry that {problem}"
+    if len(set(issuers)) < len(issuers):
+        yield "OIDC_ISSUERS", "OIDC_ISSUERS names an issuer twice: list each once."
+    if len(issuers) > MAX_ISSUERS:
+        yield "OIDC_ISSUERS", f"OIDC_ISSUERS has {len(issuers)} entries; at most {MAX_ISSUERS} are allowed."
+    if settings.jwt_issuer in issuers:
+        yield (
+            "JWT_ISSUER",
+            "JWT_ISSUER must not be one of OIDC_ISSUERS: it names the tokens that this service signs itself.",
+        )
+    if issuers and not settings.oidc_audience:
+        yield (
+            "OIDC_AUDIENCE",
+            (
+                "OIDC_AUDIENCE must be set with OIDC_ISSUERS: the audience in tokens for this service. "
+                "Without it, tokens for any other program would be accepted."
+            ),
+        )
+    if bool(settings.oidc_admin_claim) != bool(settings.oidc_admin_values):
+        missing = "OIDC_ADMIN_VALUES" if settings.oidc_admin_claim else "OIDC_ADMIN_CLAIM"
+        yield missing, f"{missing} must be set too: OIDC_ADMIN_CLAIM and OIDC_ADMIN_VALUES need each other."
+
+
+def _issuer_problem(issuer: str) -> str:
+    """What is wrong with an issuer, as the end of a sentence; empty where nothing is."""
+    if not _is_utf8(issuer) or next(_url_problems("OIDC_ISSUERS", issuer), None) is not None:
+        # Not shown: it may hold a password.
+        return (
+            "is not the URL of an issuer: write it as the claim iss of its tokens has it, like "
+            "https://login.example.org, without user name, password, query and fragment."
+        )
+    if len(issuer) > MAX_ISSUER_CHARS:
+        return f"is longer than {MAX_ISSUER_CHARS} characters, which leaves no room for the name of a user."
+    url = urlsplit(issuer)
+    if url.scheme != "https" and not _is_loopback(url.hostname or ""):
+        return f"is not https: {issuer[:80]!r}. Others on the way could replace its keys, and so sign tokens."
+    return ""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _store_problems(settings: Settings) -> Iterator[tuple[str, str]]:
     """Check what the cache and its store require."""
     if settings.cache_semantic and not settings.embedding_model:
@@ -335,6 +396,12 @@ def _store_problems(settings: Settings) -> Iterator[tuple[str, str]]:
             "EMBEDDING_MODEL",
             "EMBEDDING_MODEL must be set when CACHE_SEMANTIC is on: the model that makes the vectors.",
         )
+    for name, number in (
+        ("QDRANT_SHARD_NUMBER", settings.qdrant_shard_number),
+        ("QDRANT_REPLICATION_FACTOR", settings.qdrant_replication_factor),
+    ):
+        if number and not settings.qdrant_url:
+            yield name, f"{name} needs a Qdrant server: set QDRANT_URL. The embedded store has no shards."
     if settings.workers > 1 and not settings.qdrant_url:
         yield (
             "WORKERS",
@@ -400,6 +467,27 @@ def _database_problems(settings: Settings) -> Iterator[tuple[str, str]]:
         )
     elif found["path"]:
         yield from _private_file_problems("DATABASE_URL", Path(found["path"]))
+
+
+def _valkey_problems(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Check the URL of the server that counts; it is not shown, as it may hold a password."""
+    value = settings.valkey_url.get_secret_value()
+    if not value or not _is_utf8(value):
+        return
+    found = VALKEY_URL.fullmatch(value)
+    try:
+        address = urlsplit(f"//{found['address']}") if found is not None else urlsplit("")
+        valid = bool(HOST.fullmatch(address.hostname or "")) and address.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        yield (
+            "VALKEY_URL",
+            (
+                "VALKEY_URL is not valid: write valkey://user:password@host:port/database, or valkeys:// for "
+                "TLS; redis:// and rediss:// mean the same. Write special characters of a password as %XX."
+            ),
+        )
 
 
 def _private_file_problems(name: str, path: Path) -> Iterator[tuple[str, str]]:
@@ -473,9 +561,12 @@ def _risks(settings: Settings) -> Iterator[str]:
                 "choose the client address that is limited and logged. List the addresses of your proxies."
             )
     if settings.workers > 1 and settings.qdrant_url:
+        shared = SHARED if settings.valkey_url.get_secret_value() else ()
+        names = ", ".join(name for name in PER_PROCESS if name not in shared)
+        remedy = "" if shared else f" VALKEY_URL lets them count {', '.join(SHARED)} together."
         yield (
             f"WORKERS={settings.workers} processes count by themselves. All together allow up to "
-            f"{settings.workers} times as much as these say: {', '.join(PER_PROCESS)}."
+            f"{settings.workers} times as much as these say: {names}.{remedy}"
         )
 
 

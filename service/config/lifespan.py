@@ -6,7 +6,8 @@ The order of the stop is written here.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 import anyio.to_thread
@@ -15,10 +16,17 @@ from opentelemetry.metrics import Histogram
 
 from service.cache.coalescing import Coalescing, NoCoalescing
 from service.cache.response_cache import BREAKER_FAILURES, BREAKER_S, open_cache, open_store
+from service.cache.store import Guard
 from service.config.logging import detach_bridge, drain_lines
 from service.config.settings import Settings
 from service.dependencies import AppServices, StreamTimes
-from service.identity.database import open_database
+from service.identity.accounts import Accounts
+from service.identity.callers import Callers
+from service.identity.changes import ChangeFeed
+from service.identity.database import DatabaseFailedError, open_database
+from service.identity.keys import ApiKeys, key_secret
+from service.identity.ledger import open_ledger, records_kept_s
+from service.identity.oidc import open_oidc
 from service.identity.response_owners import open_response_owners
 from service.identity.tokens import Authenticator
 from service.recording.recorder import open_recorder
@@ -27,6 +35,9 @@ from service.services.drain import Drain, drain_on_signal
 from service.services.generation import Generation
 from service.services.health_checker import HealthChecker, HealthSchedule
 from service.services.rate_limit import RateLimiter
+from service.services.replicas import connect_replicas
+from service.shared import counts as shared
+from service.shared.news import open_news
 from service.telemetry.events import emit
 from service.telemetry.names import EVENT_SHUTDOWN_COMPLETED, EVENT_SHUTDOWN_STEP
 from service.telemetry.providers import SCOPE, Telemetry
@@ -61,9 +72,9 @@ def lifespan_of(
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, AppServices]]]:
     """The app's lifespan; what it yields is the ASGI state of every request.
 
-    The stop runs the contexts below from the last one entered to the first: background work ends, the cache
-    is flushed, the vector store closed, the MLflow run finalized, the upstream client closed, telemetry
-    flushed.
+    The stop runs the contexts below from the last one entered to the first: background work ends, the
+    connections to Valkey are closed, the cache is flushed, the vector store closed, the MLflow run finalized,
+    the upstream client closed, telemetry flushed.
     """
 
     @asynccontextmanager
@@ -91,24 +102,53 @@ async def _open_services(
     database = await closing.enter(open_database(settings, instruments))
     responses = await closing.enter(open_response_owners(database))
     llm = await closing.enter(open_llm(settings, telemetry))
+    ledger = await closing.enter(
+        open_ledger(database, instruments, known=llm.known, records_kept_s=records_kept_s(settings))
+    )
     recorder = await closing.enter(
-        open_recorder(settings, telemetry), "Finalizing MLflow run...", FINALIZING_TIMEOUT_S
+        open_recorder(settings, telemetry, ledger), "Finalizing MLflow run...", FINALIZING_TIMEOUT_S
     )
     store = await closing.enter(open_store(settings), "Closing Qdrant connections...")
     cache = await closing.enter(
         open_cache(
             settings,
             telemetry,
-            store,
             llm,
-            lambda: health.check_now("qdrant"),
-            lambda name: CircuitBreaker(name, BREAKER_FAILURES, BREAKER_S, instruments),
+            store,
+            Guard(
+                lambda name: CircuitBreaker(name, BREAKER_FAILURES, BREAKER_S, instruments),
+                lambda: health.check_now("qdrant"),
+            ),
         ),
         "Flushing cache...",
     )
-    auth = await anyio.to_thread.run_sync(Authenticator, settings, instruments)
+    counts = await closing.enter(
+        shared.open_counts(
+            settings,
+            instruments,
+            lambda name: CircuitBreaker(name, shared.BREAKER_FAILURES, shared.BREAKER_S, instruments),
+            lambda: health.check_now(shared.DEPENDENCY),
+        ),
+        "Closing Valkey connections..." if settings.valkey_url.get_secret_value() else "",
+    )
+    news = await closing.enter(open_news(settings, instruments))
+    feed = ChangeFeed(database, settings.identity_stale_s)
+    keys = ApiKeys(database, key_secret(settings), feed)
+    accounts = Accounts(database, feed)
+    with suppress(DatabaseFailedError):
+        # So that the first request finds users and teams; if it fails, callers get 503 until it works.
+        await feed.poll()
+    make_auth = partial(
+        Authenticator,
+        settings,
+        instruments,
+        counts=counts,
+        is_disabled=lambda name: accounts.user(name).disabled,
+    )
+    auth = await anyio.to_thread.run_sync(make_auth)
+    oidc = await closing.enter(open_oidc(settings))
     health = HealthChecker(
-        {"qdrant": store.ping, "litellm": llm.ping, **recorder.pings},
+        {"qdrant": store.ping, "litellm": llm.ping, **recorder.pings, **oidc.pings, **counts.pings},
         HealthSchedule(settings.health_interval_s, settings.health_timeout_s, settings.health_ttl_s),
         instruments,
         telemetry.tracer_provider.get_tracer(SCOPE),
@@ -123,22 +163,37 @@ async def _open_services(
         recorder=recorder,
         on_unreachable=lambda: health.check_now("litellm"),
     )
+    callers = Callers(auth, keys, oidc, accounts, instruments.auth_attempts)
+    connect_replicas(news, callers, cache.admin, generation)
+    await news.catch_up()
     for work in (
         measure_lag(instruments.event_loop_lag),
         _keep_models_known(llm, settings.models_ttl_s),
         health.run(),
         responses.run(),
+        feed.run(),
+        keys.run(),
+        ledger.run(),
+        oidc.run(),
+        counts.run(),
+        news.run(),
         *(start() for start in cache.background),
     ):
         stack.callback(tasks.create_task(work).cancel)
     return AppServices(
         auth=auth,
+        callers=callers,
+        keys=keys,
+        accounts=accounts,
+        ledger=ledger,
         generation=generation,
         cache=cache.admin,
-        rate_limiter=RateLimiter(settings.rate_limit, instruments),
+        rate_limiter=RateLimiter(settings.rate_limit, instruments, counts),
         drain=drain,
         health=health,
-        health_required=frozenset(settings.health_required),
+        # With several issuers, each of them is required.
+        health_required=frozenset(settings.health_required)
+        | (oidc.pings.keys() if "oidc" in settings.health_required else frozenset()),
         stream_times=StreamTimes(keep_alive_s(settings), settings.stream_write_timeout_s),
         pass_litellm_fields=frozenset(settings.pass_litellm_fields),
         responses=responses,

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache
 from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any, TextIO
@@ -27,7 +27,7 @@ from opentelemetry import trace
 from opentelemetry.instrumentation.logging.handler import LoggingHandler
 from opentelemetry.sdk._logs import LoggerProvider
 
-from service.context import current_request
+from service.context import RequestContext, current_request
 
 MAX_TEXT_CHARS = 16_384
 """Maximum length of a string in a log record; the rest is cut off."""
@@ -108,9 +108,16 @@ def configure_logging(
             "formatters": {"json": {"()": JsonFormatter}},
             "handlers": handlers,
             "root": {"level": level, "handlers": list(handlers)},
+            # So that no record is made that ``RecordContext`` would refuse.
+            "loggers": {
+                **{name: {"level": "WARNING"} for name in REQUEST_LOGGERS},
+                **{name: {"level": "ERROR"} for name in PARSERS},
+            },
         }
     )
     logging.raiseExceptions = False
+    # No output shows them: https://docs.python.org/3/howto/logging.html#optimization
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # The bridge logs its own problems to a plain stderr handler; the root's JSON handler takes them instead.
     bridge = logging.getLogger(BRIDGE_LOGGER)
     bridge.handlers.clear()
@@ -136,8 +143,13 @@ def drain_lines() -> None:
 
 def timestamp(seconds: float | None = None) -> str:
     """Format a Unix time, by default the current time, as ISO 8601 in UTC with milliseconds and ``Z``."""
-    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+    whole, millis = divmod(int((time.time() if seconds is None else seconds) * 1000), 1000)
+    return f"{_second(whole)}.{millis:03d}Z"
+
+
+@lru_cache(maxsize=4)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 class RecordContext(logging.Filter):
@@ -165,13 +177,7 @@ class RecordContext(logging.Filter):
         fields.pop("color_message", None)
         request = current_request.get()
         if request is not None:
-            fields["request_id"] = request.request_id
-            # On every line, as the first ones of a request are written before it fails.
-            fields["incident_id"] = request.incident_id
-            if request.user is not None:
-                fields.setdefault("user", request.user)
-            if request.client_request_id is not None:
-                fields["client_request_id"] = request.client_request_id
+            _add_request(fields, request)
         if record.exc_info and record.exc_info[1] is not None:
             # asyncio logs the exception of a task that was never awaited when the task is garbage-collected,
             # in the context of an unrelated request.
@@ -183,6 +189,17 @@ class RecordContext(logging.Filter):
             fields.update(exception_fields(record.exc_info[1], with_messages=with_messages))
             record.exc_info = record.exc_text = None
         return True
+
+
+def _add_request(fields: dict[str, Any], request: RequestContext) -> None:
+    """Add the ids of a request, and who is calling."""
+    fields["request_id"] = request.request_id
+    # On every line, as the first ones of a request are written before it fails.
+    fields["incident_id"] = request.incident_id
+    if request.user is not None:
+        fields.setdefault("user", request.user)
+    if request.client_request_id is not None:
+        fields["client_request_id"] = request.client_request_id
 
 
 def exception_fields(error: BaseException, *, with_messages: bool) -> dict[str, str]:
@@ -306,7 +323,8 @@ class LineWriter:
             batch = [self._waiting.get()]
             time.sleep(BATCH_DELAY_S)
             with suppress(queue.Empty):
-                while True:
+                # Bounded, as more lines may come while these are taken.
+                while len(batch) < self._max_lines:
                     batch.append(self._waiting.get_nowait())
             data = "".join(text for text in batch if isinstance(text, str)).encode("utf-8", "replace")
             # With a full disk or a closed pipe the lines are lost and the process goes on.

@@ -4,13 +4,12 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import secrets
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import anyio.to_thread
 import argon2
@@ -21,8 +20,10 @@ from anyio import CapacityLimiter
 from service.config.settings import Settings
 from service.context import current_request
 from service.errors import AuthenticationError, OverloadedError, RateLimitError
+from service.identity.principal import Principal, Role, SignedOut
+from service.shared.counts import Counts, How, Limit, LocalCounts, Waited
 from service.telemetry.instruments import Instruments
-from service.utils.rates import Rate
+from service.utils.rates import Rate, Window
 
 ALGORITHM = "HS256"
 REQUIRED_CLAIMS = ["exp", "iat", "iss", "aud", "sub", "jti"]
@@ -50,17 +51,7 @@ COUNTER_SLOTS = 4_096
 MAX_CACHED_TOKENS = 4_096
 """Maximum number of verified tokens that are cached, by their hash, until they expire."""
 
-Role = Literal["admin", "user"]
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class User:
-    """A user of the service."""
-
-    username: str
-    role: Role
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,20 @@ class Session:
 
     token: str
     expires_in_s: int
-    user: User
+    user: Principal
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Tells the time, and waits.
+
+    Args:
+        now: Unix time in seconds.
+        sleep: Waits for a number of seconds.
+    """
+
+    now: Callable[[], float] = time.time
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
 
 class Authenticator:
@@ -84,43 +88,48 @@ class Authenticator:
     Args:
         settings: The users' passwords, the signing key, the lifetime of tokens, the limits on sign-ins.
         instruments: Counts sign-ins.
-        now: Unix time in seconds.
-        sleep: Waits for a number of seconds.
+        clock: Tells the time, and waits.
+        counts: Where failures are counted; without, in this process's memory.
+        is_disabled: Whether a user may not sign in, whatever the password.
     """
 
     def __init__(
         self,
         settings: Settings,
         instruments: Instruments,
-        now: Callable[[], float] = time.time,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Clock | None = None,
+        *,
+        counts: Counts | None = None,
+        is_disabled: Callable[[str], bool] = lambda _username: False,
     ) -> None:
         self._settings = settings
         self._attempts = instruments.auth_attempts
         self._rejected = instruments.requests_rejected
-        self._now = now
+        clock = clock or Clock()
+        self._now = clock.now
         self._key = settings.jwt_secret_key.get_secret_value()
         self._hasher = argon2.PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)
         passwords = (
-            (User("admin", "admin"), settings.auth_admin_password.get_secret_value()),
-            (User("user", "user"), settings.auth_user_password.get_secret_value()),
+            (Principal("admin", "admin"), settings.auth_admin_password.get_secret_value()),
+            (Principal("user", "user"), settings.auth_user_password.get_secret_value()),
         )
         self._users = {user.username: (user, self._hash(password)) for user, password in passwords}
         # Of the configured value: the hash of a plain password is another one in each process.
         self._fingerprints = {
             user.username: self._fingerprint(user, password) for user, password in passwords
         }
-        self._verified: cachetools.LRUCache[bytes, tuple[float, User]] = cachetools.LRUCache(
+        self._verified: cachetools.LRUCache[bytes, tuple[float, Principal]] = cachetools.LRUCache(
             MAX_CACHED_TOKENS
         )
         self._strangers = _Queue(HASHING_THREADS)
         self._proven = _Queue(1)
-        self._sleep = sleep
-        self._limits = _SignInLimits(settings)
+        self._sleep = clock.sleep
+        self._is_disabled = is_disabled
+        self._limits = _SignInLimits(settings, counts or LocalCounts())
         self._revoked: dict[str, dict[str, float]] = {}
         self._valid_from: dict[str, int] = {}
 
-    def _fingerprint(self, user: User, password: str) -> str:
+    def _fingerprint(self, user: Principal, password: str) -> str:
         said = f"{user.username}\0{password}".encode()
         return hmac.new(self._key.encode(), said, hashlib.sha256).hexdigest()[:FINGERPRINT_CHARS]
 
@@ -142,8 +151,10 @@ class Authenticator:
             OverloadedError: Too many sign-ins are waiting.
             RateLimitError: Too many attempts from this address, or failures for this name from it.
         """
-        self._refuse_beyond(await self._limits.arrive(username, address))
-        if await self._limits.is_attacked(username, address):
+        waited = Waited()
+        arrival = await self._limits.arrive(username, address, waited)
+        self._refuse_beyond(arrival.wait_s)
+        if arrival.is_attacked:
             await self._sleep(DELAY_S)
         queue = self._proven if self._limits.is_proven(username, address) else self._strangers
         if not queue.enter(address):
@@ -152,24 +163,36 @@ class Authenticator:
         try:
             async with queue.threads:
                 # Again, so that parallel attempts can exceed the limit by at most one per thread.
-                self._refuse_beyond(await self._limits.wait_s(username, address))
+                self._refuse_beyond(await self._limits.wait_s(username, address, waited))
                 user = await anyio.to_thread.run_sync(self._matching_user, username, password)
+                if user is not None and self._is_disabled(username):
+                    user = None
                 if user is None:
-                    await self._limits.failed(username, address)
+                    await self._limits.failed(username, address, waited)
         finally:
             queue.leave(address)
         if user is None:
-            self._attempts.add(1, {"outcome": "wrong_credentials"})
+            self._attempts.add(1, {"method": "password", "outcome": "wrong_credentials"})
             # The name is not logged: users sometimes type the password into the wrong field.
             logger.warning("login_failed")
             raise AuthenticationError("The user name or the password is wrong.")
         self._limits.succeeded(username, address)
-        self._attempts.add(1, {"outcome": "success"})
+        self._attempts.add(1, {"method": "password", "outcome": "success"})
         request = current_request.get()
         if request is not None:
             request.user = user.username
         logger.info("login_succeeded", extra={"user": user.username})
         return self._session(user)
+
+    @property
+    def usernames(self) -> Sequence[str]:
+        """The names of the built-in users."""
+        return list(self._users)
+
+    def role_of(self, username: str) -> Role | None:
+        """The role of a built-in user; None for any other name."""
+        found = self._users.get(username)
+        return None if found is None else found[0].role
 
     def has_signed_in(self, address: str) -> bool:
         """Whether anybody has signed in from an address since the process started."""
@@ -177,33 +200,41 @@ class Authenticator:
 
     def _refuse_beyond(self, wait_s: float | None) -> None:
         if wait_s is not None:
-            self._attempts.add(1, {"outcome": "rate_limited"})
+            self._attempts.add(1, {"method": "password", "outcome": "rate_limited"})
             logger.warning("login_rate_limited")
             raise RateLimitError(
                 "Too many sign-ins. Wait for the seconds in Retry-After, then try again.",
                 retry_after_s=wait_s,
             )
 
-    def logout(self, token: str) -> None:
+    def logout(self, token: str) -> SignedOut:
         """Refuse a token from now on; other tokens of the user stay valid.
 
         Raises:
             AuthenticationError: The token is not valid.
         """
         until_s, user, claims = self._verify(token)
+        signed_out = SignedOut("token", user.username, claims["jti"], until_s)
+        self.refuse(signed_out)
+        logger.info("logout_succeeded", extra={"user": user.username})
+        return signed_out
+
+    def refuse(self, signed_out: SignedOut) -> None:
+        """Refuse a token that was signed out, here or in another process."""
+        if signed_out.user not in self._users:
+            return
         now_s = self._now()
-        revoked = self._revoked.setdefault(user.username, {})
+        revoked = self._revoked.setdefault(signed_out.user, {})
         for jti in [jti for jti, ended_s in revoked.items() if ended_s < now_s]:
             del revoked[jti]
         if len(revoked) >= MAX_REVOKED:
             # What cannot be remembered one by one is refused as a whole.
-            self._valid_from[user.username] = int(now_s) + 1
+            self._valid_from[signed_out.user] = int(now_s) + 1
             revoked.clear()
-        revoked[claims["jti"]] = until_s
+        revoked[signed_out.token] = signed_out.until_s
         self._verified.clear()
-        logger.info("logout_succeeded", extra={"user": user.username})
 
-    def _matching_user(self, username: str, password: str) -> User | None:
+    def _matching_user(self, username: str, password: str) -> Principal | None:
         found = None
         for user, expected in self._users.values():
             # Both are always checked, so that the time tells nothing about either.
@@ -216,7 +247,7 @@ class Authenticator:
                 found = user
         return found
 
-    def _session(self, user: User) -> Session:
+    def _session(self, user: Principal) -> Session:
         issued = int(self._now())
         token = jwt.encode(
             {
@@ -234,7 +265,7 @@ class Authenticator:
         )
         return Session(token, self._settings.jwt_ttl_s, user)
 
-    def identify(self, token: str) -> User:
+    def identify(self, token: str) -> Principal:
         """Verify a token and return its user.
 
         The role is the user's current one; the token's claim is not used. A verified token is cached until it
@@ -254,7 +285,7 @@ class Authenticator:
         self._verified[digest] = until_s, user
         return user
 
-    def _verify(self, token: str) -> tuple[float, User, dict[str, Any]]:
+    def _verify(self, token: str) -> tuple[float, Principal, dict[str, Any]]:
         """Return the time when a token expires, leeway included, its user and its claims."""
         try:
             claims = jwt.decode(
@@ -309,24 +340,34 @@ class _Queue:
             del self._waiting[address]
 
 
+@dataclass(frozen=True)
+class _Arrival:
+    """What the limits say about an attempt: the seconds to wait, None for none, and whether to delay it."""
+
+    wait_s: float | None
+    is_attacked: bool = False
+
+
 class _SignInLimits:
     """Limits sign-ins so that a stranger slows down their own address, and not the owner of a name.
 
     Every attempt counts for its address, and failures for the name and the address together; beyond either
     limit the address waits. An address that has signed in to a name has, for this name, a limit of its own on
     failures instead of both. Failures for a name from all addresses together only delay the next attempts
-    from addresses that have not signed in to it.
+    from addresses that have not signed in to it. Which addresses have is known by each process for itself.
 
-    The number of counters is fixed. Keys that share a counter share its limit; the mapping depends on a
-    random key of the process, so that an attacker cannot choose one that blocks another.
+    The number of counters is fixed. Keys that share a counter share its limit; the mapping depends on the
+    signing key, which the replicas share, so that an attacker cannot choose one that blocks another.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, counts: Counts) -> None:
+        self._counts = counts
         self._addresses = Rate(settings.login_failures_per_address)
         self._proven_pairs = Rate(settings.login_failures_per_address)
         self._pairs = Rate(settings.login_failures_per_name)
         self._names = Rate(settings.login_failures_per_name)
-        self._key = secrets.token_bytes(16)
+        secret = settings.jwt_secret_key.get_secret_value().encode()
+        self._key = hashlib.blake2b(secret, digest_size=32, person=b"sign-in limits").digest()
         self._proven: cachetools.LRUCache[bytes, bool] = cachetools.LRUCache(COUNTER_SLOTS)
         self._known: cachetools.LRUCache[bytes, bool] = cachetools.LRUCache(COUNTER_SLOTS)
 
@@ -344,31 +385,42 @@ class _SignInLimits:
         """Whether this address knew the password of any name."""
         return self._digest(address) in self._known
 
-    async def arrive(self, username: str, address: str) -> float | None:
-        """Count an attempt; return the seconds until one is allowed, None where this one is."""
-        if not self.is_proven(username, address):
-            slot = self._slot(address)
-            if not await self._addresses.hit(slot):
-                return max(1.0, (await self._addresses.window(slot)).reset_s)
-        return await self.wait_s(username, address)
+    def _pair(self, username: str, address: str, how: How) -> Limit:
+        slot = self._slot(username, address)
+        if self.is_proven(username, address):
+            return Limit(self._proven_pairs, f"sign-in proven {slot}", how)
+        return Limit(self._pairs, f"sign-in pair {slot}", how)
 
-    async def wait_s(self, username: str, address: str) -> float | None:
+    def _name(self, username: str, how: How) -> Limit:
+        return Limit(self._names, f"sign-in name {self._slot(username)}", how)
+
+    async def arrive(self, username: str, address: str, waited: Waited | None = None) -> _Arrival:
+        """Count an attempt; return whether it is allowed."""
+        if self.is_proven(username, address):
+            return _Arrival(await self.wait_s(username, address, waited))
+        of_address = Limit(self._addresses, f"sign-in address {self._slot(address)}")
+        limits = [of_address, self._pair(username, address, "look"), self._name(username, "look")]
+        counted = await self._counts.count(limits, waited)
+        address_window, pair_window, name_window = counted.windows
+        wait_s = _wait_s(pair_window) if counted.allowed else max(1.0, address_window.reset_s)
+        return _Arrival(wait_s, is_attacked=name_window.remaining == 0)
+
+    async def wait_s(self, username: str, address: str, waited: Waited | None = None) -> float | None:
         """Return the seconds until the address is allowed to try the name again; None if it is now."""
-        rate = self._proven_pairs if self.is_proven(username, address) else self._pairs
-        slot = self._slot(username, address)
-        return None if await rate.test(slot) else max(1.0, (await rate.window(slot)).reset_s)
+        counted = await self._counts.count([self._pair(username, address, "look")], waited)
+        return _wait_s(counted.windows[0])
 
-    async def is_attacked(self, username: str, address: str) -> bool:
-        """Whether the name had too many failures, and the address has not signed in to it."""
-        return not self.is_proven(username, address) and not await self._names.test(self._slot(username))
-
-    async def failed(self, username: str, address: str) -> None:
+    async def failed(self, username: str, address: str, waited: Waited | None = None) -> None:
         """Count a failed sign-in."""
-        slot = self._slot(username, address)
-        await (self._proven_pairs if self.is_proven(username, address) else self._pairs).hit(slot)
-        await self._names.hit(self._slot(username))
+        await self._counts.count(
+            [self._pair(username, address, "alone"), self._name(username, "alone")], waited
+        )
 
     def succeeded(self, username: str, address: str) -> None:
         """Remember that this address knows the password of this name."""
         self._proven[self._digest(username, address)] = True
         self._known[self._digest(address)] = True
+
+
+def _wait_s(window: Window) -> float | None:
+    return None if window.remaining else max(1.0, window.reset_s)

@@ -43,8 +43,8 @@ UNKNOWN_PATH: Final = (
 ALLOWED: Final[Mapping[str, str]] = {
     f"{OPENAI_PREFIX}{path}": ", ".join(sorted(row.method for row in OPERATIONS.values() if row.path == path))
     for path in {row.path for row in OPERATIONS.values()}
-}
-"""The methods of each path of the operations; the router knows only those of the first of a path's routes."""
+} | {"/keys": "GET, POST"}
+"""The methods of paths with several; the router knows only those of the first of a path's routes."""
 
 ANTHROPIC_TYPES: Final[Mapping[int, str]] = {
     **dict.fromkeys((400, 405, 408, 415, 422), "invalid_request_error"),

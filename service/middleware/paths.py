@@ -9,8 +9,7 @@ from typing import Final
 
 from starlette.types import Scope
 
-DEPLOYMENT: Final = "llmops.deployment"
-"""Key in the scope: the model that an Azure client names in the path."""
+from service.context import DEPLOYMENT
 
 SLASHES: Final = re.compile(r"/{2,}")
 REPEATED: Final = re.compile(r"^(?:/v1){2,}(?=/|$)")

@@ -14,20 +14,20 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.asgi import asgi_getter
 from opentelemetry.propagate import extract
+from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDUSER_ID
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.context import CallFacts, RequestContext, current_request
 from service.middleware.errors import is_anthropic_path
-from service.telemetry.names import ATTR_CLIENT_REQUEST_ID, ATTR_INCIDENT_ID
+from service.telemetry.names import ATTR_CLIENT_REQUEST_ID, ATTR_INCIDENT_ID, ATTR_KEY_ID, ATTR_TEAM
 from service.telemetry.providers import PROBES
 
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 """Accepted values of a caller's ``X-Request-ID``. They appear in logs, from where people copy them into
 shells, so other values are ignored."""
 
-RATE_POLICY = "per-user"
 TRACE_HEADERS = frozenset({b"traceparent", b"tracestate", b"baggage"})
 
 logger = logging.getLogger(__name__)
@@ -113,8 +113,8 @@ def _add_fields(headers: MutableHeaders, request: RequestContext) -> None:
     """
     rate, call = request.rate, request.call
     if rate is not None:
-        headers["RateLimit-Policy"] = f'"{RATE_POLICY}";q={rate.quota};w={rate.window_s}'
-        headers["RateLimit"] = f'"{RATE_POLICY}";r={rate.remaining};t={rate.reset_s}'
+        headers["RateLimit-Policy"] = f'"{rate.policy}";q={rate.quota};w={rate.window_s}'
+        headers["RateLimit"] = f'"{rate.policy}";r={rate.remaining};t={rate.reset_s}'
     if call is not None:
         headers["X-LLM-Attempts"] = str(call.attempts)
         headers["X-Cache"] = call.cache.upper()
@@ -143,6 +143,13 @@ def _log_completed(scope: Scope, request: RequestContext, status: int | None, du
     if status is not None:
         fields["http.response.status_code"] = status
     fields["duration_s"] = round(duration_s, 6)
+    if request.user is not None:
+        # On this line only, since each field of every line costs time; the trace id leads here from the rest.
+        fields[ENDUSER_ID] = request.user
+        if request.team is not None:
+            fields[ATTR_TEAM] = request.team
+        if request.key_id is not None:
+            fields[ATTR_KEY_ID] = request.key_id
     if request.error is not None:
         fields["error"] = request.error
     level = logging.DEBUG if scope["path"] in PROBES else logging.INFO

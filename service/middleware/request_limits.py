@@ -18,7 +18,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.config.settings import Settings
-from service.dependencies import services_of, token_of
+from service.dependencies import CALLER, identify, services_of
 from service.errors import (
     AuthenticationError,
     BadRequestError,
@@ -91,10 +91,11 @@ class RequestLimitsMiddleware:
         self._own = _BodyLimit(settings.max_body_bytes, "MAX_BODY_BYTES")
         self._v1 = _BodyLimit(settings.max_v1_body_bytes, "MAX_V1_BODY_BYTES")
         self._upload = _BodyLimit(settings.max_upload_bytes, "MAX_UPLOAD_BYTES")
-        self._held = _BodyLimit(
+        held = _BodyLimit(
             settings.max_v1_body_bytes, "MAX_V1_BODY_BYTES for what stands before the field model"
         )
-        self._body_timeout_s = settings.request_body_timeout_s
+        self._read_first = _Arriving(settings.request_body_timeout_s, None)
+        self._passed_on = _Arriving(settings.request_body_timeout_s, held)
         self._capacity = _Capacity(settings, instruments)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,9 +103,7 @@ class RequestLimitsMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        capacity = self._capacity
-        held = self._held if scope["path"] in UPLOADS else None
-        exchange = _Exchange(scope, receive, send, capacity, self._body_timeout_s, held)
+        exchange = _Exchange(scope, receive, send, self._capacity, self._arriving(scope))
         if scope["path"] in PROBES:
             await self._app(scope, receive, exchange.send)
             return
@@ -113,7 +112,7 @@ class RequestLimitsMiddleware:
         limit = self._limit(scope)
         try:
             limit.check(exchange.declared_bytes)
-            exchange.arrive()
+            await exchange.arrive()
         except ServiceError as error:
             exchange.leave()
             await error_response(error, scope)(scope, receive, exchange.send)
@@ -122,6 +121,9 @@ class RequestLimitsMiddleware:
             await self._app(scope, partial(exchange.receive, limit), exchange.send)
         finally:
             exchange.leave()
+
+    def _arriving(self, scope: Scope) -> "_Arriving":
+        return self._passed_on if scope["path"] in UPLOADS else self._read_first
 
     def _limit(self, scope: Scope) -> "_BodyLimit":
         if scope["path"] == LOGIN:
@@ -224,6 +226,19 @@ def pass_body_on(scope: Scope) -> None:
     scope[BODY].pass_on()
 
 
+@dataclass(frozen=True, slots=True)
+class _Arriving:
+    """Limits of a body while it arrives.
+
+    Args:
+        timeout_s: Seconds, without those that its size adds.
+        held: Of a body that is passed on as it arrives: the limit of what is held before; else None.
+    """
+
+    timeout_s: float
+    held: _BodyLimit | None
+
+
 class _Exchange:
     """The ASGI ``receive`` and ``send`` of one request, and the places that it holds.
 
@@ -236,25 +251,18 @@ class _Exchange:
         receive: The server's ``receive``.
         send: The server's ``send``.
         capacity: Where the request is counted.
-        body_timeout_s: Time limit of the body.
-        held: Of a body that is passed on as it arrives: the limit of what is held before; else None.
+        arriving: Limits of the body while it arrives.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - the server's three, and what limits them
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        capacity: _Capacity,
-        body_timeout_s: float,
-        held: _BodyLimit | None,
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, capacity: _Capacity, arriving: _Arriving
     ) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
         self._capacity = capacity
-        self._body_until_s = asyncio.get_running_loop().time() + body_timeout_s
-        self._held_limit = held
+        self._body_until_s = asyncio.get_running_loop().time() + arriving.timeout_s
+        self._held_limit = arriving.held
         self._passed_on_s: float | None = None
         self._closes = False
         self._holder = ""
@@ -271,21 +279,16 @@ class _Exchange:
         self.declared_bytes = int(length) if length.isdigit() else 0
         self.body_pending = chunked or length != b"0"
 
-    def arrive(self) -> None:
-        """Count the request: as arriving while its body is, else as in flight.
+    async def arrive(self) -> None:
+        """Find out who is calling, and count the request: as arriving while its body is, else as in flight.
 
         Raises:
             AuthenticationError: The request has a body, no valid token, and does not sign in.
             OverloadedError: Too many requests of the caller, or in all.
         """
         scope, capacity = self._scope, self._capacity
-        user = None
-        token = token_of(scope)
-        if token is not None:
-            try:
-                user = services_of(scope).auth.identify(token).username
-            except AuthenticationError:
-                user = None
+        caller = await identify(scope)
+        user = caller.username if caller is not None else None
         self._holder = f"user {user}" if user is not None else f"address {address_of(scope)}"
         if scope["method"] in WITHOUT_BODY or not self.body_pending:
             self._admit(capacity.short if user is not None else capacity.public)
@@ -293,7 +296,8 @@ class _Exchange:
             known = services_of(scope).auth.has_signed_in(address_of(scope))
             self._take(capacity.signing_in_again if known else capacity.signing_in)
         elif user is None:
-            raise AuthenticationError
+            # Says why, where something was sent.
+            raise scope.get(CALLER) or AuthenticationError
         else:
             self._take(capacity.arriving)
         if self._held_limit is None:

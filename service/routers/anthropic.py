@@ -5,7 +5,7 @@ import json
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.dependencies import ModelCallDep
+from service.dependencies import FreeCallDep, ModelCallDep
 from service.errors import ServiceError
 from service.middleware.errors import OPENAI_PREFIX, anthropic_error_body
 from service.routers.calls import CALL_ERRORS, call_operation
@@ -60,6 +60,6 @@ async def messages(request: Request, call: ModelCallDep) -> Response:
     responses={200: TOKENS_ANSWER, **anthropic_errors(*CALL_ERRORS)},
     openapi_extra={"requestBody": TOKENS_REQUEST},
 )
-async def count_tokens(request: Request, call: ModelCallDep) -> Response:
+async def count_tokens(request: Request, call: FreeCallDep) -> Response:
     """The number of tokens that a message's request would have."""
     return await call_operation(request, call, "count_tokens", lambda _body: MessagesFormat())

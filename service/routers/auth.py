@@ -1,12 +1,17 @@
 """Sign-in with name and password, and the identity behind a token."""
 
+import time
+from datetime import UTC, datetime
+
 from fastapi import APIRouter, Request
 
 from service.dependencies import CurrentUser, ServicesDep, token_of
 from service.errors import (
     AuthenticationError,
+    DependencyUnavailableError,
     OverloadedError,
     PayloadTooLargeError,
+    PermissionDeniedError,
     RateLimitError,
     RequestTimeoutError,
     UnsupportedMediaTypeError,
@@ -14,7 +19,17 @@ from service.errors import (
 )
 from service.middleware.request_limits import address_of
 from service.routers.bodies import JsonRoute
-from service.routers.schemas import LoginRequest, LoginResponse, UserBody, errors
+from service.routers.schemas import (
+    BudgetLeft,
+    LoginRequest,
+    LoginResponse,
+    MeBody,
+    RateLeft,
+    UserBody,
+    errors,
+)
+
+UNAVAILABLE = (DependencyUnavailableError, OverloadedError)
 
 router = APIRouter(prefix="/auth", tags=["auth"], route_class=JsonRoute)
 
@@ -43,13 +58,40 @@ async def login(body: LoginRequest, request: Request, services: ServicesDep) -> 
     )
 
 
-@router.post("/logout", status_code=204, responses=errors(AuthenticationError, OverloadedError))
-async def logout(_user: CurrentUser, request: Request, services: ServicesDep) -> None:
-    """Sign the token out; it is refused from then on."""
-    services.auth.logout(token_of(request.scope) or "")
+@router.post(
+    "/logout", status_code=204, responses=errors(AuthenticationError, PermissionDeniedError, *UNAVAILABLE)
+)
+async def logout(user: CurrentUser, request: Request, services: ServicesDep) -> None:
+    """Sign the token out; it is refused from then on. `DELETE /keys/{id}` ends an API key."""
+    if user.method == "key":
+        raise PermissionDeniedError("An API key cannot be signed out. DELETE /keys/{id} ends it.")
+    await services.callers.sign_out(token_of(request.scope) or "")
 
 
-@router.get("/me", responses=errors(AuthenticationError, OverloadedError))
-async def me(user: CurrentUser) -> UserBody:
-    """The user that the token belongs to."""
-    return UserBody(username=user.username, role=user.role)
+@router.get("/me", responses=errors(AuthenticationError, *UNAVAILABLE))
+async def me(user: CurrentUser, services: ServicesDep) -> MeBody:
+    """The caller, what they may do, and what is left of it."""
+    rate = await services.rate_limiter.nearest(user)
+    budgets = await services.ledger.budgets.states(user)
+    nearest = max(budgets, key=lambda state: state.share, default=None)
+    now_s = time.time()
+    return MeBody(
+        username=user.username,
+        role=user.role,
+        team=user.team,
+        key=user.key_id,
+        models=None if user.models is None else sorted(user.models),
+        rate=RateLeft(
+            limit=rate.rate, left=rate.left, renews_at=datetime.fromtimestamp(now_s + rate.reset_s, UTC)
+        ),
+        budget=None
+        if nearest is None
+        else BudgetLeft(
+            limit=nearest.budget.amount,
+            spent=nearest.spent,
+            left=nearest.left,
+            unit=nearest.budget.unit,
+            period=nearest.budget.period,
+            renews_at=datetime.fromtimestamp(nearest.renews_at, UTC),
+        ),
+    )

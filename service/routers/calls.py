@@ -9,13 +9,16 @@ from typing import Any, Final
 from fastapi import Request
 from starlette.responses import Response
 
+from service.context import DEPLOYMENT
 from service.dependencies import ModelCall
 from service.errors import (
     AuthenticationError,
     BadRequestError,
+    BudgetExceededError,
     CircuitOpenError,
     OverloadedError,
     PayloadTooLargeError,
+    PermissionDeniedError,
     RateLimitError,
     RequestTimeoutError,
     ShuttingDownError,
@@ -24,7 +27,6 @@ from service.errors import (
     UpstreamTimeoutError,
     ValidationError,
 )
-from service.middleware.paths import DEPLOYMENT
 from service.routers.bodies import MAX_VALUES, json_content, read_json, refuse
 from service.routers.forms import read_form
 from service.routers.schemas import MODEL_NAME
@@ -42,7 +44,8 @@ JSON: Final = "application/json"
 ALWAYS = (AuthenticationError, BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError)
 UNAVAILABLE = (OverloadedError, ShuttingDownError)
 CALL_ERRORS = (
-    *(*ALWAYS, RequestTimeoutError, PayloadTooLargeError, UnsupportedMediaTypeError, ValidationError),
+    *(*ALWAYS, PermissionDeniedError, BudgetExceededError),
+    *(RequestTimeoutError, PayloadTooLargeError, UnsupportedMediaTypeError, ValidationError),
     *(CircuitOpenError, *UNAVAILABLE),
 )
 

@@ -9,9 +9,11 @@ from service.dependencies import ModelCallDep, ModelCaller, ServicesDep
 from service.errors import (
     AuthenticationError,
     BadRequestError,
+    BudgetExceededError,
     CircuitOpenError,
     OverloadedError,
     PayloadTooLargeError,
+    PermissionDeniedError,
     RateLimitError,
     RequestTimeoutError,
     ServiceError,
@@ -40,6 +42,7 @@ from service.utils.disconnect import cancel_on_disconnect
 router = APIRouter(prefix="/llm", tags=["llm"], route_class=JsonRoute)
 
 UPSTREAM_ERRORS = (BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError)
+REFUSED = (AuthenticationError, PermissionDeniedError, BudgetExceededError)
 BODY_ERRORS = (RequestTimeoutError, PayloadTooLargeError, UnsupportedMediaTypeError, ValidationError)
 UNAVAILABLE = (OverloadedError, ShuttingDownError)
 
@@ -73,7 +76,9 @@ class GenerateFormat:
     response_model=GenerateResponse,
     responses={
         200: GENERATED,
-        **errors(AuthenticationError, *BODY_ERRORS, *UPSTREAM_ERRORS, CircuitOpenError, *UNAVAILABLE),
+        **errors(
+            AuthenticationError, *REFUSED, *BODY_ERRORS, *UPSTREAM_ERRORS, CircuitOpenError, *UNAVAILABLE
+        ),
     },
 )
 async def generate(
@@ -97,7 +102,7 @@ async def generate(
 
 
 @router.get("/models", responses=errors(AuthenticationError, *UPSTREAM_ERRORS, *UNAVAILABLE))
-async def models(_user: ModelCaller, services: ServicesDep) -> ModelsResponse:
-    """The models that LiteLLM offers."""
-    listed = await services.generation.models()
+async def models(user: ModelCaller, services: ServicesDep) -> ModelsResponse:
+    """The models that LiteLLM offers, and the caller may ask."""
+    listed = (await services.generation.models()).only(user.models)
     return ModelsResponse(models=list(listed.names), default_model=services.generation.default_model)

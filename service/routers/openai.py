@@ -336,9 +336,10 @@ async def embeddings(request: Request, call: ModelCallDep) -> Response:
 @router.get(
     "/models", response_class=Response, responses={200: MODELS, **openai_errors(*ALWAYS, *UNAVAILABLE)}
 )
-async def models(_user: ModelCaller, services: ServicesDep) -> Response:
-    """The models on offer, as the upstream lists them."""
-    return Response((await services.generation.models()).content, media_type=JSON)
+async def models(user: ModelCaller, services: ServicesDep) -> Response:
+    """The models on offer, as the upstream lists them; those that the caller may ask."""
+    listed = (await services.generation.models()).only(user.models)
+    return Response(listed.content, media_type=JSON)
 
 
 @router.get(
@@ -346,9 +347,9 @@ async def models(_user: ModelCaller, services: ServicesDep) -> Response:
     response_class=Response,
     responses={200: MODEL, **openai_errors(*ALWAYS, NotFoundError, ValidationError, *UNAVAILABLE)},
 )
-async def model(model: str, _user: ModelCaller, services: ServicesDep) -> Response:
-    """One of the models on offer."""
-    entry = (await services.generation.models()).entries.get(model)
+async def model(model: str, user: ModelCaller, services: ServicesDep) -> Response:
+    """One of the models on offer, if the caller may ask it."""
+    entry = (await services.generation.models()).only(user.models).entries.get(model)
     if entry is None:
         raise NotFoundError(
             "There is no such model. GET /v1/models lists them.", param="model", code="model_not_found"

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from service.dependencies import ModelCall, ModelCallDep, only_query
+from service.dependencies import FreeCallDep, ModelCall, ModelCallDep, only_query
 from service.errors import (
     BadRequestError,
     CircuitOpenError,
@@ -108,6 +108,9 @@ async def responses(request: Request, call: ModelCallDep) -> Response:
     """
     services = call.services
     body = await read_request(request, call, "responses")
+    if body.fields.get("background") and any(own.limits.budget for own in call.user.limits):
+        # It is answered before it has cost anything, and tells its cost only if somebody asks for it.
+        refuse("background", "is not possible with a budget, which could not count it")
     await _check_previous(body, call)
     await _check_items(body, call)
     asked = body.as_request(request, call, "responses")
@@ -238,7 +241,7 @@ async def _keeping(
 async def get_response(
     response_id: str,
     request: Request,
-    call: ModelCallDep,
+    call: FreeCallDep,
     _query: Annotated[None, Depends(only_query(*INCLUDE, *STREAM_QUERY, API_VERSION, repeatable=INCLUDE))],
 ) -> Response:
     """A stored response of the caller's own; one that was made with `background` is polled here.
@@ -258,7 +261,7 @@ async def get_response(
 async def delete_response(
     response_id: str,
     request: Request,
-    call: ModelCallDep,
+    call: FreeCallDep,
     _query: Annotated[None, Depends(only_query(API_VERSION))],
 ) -> Response:
     """Delete a stored response of the caller's own."""
@@ -281,7 +284,7 @@ async def delete_response(
 async def cancel_response(
     response_id: str,
     request: Request,
-    call: ModelCallDep,
+    call: FreeCallDep,
     _query: Annotated[None, Depends(only_query(API_VERSION))],
 ) -> Response:
     """Cancel a response of the caller's own that is made in the background."""
@@ -299,7 +302,7 @@ async def cancel_response(
 async def list_input_items(
     response_id: str,
     request: Request,
-    call: ModelCallDep,
+    call: FreeCallDep,
     _query: Annotated[
         None,
         Depends(only_query(*INCLUDE, API_VERSION, "after", "before", "limit", "order", repeatable=INCLUDE)),

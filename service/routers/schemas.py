@@ -5,6 +5,7 @@ Only the fields that this service reads are documented here.
 """
 
 import json
+from datetime import date, datetime
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -18,6 +19,7 @@ from pydantic import (
 )
 
 from service.errors import InternalError, MethodNotAllowedError, ServiceError
+from service.identity.principal import MAX_NAME_CHARS, Budget, Limits, checked_name, checked_rate
 from service.services.call_report import CallOutcome
 from service.upstream.messages import Completion, LlmRequest, to_json
 
@@ -89,6 +91,200 @@ class LoginResponse(BaseModel):
     token_type: Literal["bearer"] = "bearer"  # noqa: S105 - a kind of token, not one
     expires_in: int
     user: UserBody
+
+
+Name = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS), AfterValidator(checked_name)]
+RateText = Annotated[str, AfterValidator(checked_rate)]
+
+
+class BudgetBody(Inbound):
+    """What may be spent in a period."""
+
+    amount: float = Field(ge=0, le=1e12, allow_inf_nan=False, description="US dollars, or tokens.")
+    unit: Literal["usd", "tokens"]
+    period: Literal["day", "month"]
+
+
+class LimitsBody(Inbound):
+    """What a key, a user or a team may do; null where there is no limit."""
+
+    models: Annotated[list[ModelName], Field(min_length=1, max_length=200)] | None = None
+    rate: RateText | None = Field(None, examples=["60/minute"])
+    budget: BudgetBody | None = None
+
+
+class TeamSettings(LimitsBody):
+    """What a team may do."""
+
+
+class UserSettings(LimitsBody):
+    """What a user may do, and to which team their calls belong."""
+
+    team: Name | None = None
+    disabled: bool = Field(default=False, description="Refuses all of the user's tokens and keys.")
+
+
+def limits_of(body: LimitsBody) -> Limits:
+    """The limits that a body sets."""
+    budget = body.budget
+    return Limits(
+        None if body.models is None else tuple(body.models),
+        body.rate,
+        None if budget is None else Budget(budget.amount, budget.unit, budget.period),
+    )
+
+
+def shown_limits(limits: Limits) -> dict[str, Any]:
+    """Limits as a body shows them."""
+    budget = limits.budget
+    return {
+        "models": None if limits.models is None else list(limits.models),
+        "rate": limits.rate,
+        "budget": None
+        if budget is None
+        else {"amount": budget.amount, "unit": budget.unit, "period": budget.period},
+    }
+
+
+class SpentBody(BaseModel):
+    """What was spent of a budget, in its unit; null without a budget."""
+
+    spent: float | None
+    left: float | None
+    renews_at: datetime | None
+
+
+class TeamBody(SpentBody):
+    """A team, its limits, and what it has spent."""
+
+    name: str
+    models: list[str] | None
+    rate: str | None
+    budget: BudgetBody | None
+
+
+class TeamList(BaseModel):
+    """A page of teams."""
+
+    teams: list[TeamBody]
+
+
+class UserState(TeamBody):
+    """A user, their limits, and what they have spent; the role is null unless the user is built-in."""
+
+    role: Literal["admin", "user"] | None
+    team: str | None
+    disabled: bool
+
+
+class UserList(BaseModel):
+    """A page of users."""
+
+    users: list[UserState]
+
+
+class RateLeft(BaseModel):
+    """The rate limit that is nearest."""
+
+    limit: str = Field(examples=["60/minute"])
+    left: int
+    renews_at: datetime = Field(description="When a call is available again.")
+
+
+class BudgetLeft(BaseModel):
+    """The budget that is nearest; amounts in its unit."""
+
+    limit: float
+    spent: float
+    left: float
+    unit: Literal["usd", "tokens"]
+    period: Literal["day", "month"]
+    renews_at: datetime
+
+
+class MeBody(UserBody):
+    """The caller and their limits; null where there is none."""
+
+    team: str | None
+    key: str | None = Field(description="The id of the API key that was sent.")
+    models: list[str] | None = Field(description="The models that may be asked.")
+    rate: RateLeft | None
+    budget: BudgetLeft | None
+
+
+class UsageCounts(BaseModel):
+    """What was used; costs in US dollars."""
+
+    calls: int
+    cached: int
+    errors: int
+    prompt_tokens: int
+    completion_tokens: int
+    unpriced: int = Field(description="Calls that were answered without a price.")
+    cost: float
+    saved_cost: float
+
+
+class UsageRowBody(UsageCounts):
+    """What was used of one combination; of the first five, those that were asked for."""
+
+    day: date | None = None
+    model: str | None = None
+    user: str | None = None
+    team: str | None = None
+    key: str | None = None
+
+
+class UsageBody(BaseModel):
+    """What was used in a time, both days included."""
+
+    since: date = Field(alias="from")
+    until: date = Field(alias="to")
+    rows: list[UsageRowBody]
+    total: UsageCounts
+
+
+class NewKey(LimitsBody):
+    """A key to be made."""
+
+    name: Name = Field(examples=["my app"])
+    owner: Name | None = None
+    team: Name | None = None
+    expires_at: Annotated[datetime, Field(strict=False)] | None = None
+
+
+class Rotation(Inbound):
+    """How a key is rotated."""
+
+    overlap_s: int = Field(0, ge=0, le=2_592_000, description="Seconds for which the old secret works.")
+
+
+class KeyBody(BaseModel):
+    """A key without its secret; null where there is no limit of its own."""
+
+    id: str
+    name: str
+    owner: str
+    team: str | None
+    models: list[str] | None
+    rate: str | None
+    budget: BudgetBody | None
+    created_at: datetime
+    expires_at: datetime | None
+    last_used_at: datetime | None
+    revoked_at: datetime | None
+
+
+class NewKeyBody(KeyBody):
+    """A key with its secret, which is shown once."""
+
+    key: str
+
+
+class KeyList(BaseModel):
+    """A page of keys."""
+
+    keys: list[KeyBody]
 
 
 class GenerateRequest(Inbound):
