@@ -24,7 +24,7 @@ from service.cache.keys import LARGE_REQUEST_BYTES, CacheKey, key_of, large_key_
 from service.cache.semantic import Question, SemanticIndex, question_point
 from service.cache.store import (
     COLLECTION,
-    Breaker,
+    Guard,
     GuardedStore,
     StoreError,
     VectorStore,
@@ -240,6 +240,11 @@ class ResponseCache:
     def tenant(self, user: str) -> str:
         """The tenant whose answers this user gets."""
         return tenant_of(None if self._settings.cache_scope == "shared" else user, self._realm)
+
+    def forget(self, tenant: str | None, model: str | None) -> None:
+        """Forget the answers in memory; calls under way do not store theirs any more."""
+        self.clearings.add(tenant, model)
+        self.memory.clear(tenant=tenant, model=model)
 
     async def lookup(
         self,
@@ -507,6 +512,10 @@ class CacheFacts:
         )
 
 
+Cleared = Callable[[str | None, str | None], None]
+"""Is told of the tenant and the model whose answers are cleared; None stands for every one."""
+
+
 class NoCacheAdmin:
     """Administers the cache where it is off: there is nothing to count and nothing to clear.
 
@@ -516,6 +525,10 @@ class NoCacheAdmin:
 
     def __init__(self, settings: Settings) -> None:
         self.facts = CacheFacts.of(settings)
+        self.on_cleared: Cleared = lambda _tenant, _model: None
+
+    def forget(self, tenant: str | None, model: str | None) -> None:
+        """There is nothing to forget."""
 
     async def stats(self) -> CacheStats:
         """No entries, no look-ups."""
@@ -539,6 +552,8 @@ class CacheAdmin:
         self._cache = cache
         self._timeout_s = settings.cache_timeout_s
         self._shared = settings.cache_scope == "shared"
+        self.on_cleared: Cleared = lambda _tenant, _model: None
+        """Called when answers are about to be cleared, and again when they are."""
 
     async def stats(self) -> CacheStats:
         """Count; answers that have just been given are included if they can be written in time."""
@@ -569,12 +584,11 @@ class CacheAdmin:
         cache = self._cache
         if user is not None and self._shared:
             raise ValidationError("The cache is shared (CACHE_SCOPE): no answer in it is one user's.")
-        # Calls under way do not store their answers any more.
         tenant = None if user is None else cache.tenant(user)
-        cache.clearings.add(tenant, model)
         values = {"tenant": tenant, "model": model}
         equal = {name: value for name, value in values.items() if value is not None}
-        cache.memory.clear(tenant=tenant, model=model)
+        cache.forget(tenant, model)
+        self.on_cleared(tenant, model)
         # Waiting entries are written first and removed with the rest; what cannot be written is discarded.
         await cache.writer.wait_until_empty(self._timeout_s)
         try:
@@ -585,9 +599,14 @@ class CacheAdmin:
                 f"The cache's store did not do it ({error.reason}). Try again.", label=error.reason
             ) from None
         # Look-ups that read the store while it was being cleared do not put what they read into memory.
-        cache.clearings.add(tenant, model)
-        cache.memory.clear(tenant=tenant, model=model)
+        cache.forget(tenant, model)
+        self.on_cleared(tenant, model)
         return cleared
+
+    def forget(self, tenant: str | None, model: str | None) -> None:
+        """Forget what another process clears: what is in memory, and what still waits to be written."""
+        self._cache.forget(tenant, model)
+        self._cache.writer.discard(tenant, model)
 
     async def _clear_store(self, equal: dict[str, str]) -> int:
         store = self._cache.backend
@@ -644,31 +663,25 @@ class Cache:
 
 
 @asynccontextmanager
-async def open_cache(  # noqa: PLR0913, PLR0917 - everything that the cache is built from
-    settings: Settings,
-    telemetry: Telemetry,
-    store: VectorStore,
-    llm: LlmClient,
-    on_failing: Callable[[], None],
-    breaker: Callable[[str], Breaker],
+async def open_cache(
+    settings: Settings, telemetry: Telemetry, llm: LlmClient, store: VectorStore, guard: Guard
 ) -> AsyncIterator[Cache]:
     """Build the cache that the settings ask for; leaving the block writes the entries that still wait.
 
     Args:
         settings: Whether the cache is on, and how it is configured.
         telemetry: Where spans and counts go.
-        store: Where entries are stored, made by ``open_store``.
         llm: Makes the vectors of questions.
-        on_failing: Called when the store fails after it had worked.
-        breaker: Makes a circuit breaker of this name; with ``BREAKER_FAILURES`` and ``BREAKER_S``.
+        store: Where entries are stored, made by ``open_store``.
+        guard: What happens when the store fails; its breakers have ``BREAKER_FAILURES`` and ``BREAKER_S``.
     """
     if not settings.cache_enabled:
         yield Cache(NoCache(), NoCacheAdmin(settings))
         return
     tracer = telemetry.tracer_provider.get_tracer(SCOPE)
-    backend = GuardedStore(store, breaker, tracer, settings.cache_timeout_s, on_failing)
+    backend = GuardedStore(store, guard, tracer, settings.cache_timeout_s)
     if settings.cache_semantic:
-        index = SemanticIndex(llm, backend, settings, breaker("embeddings"))
+        index = SemanticIndex(llm, backend, settings, guard.breaker("embeddings"))
         cache: ResponseCache = SemanticCache(index, backend, settings, telemetry)
     else:
         cache = ResponseCache(backend, settings, telemetry)

@@ -192,19 +192,26 @@ async def open_server(settings: Settings) -> AsyncIterator["QdrantServer"]:
         trust_env=False,
     )
     try:
-        yield QdrantServer(client, settings.qdrant_url)
+        yield QdrantServer(client, settings)
     finally:
         await client.close()
 
 
 class QdrantServer:
-    """A ``VectorStore`` on a Qdrant server; made by ``open_server``."""
+    """A ``VectorStore`` on a Qdrant server or cluster; made by ``open_server``.
+
+    In a cluster a read asks one copy of a shard, and a write has succeeded when one copy has it: an old or a
+    missing copy costs a cache nothing but a hit, and the failure of another node is not waited for.
+    """
 
     shared = True
 
-    def __init__(self, client: AsyncQdrantClient, url: str) -> None:
+    def __init__(self, client: AsyncQdrantClient, settings: Settings) -> None:
         self._client = client
-        address = urlsplit(url)
+        # None leaves it to the server.
+        self._shards = settings.qdrant_shard_number or None
+        self._copies = settings.qdrant_replication_factor or None
+        address = urlsplit(settings.qdrant_url)
         server = {SERVER_ADDRESS: address.hostname, SERVER_PORT: address.port}
         self.attributes: Mapping[str, str | int] = {name: value for name, value in server.items() if value}
 
@@ -238,7 +245,13 @@ class QdrantServer:
             # Its name states its dimension, so it is not one that this service has made.
             await self._client.delete_collection(collection)
         try:
-            await self._client.create_collection(collection, vectors_config=vectors_config(dimension))
+            await self._client.create_collection(
+                collection,
+                vectors_config=vectors_config(dimension),
+                shard_number=self._shards,
+                replication_factor=self._copies,
+                write_consistency_factor=1,
+            )
         except ApiException:
             # Another process may have created it first.
             if not await self._client.collection_exists(collection):
@@ -325,33 +338,38 @@ CIRCUIT_OPEN = "circuit_open"
 SLOW = "slow"
 
 
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What happens when a store fails.
+
+    Args:
+        breaker: Makes a circuit breaker of this name.
+        on_failing: Called when the store fails after it had worked.
+    """
+
+    breaker: Callable[[str], Breaker]
+    on_failing: Callable[[], None] = lambda: None
+
+
 class GuardedStore:
     """The store as the cache uses it: every call is limited in time and ends well or with ``StoreError``.
 
     Args:
         store: The vector store.
-        breaker: Makes a circuit breaker of this name. Searches have one of their own: in a large collection
-            they can be too slow while reads are fast.
+        guard: What happens when it fails. Searches have a breaker of their own: in a large collection they
+            can be too slow while reads are fast.
         tracer: For the CLIENT spans.
         timeout_s: Time limit of calls that a request waits for.
-        on_failing: Called when the store fails after it had worked.
     """
 
-    def __init__(
-        self,
-        store: VectorStore,
-        breaker: Callable[[str], Breaker],
-        tracer: Tracer,
-        timeout_s: float,
-        on_failing: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, store: VectorStore, guard: Guard, tracer: Tracer, timeout_s: float) -> None:
         self.shared = store.shared
         self._store = store
-        self._breaker = breaker("qdrant")
-        self._search_breaker = breaker("qdrant_search")
+        self._breaker = guard.breaker("qdrant")
+        self._search_breaker = guard.breaker("qdrant_search")
         self._tracer = tracer
         self._timeout_s = timeout_s
-        self._on_failing = on_failing
+        self._on_failing = guard.on_failing
         self._ready: set[str] = set()
         """Collections that this process has seen or created."""
         self._failures = 0

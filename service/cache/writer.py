@@ -101,7 +101,7 @@ class CacheWriter:
     @asynccontextmanager
     async def paused(self, *, tenant: str | None = None, model: str | None = None) -> AsyncIterator[None]:
         """Discard what waits of this tenant and this model, or all, and write nothing during the block."""
-        self._discard(tenant, model)
+        self.discard(tenant, model)
         async with self._writing:
             yield
 
@@ -206,7 +206,7 @@ class CacheWriter:
                 self.waiting_bytes -= write.size_bytes
         self._note_empty()
 
-    def _discard(self, tenant: str | None, model: str | None) -> None:
+    def discard(self, tenant: str | None, model: str | None) -> None:
         """Remove what waits of this tenant and this model, whose answers are being cleared."""
         kept: deque[Write] = deque()
         cleared = 0

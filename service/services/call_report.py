@@ -44,6 +44,8 @@ class CallSpec:
         streamed: Whether the caller wants the answer in pieces.
         cache_control: The directives of the caller's ``Cache-Control``.
         own_protocol: Whether it came in this service's own protocol, not in OpenAI's.
+        team: The team that the call belongs to.
+        key_id: The id of the caller's API key.
     """
 
     request: LlmRequest
@@ -52,6 +54,8 @@ class CallSpec:
     streamed: bool = False
     cache_control: CacheControl = NO_DIRECTIVES
     own_protocol: bool = False
+    team: str | None = None
+    key_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +190,8 @@ class CallReport:
             started_ns=outcome.started_ns,
             duration_s=outcome.duration_s,
             user=spec.user,
+            team=spec.team,
+            key_id=spec.key_id,
             model=spec.request.model,
             outcome=outcome.outcome,
             error=outcome.error,
@@ -227,6 +233,8 @@ def _write_line(spec: CallSpec, outcome: CallOutcome, record_id: str) -> None:
     paid = None if outcome.cache == "hit" else completion
     fields = {
         "user": spec.user,
+        names.ATTR_TEAM: spec.team,
+        names.ATTR_KEY_ID: spec.key_id,
         "record_id": record_id,
         "model": spec.request.model,
         "outcome": outcome.outcome,

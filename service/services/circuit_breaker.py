@@ -9,6 +9,7 @@ ignores the results of calls that began in an earlier state, and results that sa
 """
 
 import logging
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ Verdict = Literal["success", "failure", "answered", "unknown"]
 settles a probe and counts for nothing else. ``unknown`` says nothing, and gives a probe's place back."""
 
 STATES: Final[dict[str, State]] = {"closed": "closed", "opened": "open", "half-opened": "half_open"}
+HEARD_EXTRA_S: Final = (0.5, 1.5)
+"""Bounds of what another process's open circuit is open longer here, at random: that process probes first."""
+
 PROBE_RETRY_AFTER_S = 1.0
 """``Retry-After`` for calls that are rejected while a probe is in progress, whose duration is not known."""
 
@@ -101,6 +105,9 @@ class Circuit:
         self._model = Context(labels["breaker"], threshold, ttl=float("-inf"))
         self._opened_at = 0.0
         self._probing = False
+        self._hearing = False
+        self.on_change: Callable[[State], None] = lambda _state: None
+        """Called when the circuit opens or closes by what this process has seen."""
         self.epoch = 0
         """The number of state changes so far; a call's result counts in the state in which it began."""
 
@@ -167,7 +174,28 @@ class Circuit:
         def begin_again() -> None:
             self._model = Context(self.labels["breaker"], self._threshold, ttl=float("-inf"))
 
-        self._apply(begin_again)
+        # Whoever hears of the other one closes this one too.
+        self._hearing = True
+        try:
+            self._apply(begin_again)
+        finally:
+            self._hearing = False
+
+    def hear(self, state: State) -> None:
+        """Take over what another process has seen: its circuit has opened, again perhaps, or has closed."""
+        if self._probing:
+            # The result of this process's own probe is newer.
+            return
+        if state == "closed":
+            if self.state != "closed":
+                self.close()
+            return
+        self._hearing = True
+        try:
+            self.open()
+        finally:
+            self._hearing = False
+        self._opened_at = self._clock() + random.uniform(*HEARD_EXTRA_S)  # noqa: S311 - no secret
 
     def _apply(self, change: Callable[[], object]) -> None:
         """Apply a change to purgatory's model, and report a change of its state."""
@@ -192,6 +220,8 @@ class Circuit:
             level=logging.INFO if after == "closed" else logging.WARNING,
             fields={**self.labels, "from": before, "to": after, "failures": failures},
         )
+        if after != "half_open" and not self._hearing:
+            self.on_change(after)
 
 
 class CircuitBreaker(Circuit):

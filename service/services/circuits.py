@@ -14,7 +14,7 @@ from typing import Self
 import cachetools
 
 from service.errors import UNREACHABLE, UpstreamFailure
-from service.services.circuit_breaker import Circuit, Verdict, verdict_on_call
+from service.services.circuit_breaker import Circuit, State, Verdict, verdict_on_call
 from service.telemetry.instruments import Instruments
 from service.telemetry.names import MODEL_BREAKER
 
@@ -101,7 +101,28 @@ class Circuits:
             MAX_CALLERS
         )
         self._models: cachetools.LRUCache[str, ModelCircuit] = cachetools.LRUCache(MAX_MODELS)
+        self.on_change: Callable[[str, str | None, State], None] = lambda _model, _caller, _state: None
+        """Called when a circuit opens or closes by what this process has seen, with the model and the caller;
+        None stands for everybody."""
         instruments.observe_open_callers(self._open_callers)
+
+    def hear(self, model: str, caller: str | None, state: State) -> None:
+        """Take over what another process has seen, as ``Circuit.hear`` does."""
+        if caller is None:
+            if state == "open":
+                self._everybodys(model).hear(state)
+            elif model in self._models:
+                self._models[model].hear(state)
+                for name, circuit in self._each():
+                    if name == model:
+                        circuit.hear(state)
+            return
+        own = self._own(model, caller)
+        if own is None and state == "open":
+            own = self._create(model, caller)
+        if own is not None:
+            own.hear(state)
+            self._compare(model, own)
 
     @contextmanager
     def call(self, model: str, caller: str) -> Iterator[Passage]:
@@ -147,20 +168,27 @@ class Circuits:
                 everybody.leave(one.epoch, error)
                 if everybody.state == "closed":
                     self._close_callers(model)
-        if own is not None and own.state == "open" and self._open(model) >= CALLERS_TO_OPEN:
-            self._open_for_everybody(model)
+        if own is not None:
+            self._compare(model, own)
+
+    def _compare(self, model: str, own: ModelCircuit) -> None:
+        """Open the model's circuit where that of one more caller shows that the fault is the model's."""
+        if own.state == "open" and self._open(model) >= CALLERS_TO_OPEN:
+            self._everybodys(model).open()
 
     def _create(self, model: str, caller: str) -> ModelCircuit:
         circuits = self._callers.get(caller)
         if circuits is None:
             circuits = self._callers[caller] = cachetools.LRUCache(MAX_MODELS_PER_CALLER)
-        circuit = circuits[model] = self._circuit(model, self._threshold)
+        circuit = circuits[model] = self._circuit(model, caller, self._threshold)
         return circuit
 
-    def _circuit(self, model: str, threshold: int) -> ModelCircuit:
+    def _circuit(self, model: str, caller: str | None, threshold: int) -> ModelCircuit:
         labels = {"breaker": MODEL_BREAKER, "model": self._known(model)}
         self._instruments.start_circuit_at_zero(labels)
-        return ModelCircuit(labels, threshold, self._timeout_s, self._instruments, self._clock)
+        circuit = ModelCircuit(labels, threshold, self._timeout_s, self._instruments, self._clock)
+        circuit.on_change = lambda state: self.on_change(model, caller, state)
+        return circuit
 
     def _open(self, model: str) -> int:
         return sum(circuit.state == "open" for name, circuit in self._each() if name == model)
@@ -169,12 +197,12 @@ class Circuits:
         for circuits in list(self._callers.values()):
             yield from list(circuits.items())
 
-    def _open_for_everybody(self, model: str) -> None:
+    def _everybodys(self, model: str) -> ModelCircuit:
         circuit = self._models.get(model)
         if circuit is None:
-            created = circuit = self._models[model] = self._circuit(model, 1)
+            created = circuit = self._models[model] = self._circuit(model, None, 1)
             self._instruments.observe_breaker(circuit.labels, lambda: created.state)
-        circuit.open()
+        return circuit
 
     def _close_callers(self, model: str) -> None:
         for name, circuit in self._each():

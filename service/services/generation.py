@@ -197,8 +197,10 @@ class Generation:
         self._stream_s = max(settings.stream_timeout_s, settings.llm_timeout_s)
         self._tracer = telemetry.tracer_provider.get_tracer(SCOPE)
         opens = settings.breaker_failure_threshold, settings.breaker_timeout_s
-        self._connections = ConnectionBreaker(BREAKER, *opens, instruments)
-        self._circuits = Circuits(*opens, instruments, llm.known, time.monotonic)
+        self.connections = ConnectionBreaker(BREAKER, *opens, instruments)
+        """Whether LiteLLM can be reached."""
+        self.circuits = Circuits(*opens, instruments, llm.known, time.monotonic)
+        """Which models are asked for which callers."""
         policy = RetryPolicy(settings.retry_max, settings.retry_base_delay_s, settings.retry_jitter)
         # One budget for all operations: they ask the same upstream.
         budget = RetryBudget(
@@ -212,7 +214,7 @@ class Generation:
         self._open = {operation: retried(operation, self._attempt_stream) for operation in OPERATIONS}
 
     def _breaker_open(self, call: _Call, *_held: object) -> bool:
-        return self._connections.state == "open" or (call.passage is not None and call.passage.last_attempt)
+        return self.connections.state == "open" or (call.passage is not None and call.passage.last_attempt)
 
     async def models(self) -> ModelList:
         """List the models on offer; raises as ``LlmClient.models`` does."""
@@ -262,9 +264,7 @@ class Generation:
                 events = _StoredStream(entry)
             else:
                 await self._llm.check_model(spec.request, spec.deadline)
-                passage = call.passage = held.enter_context(
-                    self._circuits.call(spec.request.model, spec.user)
-                )
+                passage = call.passage = held.enter_context(self.circuits.call(spec.request.model, spec.user))
                 events = await self._open[spec.request.operation](call.progress, spec.deadline, call, held)
                 passage.answered()
             call.first_chunk_s = round(self._clock() - call.started_s, 6)
@@ -342,14 +342,14 @@ class Generation:
         """Ask the model for a whole answer, with retries, and store it."""
         spec = call.spec
         await self._llm.check_model(spec.request, spec.deadline)
-        with self._circuits.call(spec.request.model, spec.user) as call.passage:
+        with self.circuits.call(spec.request.model, spec.user) as call.passage:
             reply = await self._whole[spec.request.operation](call.progress, spec.deadline, call)
         self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())
         return reply
 
     async def _attempt(self, progress: Progress, deadline: Deadline, call: _Call) -> Reply:
         """Make one attempt at a whole answer."""
-        with self._connections.attempt(), self._timed(progress, call):
+        with self.connections.attempt(), self._timed(progress, call):
             return await self._llm.ask(call.spec.request, deadline)
 
     async def _attempt_stream(
@@ -357,7 +357,7 @@ class Generation:
     ) -> AnswerEvents:
         """Make one attempt, up to the first piece; ``held`` keeps it open, and decides how it ended."""
         async with AsyncExitStack() as attempt:
-            attempt.enter_context(self._connections.attempt())
+            attempt.enter_context(self.connections.attempt())
             with self._timed(progress, call):
                 events = await attempt.enter_async_context(self._llm.stream(call.spec.request, deadline))
             await held.enter_async_context(attempt.pop_all())

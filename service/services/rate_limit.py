@@ -1,44 +1,126 @@
-"""Limits the model calls of each user, and describes the limit in the answer's header fields."""
+"""Limits the model calls of each caller, and describes the nearest limit in the answer's header fields."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import cachetools
 
 from service.context import RateFacts, current_request
 from service.errors import RateLimitError
+from service.identity.principal import Principal, Scope
+from service.shared.counts import Counted, Counts, How, Limit, LocalCounts
 from service.telemetry.instruments import Instruments
-from service.utils.rates import Rate
+from service.utils.rates import MonotonicStorage, Rate
+
+MAX_RATES: Final = 1_000
+"""How many different rates are kept parsed; what they count is kept elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class RateState:
+    """A rate limit, and what is left of it.
+
+    Args:
+        scope: Whose it is.
+        rate: The limit, for example ``60/minute``.
+        quota: Calls permitted in a window.
+        window_s: Length of the window in seconds.
+        left: Calls left.
+        reset_s: Seconds until a call is available again.
+    """
+
+    scope: Scope
+    rate: str
+    quota: int
+    window_s: int
+    left: int
+    reset_s: float
+
+
+_Named = tuple[Scope, str]
+"""Whose a limit is, and its rate as text."""
 
 
 class RateLimiter:
-    """Counts the calls of each user in a window, in this process's memory.
+    """Counts the calls of each user, key and team in a window.
 
     Args:
-        rate: A number and a period, for example ``60/minute``.
+        rate: What each user may do who has no rate of their own, for example ``60/minute``.
         instruments: Counts rejections.
+        counts: Where they are counted; without, in this process's memory.
         clock: Monotonic, in seconds.
     """
 
     def __init__(
-        self, rate: str, instruments: Instruments, clock: Callable[[], float] = time.monotonic
+        self,
+        rate: str,
+        instruments: Instruments,
+        counts: Counts | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._rate = Rate(rate, clock)
+        self._rate = rate
+        self._counts = counts or LocalCounts()
+        self._clock = clock
+        self._storage = MonotonicStorage(clock)
+        self._parsed: cachetools.LRUCache[str, Rate] = cachetools.LRUCache(MAX_RATES)
         self._rejected = instruments.requests_rejected
 
-    async def count(self, user: str) -> None:
-        """Count one call, and leave the state of the limit for the answer's header fields.
+    def rate_of(self, caller: Principal) -> str:
+        """What the caller's user may do."""
+        return caller.limits_of("user").rate or self._rate
+
+    async def count(self, caller: Principal) -> None:
+        """Count one call, and leave the state of the nearest limit for the answer's header fields.
+
+        A call that one limit does not permit is counted against none.
 
         Raises:
-            RateLimitError: The user has used up the limit.
+            RateLimitError: A limit is used up.
         """
-        allowed = await self._rate.hit(user)
-        window = await self._rate.window(user)
-        reset_s = max(1, round(window.reset_s))
+        named, limits = self._limits(caller, "together")
+        counted = await self._counts.count(limits)
+        nearest = _nearest(named, limits, counted)
+        reset_s = max(1, round(nearest.reset_s))
         request = current_request.get()
         if request is not None:
-            request.rate = RateFacts(self._rate.amount, self._rate.period_s, window.remaining, reset_s)
-        if not allowed:
+            request.rate = RateFacts(
+                f"per-{nearest.scope}", nearest.quota, nearest.window_s, nearest.left, reset_s
+            )
+        if not counted.allowed:
             self._rejected.add(1, {"reason": "rate_limited"})
             raise RateLimitError(
                 "You have made too many calls. Wait for the seconds in Retry-After, then try again.",
                 retry_after_s=reset_s,
             )
+
+    async def nearest(self, caller: Principal) -> RateState:
+        """The limit with the fewest calls left, and of equal ones the one with the longest wait."""
+        named, limits = self._limits(caller, "look")
+        return _nearest(named, limits, await self._counts.count(limits))
+
+    def _limits(self, caller: Principal, how: How) -> tuple[list[_Named], list[Limit]]:
+        """All that apply."""
+        user_rate = self.rate_of(caller)
+        named: list[_Named] = [("user", user_rate)]
+        limits = [Limit(self._of(user_rate), f"user {caller.username}", how)]
+        for own in caller.limits:
+            if own.limits.rate is not None and own.scope != "user":
+                named.append((own.scope, own.limits.rate))
+                limits.append(Limit(self._of(own.limits.rate), f"{own.scope} {own.name}", how))
+        return named, limits
+
+    def _of(self, rate: str) -> Rate:
+        found = self._parsed.get(rate)
+        if found is None:
+            found = self._parsed[rate] = Rate(rate, self._clock, self._storage)
+        return found
+
+
+def _nearest(named: Sequence[_Named], limits: Sequence[Limit], counted: Counted) -> RateState:
+    states = [
+        RateState(scope, text, limit.rate.amount, limit.rate.period_s, window.remaining, window.reset_s)
+        for (scope, text), limit, window in zip(named, limits, counted.windows, strict=True)
+    ]
+    return min(states, key=lambda state: (state.left, -state.reset_s))

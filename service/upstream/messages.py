@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 
@@ -153,6 +153,14 @@ class ModelList:
     def names(self) -> tuple[str, ...]:
         """The names, in the upstream's order."""
         return tuple(self.entries)
+
+    def only(self, models: Container[str] | None) -> "ModelList":
+        """The list without the models that are not among these; None stands for all."""
+        if models is None:
+            return self
+        entries = {name: entry for name, entry in self.entries.items() if name in models}
+        content = json.dumps({"object": "list", "data": list(entries.values())}).encode()
+        return ModelList(content, entries)
 
 
 def read_models(content: bytes) -> ModelList:

@@ -375,6 +375,9 @@ class _Body(httpx2.AsyncByteStream):
                     yield data[: MAX_ERROR_BYTES - seen]
                     return
                 if seen > self._max_bytes:
+                    # One read may hold the last events within the limit, too.
+                    if within := data[: self._max_bytes - seen]:
+                        yield within
                     raise AnswerTooLargeError(f"more than {self._max_bytes} bytes")
                 yield data
         except AIOHTTP_ERRORS as error:

@@ -21,6 +21,12 @@ MIN_SWEEP_KEYS = 1_024
 """Number of keys from which on those whose events have expired are looked for."""
 
 
+def per_second(rate: str) -> float:
+    """Events in a second that a rate allows in the long run, to compare two rates."""
+    limit = parse_limit(rate)
+    return limit.amount / limit.get_expiry()
+
+
 @dataclass(frozen=True)
 class Window:
     """The state of a key: how many events are left, and in how many seconds the next one comes free."""
@@ -35,12 +41,18 @@ class Rate:
     Args:
         rate: A number and a period, for example ``60/minute``.
         clock: Monotonic, in seconds.
+        storage: Where the events are counted; several rates may share one, which keeps them apart.
     """
 
-    def __init__(self, rate: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        rate: str,
+        clock: Callable[[], float] = time.monotonic,
+        storage: "MonotonicStorage | None" = None,
+    ) -> None:
         self._limit = parse_limit(rate)
         self._clock = clock
-        self._storage = MonotonicStorage(clock)
+        self._storage = storage or MonotonicStorage(clock)
         self._exact = self._limit.amount <= MAX_EXACT_EVENTS
         strategy = MovingWindowRateLimiter if self._exact else SlidingWindowCounterRateLimiter
         self._limiter = strategy(self._storage)
@@ -54,6 +66,11 @@ class Rate:
     def period_s(self) -> int:
         """The length of the period."""
         return self._limit.get_expiry()
+
+    @property
+    def exact(self) -> bool:
+        """Whether each event is counted by its moment, and not by two counters."""
+        return self._exact
 
     async def hit(self, key: str) -> bool:
         """Count an event if it is allowed; whether it is."""

@@ -1,7 +1,8 @@
 """Retries with back-off: ``retrying`` decorates an attempt, within a deadline and a retry budget.
 
-tenacity runs the loop of attempts and waits. ``_Decider.should_retry`` decides after each attempt whether
-there is another one, and reports the decision as a log line, a span event and a count.
+tenacity runs the loop of attempts and waits, from the first failure on. ``_Decider.should_retry`` decides
+after each attempt whether there is another one, and reports the decision as a log line, a span event and a
+count.
 """
 
 import asyncio
@@ -112,6 +113,22 @@ def retrying(
     def decorate(attempt: Attempt[P, T]) -> Attempt[P, T]:
         @functools.wraps(attempt)
         async def call(progress: Progress, deadline: Deadline, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            # Most calls end with the first attempt: the loop's own work would be a thirtieth of theirs.
+            try:
+                result = await attempt(progress, deadline, *args, **kwargs)
+            except BaseException as error:  # noqa: BLE001 - raised again by the loop, unless it is retried
+                failed = [error]
+            else:
+                decider.succeeded(1)
+                return result
+
+            async def again(
+                progress: Progress, deadline: Deadline, /, *args: P.args, **kwargs: P.kwargs
+            ) -> T:
+                if failed:
+                    raise failed.pop()
+                return await attempt(progress, deadline, *args, **kwargs)
+
             loop = AsyncRetrying(
                 retry=decider.should_retry,
                 wait=lambda state: state.args[0].delay_s,
@@ -120,7 +137,7 @@ def retrying(
                 reraise=True,
             )
             try:
-                return await loop(attempt, progress, deadline, *args, **kwargs)
+                return await loop(again, progress, deadline, *args, **kwargs)
             except CircuitOpenError:
                 # Where the breaker opened during this call, the call ends with its own last error.
                 if progress.error is not None:
@@ -207,25 +224,31 @@ class _Decider:
         self._attempts = instruments.retry_attempts
         self._breaker_open = breaker_open
 
+    def succeeded(self, number: int) -> None:
+        """Count and report the success of an attempt."""
+        self._attempts.add(1, {"operation": self._operation, "outcome": "success"})
+        if number == 1:
+            self._budget.count_call()
+            return
+        emit(
+            logger,
+            names.EVENT_RETRY_SUCCEEDED,
+            f"Attempt {number}: Success",
+            {"attempts": number, "operation": self._operation},
+        )
+
     def should_retry(self, state: RetryCallState) -> bool:
-        """Whether to make another attempt; tenacity calls this after each attempt, successful or not."""
+        """Whether to make another attempt; tenacity calls this after each attempt of its loop."""
         progress: Progress = state.args[0]
         deadline: Deadline = state.args[1]
         number = state.attempt_number
         error = state.outcome.exception() if state.outcome else None
+        if error is None:
+            self.succeeded(number)
+            return False
         if number == 1 and not isinstance(error, CircuitOpenError):
             # A call that the breaker rejected adds no load, so it earns no retries.
             self._budget.count_call()
-        if error is None:
-            self._attempts.add(1, {"operation": self._operation, "outcome": "success"})
-            if number > 1:
-                emit(
-                    logger,
-                    names.EVENT_RETRY_SUCCEEDED,
-                    f"Attempt {number}: Success",
-                    {"attempts": number, "operation": self._operation},
-                )
-            return False
         if not isinstance(error, Exception):
             return False
         if isinstance(error, CircuitOpenError):
