@@ -4,14 +4,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Link, SpanContext, Status, StatusCode, TraceFlags, Tracer
 
-from service.recording.mlflow import GoneError, RefusedError, Run, Tracker, TrackerError
+from service.recording.mlflow import GoneError, NoTracker, RefusedError, Run, Tracker, TrackerError
 from service.recording.record import CallRecord, read_records
 from service.recording.run import ProcessRun
 from service.recording.spool import OrphanedSpool, Segment, Spool, orphaned_spools
@@ -29,6 +30,20 @@ MAX_REFUSALS = 10
 LOSS_LOG_INTERVAL_S = 60.0
 
 logger = logging.getLogger(__name__)
+
+
+class NotBookedError(Exception):
+    """The ledger does not take records now."""
+
+
+class CallLedger(Protocol):
+    """Adds up what calls have cost, each of them once."""
+
+    def take(self, record: CallRecord) -> None:
+        """Count the record of a call that has ended; does not block."""
+
+    def book(self, records: Sequence[CallRecord]) -> None:
+        """Keep records for good, whether or not they were taken; blocks, and raises ``NotBookedError``."""
 
 
 class RecordCounts:
@@ -88,10 +103,17 @@ class RecordCounts:
 
 @dataclass
 class Replayed:
-    """The number of records that were sent from orphaned spools, and of files that MLflow refused for now."""
+    """The number of records that were sent from orphaned spools, and of files that stay for now.
+
+    Args:
+        records: Records that were sent.
+        files_kept: Files that MLflow has refused.
+        files_unbooked: Files that the ledger has not taken.
+    """
 
     records: int = 0
     files_kept: int = 0
+    files_unbooked: int = 0
 
 
 class Delivery:
@@ -101,19 +123,22 @@ class Delivery:
         tracker: The MLflow server.
         tracer: For the span of each export.
         counts: Where replayed, settled and lost records are counted.
+        ledger: Must have the records of a file before that is removed.
         clock: Monotonic, in seconds.
     """
 
     def __init__(
         self,
-        tracker: Tracker,
+        tracker: Tracker | NoTracker,
         tracer: Tracer,
         counts: RecordCounts,
+        ledger: CallLedger,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._tracker = tracker
         self._tracer = tracer
         self._counts = counts
+        self._ledger = ledger
         self._clock = clock
         # The record that MLflow accepted last. Sending it again changes nothing, and shows whether MLflow
         # accepts any record at the moment.
@@ -173,10 +198,25 @@ class Delivery:
             records = []
         except OSError:
             raise RefusedError("a file cannot be read") from None
+        if not segment.sent:
+            self._send_new(segment, records, run)
+        if self._is_booked(records):
+            spool.done(segment)
+        else:
+            spool.put_back(segment, last=True)
+
+    def _is_booked(self, records: Sequence[CallRecord]) -> bool:
+        try:
+            self._ledger.book(records)
+        except NotBookedError:
+            return False
+        return True
+
+    def _send_new(self, segment: Segment, records: Sequence[CallRecord], run: Run) -> None:
         lost = self._send(records, run, replay=segment.spooled > 0)
+        segment.sent = True
         # A file that something else removed or changed has fewer records than were written to it.
         lost += segment.records - len(records)
-        spool.done(segment)
         self._counts.settled(segment.records)
         if lost:
             self._counts.lost(lost, "refused or unreadable")
@@ -290,11 +330,18 @@ class Delivery:
                 raise TrackerError(error.reason) from None
 
     def _send_files(self, orphan: OrphanedSpool, run: ProcessRun, replayed: Replayed) -> None:
-        kept = 0
+        kept = unbooked = 0
+        if isinstance(self._tracker, NoTracker) and run.params.get("mlflow_tracking_uri"):
+            # The process had an MLflow server: its files wait until there is one again.
+            replayed.files_kept += len(orphan.segments)
+            return
         for path in orphan.segments:
             on_server = self._run_on_server(run, orphan)
             try:
                 records, invalid = read_records(path)
+                if not self._is_booked(records):
+                    unbooked += 1
+                    continue
                 refused = self._send(records, on_server, replay=True)
             except (OSError, RefusedError):
                 kept += 1
@@ -304,8 +351,9 @@ class Delivery:
             replayed.records += len(records) - refused
             if refused + invalid:
                 self._counts.lost(refused + invalid, "refused or unreadable")
-        if kept:
-            replayed.files_kept += kept
+        replayed.files_kept += kept
+        replayed.files_unbooked += unbooked
+        if kept or unbooked:
             return
         run.end(self._tracker, run.started_ms)
         orphan.clear()
@@ -317,6 +365,16 @@ class Delivery:
             # Saved at once, so that whoever goes on after a crash does not create another one.
             run.save(orphan.run_file)
         return found
+
+    def book_orphaned(self, folder: Path) -> None:
+        """Let the ledger have the records of orphaned spools, whether or not MLflow works."""
+        with closing(orphaned_spools(folder)) as found:
+            for orphan in found:
+                for path in orphan.segments:
+                    # What cannot be read is reported when it is sent.
+                    with suppress(OSError):
+                        if not self._is_booked(read_records(path)[0]):
+                            return
 
     def expire_orphaned(self, folder: Path, max_age_s: float) -> None:
         """Drop the files of orphaned spools that are too old, whether or not MLflow works."""

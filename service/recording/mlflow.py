@@ -8,7 +8,7 @@ import asyncio
 import importlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -19,6 +19,7 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue, KeyValu
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span, Status
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as gen_ai
+from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDUSER_ID
 from opentelemetry.semconv._incubating.attributes.user_attributes import USER_ID
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 
@@ -26,6 +27,7 @@ from service.config.settings import Settings
 from service.errors import UpstreamError
 from service.recording.record import CallRecord
 from service.telemetry import names
+from service.telemetry.slices import Slices
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,7 +43,7 @@ SPAN_TYPES = {"chat": "CHAT_MODEL", "embeddings": "EMBEDDING"}
 MAX_INT = 2**63 - 1
 
 
-def encode(records: Iterable[CallRecord], resource: Mapping[str, str]) -> bytes:
+def encode(records: Sequence[CallRecord], resource: Mapping[str, str]) -> bytes:
     """The body of one export: a root span for each record.
 
     MLflow stores a span as the trace ``tr-<trace id>`` and ignores one that it has, so sending a record twice
@@ -51,7 +53,7 @@ def encode(records: Iterable[CallRecord], resource: Mapping[str, str]) -> bytes:
     """
     # Many attributes are the same in all records, and each is encoded once.
     cache: dict[tuple[str, type, object], KeyValue] = {}
-    spans = [_span(record, cache) for record in records]
+    spans = [_span(record, cache) for record in Slices(records)]
     attributes = [_attribute(name, value) for name, value in resource.items()]
     resource_spans = ResourceSpans(
         resource=Resource(attributes=attributes), scope_spans=[ScopeSpans(spans=spans)]
@@ -90,6 +92,9 @@ def _attributes(record: CallRecord) -> dict[str, object]:
         # Always set: without it the server computes a cost from its own price list.
         COST: {"total_cost": record.cost or 0.0},
         USER_ID: record.user,
+        ENDUSER_ID: record.user,
+        names.ATTR_TEAM: record.team,
+        names.ATTR_KEY_ID: record.key_id,
         ERROR_TYPE: record.error,
         names.ATTR_LLM_OUTCOME: record.outcome,
         names.ATTR_LLM_ATTEMPTS: record.attempts,
@@ -105,6 +110,8 @@ def _attributes(record: CallRecord) -> dict[str, object]:
         f"{TAG}span_id": record.span_id,
         f"{TAG}incident_id": record.incident_id,
         f"{TAG}outcome": record.outcome,
+        f"{TAG}team": record.team,
+        f"{TAG}key_id": record.key_id,
     }
 
 
@@ -198,6 +205,30 @@ class Run:
     experiment_id: str
 
 
+class NoTracker:
+    """Stands for MLflow where no server is configured: it takes everything, and keeps nothing."""
+
+    def start_run(self, name: str, started_ms: int) -> Run:
+        """Return a run without ids, so that a process with a server creates it there."""
+        del name, started_ms
+        return Run("", "")
+
+    def log_params(self, run: Run, params: Mapping[str, str]) -> None:
+        """Do nothing."""
+
+    def log_totals(self, run: Run, totals: Mapping[str, float], at_ms: int) -> None:
+        """Do nothing."""
+
+    def end_run(self, run: Run, status: str, at_ms: int) -> None:
+        """Do nothing."""
+
+    def send(self, records: Sequence[CallRecord], run: Run) -> None:
+        """Do nothing."""
+
+    def check(self) -> None:
+        """Do nothing."""
+
+
 class Tracker:
     """An MLflow server; requests have a time limit and are not retried.
 
@@ -277,7 +308,7 @@ class Tracker:
                 raise GoneError(error.reason) from None
             raise
 
-    def send(self, records: Iterable[CallRecord], run: Run) -> None:
+    def send(self, records: Sequence[CallRecord], run: Run) -> None:
         """Store each record as a trace of the run; at most ``MAX_TRACES`` of them.
 
         Raises:

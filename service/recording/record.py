@@ -9,6 +9,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
+from service.telemetry.slices import Slices
+
 TRACE_ID = re.compile(r"[0-9a-f]{32}")
 SPAN_ID = re.compile(r"[0-9a-f]{16}")
 
@@ -26,6 +28,8 @@ class CallRecord:
         started_ns: Unix time in nanoseconds.
         duration_s: Seconds from the start of the call to its end, including retries and back-off.
         user: The caller's user name.
+        team: The team that the call belongs to.
+        key_id: The id of the API key that the caller has sent.
         model: The requested model.
         outcome: A value of ``outcome`` on ``llmops.llm.calls``.
         response_model: The model that answered, as the upstream names it.
@@ -66,6 +70,8 @@ class CallRecord:
     answer: str | None = None
     continued: bool = False
     incident_id: str | None = None
+    team: str | None = None
+    key_id: str | None = None
 
     @property
     def record_id(self) -> str:
@@ -115,7 +121,7 @@ def read_records(path: Path) -> tuple[list[CallRecord], int]:
     """
     *lines, last = path.read_bytes().split(b"\n")
     records, invalid = [], 0
-    for line in lines:
+    for line in Slices(lines):
         try:
             records.append(CallRecord.from_line(line))
         except ValueError:

@@ -1,4 +1,4 @@
-"""Records every call in MLflow: into the spool before its answer ends, to the server afterwards."""
+"""Records every call: in the spool before its answer ends, in MLflow and in the ledger afterwards."""
 
 import asyncio
 import logging
@@ -6,16 +6,18 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 import anyio.to_thread
+from opentelemetry.trace import NoOpTracer
 
 from service.config.logging import configure_logging, detach_bridge, drain_lines
 from service.config.settings import Settings
-from service.recording.delivery import Delivery, RecordCounts
-from service.recording.mlflow import MAX_TRACES, GoneError, Run, Tracker, TrackerError, in_thread
+from service.recording.delivery import CallLedger, Delivery, RecordCounts
+from service.recording.mlflow import MAX_TRACES, GoneError, NoTracker, Run, Tracker, TrackerError, in_thread
 from service.recording.record import CallRecord
 from service.recording.run import ProcessRun, Totals, params_of
 from service.recording.spool import Spool, run_file
@@ -25,6 +27,9 @@ from service.telemetry.providers import SCOPE, Telemetry, build_telemetry
 INTERVAL_S = 1.0
 TOTALS_INTERVAL_S = 10.0
 ORPHANS_INTERVAL_S = 30.0
+CATCH_UP_LIMIT_S = 5.0
+"""How long the start waits until the ledger has the records of ended processes. Without that, a process that
+was killed would leave budgets with more than there is, for the first calls of the next one."""
 
 Ping = Callable[[], Awaitable[None]]
 
@@ -45,39 +50,30 @@ class CallRecorder(Protocol):
         """Wait until the records so far are on disk; a disk that fails is not waited for. Does not raise."""
 
 
-class NoRecorder:
-    """The recorder where no MLflow server is configured: it keeps nothing and depends on nothing."""
-
-    pings: Final[Mapping[str, Ping]] = {}
-
-    def record(self, record: CallRecord) -> None:
-        """Drop the record."""
-
-    async def written(self) -> None:
-        """Return at once."""
-
-
 @asynccontextmanager
-async def open_recorder(settings: Settings, telemetry: Telemetry) -> AsyncIterator[CallRecorder]:
+async def open_recorder(
+    settings: Settings, telemetry: Telemetry, ledger: CallLedger
+) -> AsyncIterator[CallRecorder]:
     """A recorder that delivers in the background; on exit it delivers the rest and ends its MLflow run."""
-    if not settings.mlflow_tracking_uri:
+    tracker: Tracker | NoTracker = NoTracker()
+    if settings.mlflow_tracking_uri:
+        tracker = Tracker(settings, telemetry.identity)
+    else:
         logger.info("MLFLOW_TRACKING_URI is not set: calls are not recorded in MLflow")
-        yield NoRecorder()
-        return
-    tracker = Tracker(settings, telemetry.identity)
     # In a thread, as it creates files.
-    recorder = await anyio.to_thread.run_sync(Recorder, tracker, settings, telemetry)
+    recorder = await anyio.to_thread.run_sync(Recorder, tracker, settings, telemetry, ledger)
     recorder.start()
+    await anyio.to_thread.run_sync(recorder.wait_caught_up, abandon_on_cancel=True)
     try:
         yield recorder
     finally:
         await recorder.finish()
 
 
-def replay(settings: Settings) -> int:
-    """The command ``python -m service replay``: send all orphaned spools to MLflow.
+def replay(settings: Settings, ledger: CallLedger) -> int:
+    """The command ``python -m service replay``: send all orphaned spools to MLflow, and book them.
 
-    Returns the exit status: 0 when MLflow has everything, 1 when something is left.
+    Returns the exit status: 0 when MLflow and the ledger have everything, 1 when something is left.
     """
     if not settings.mlflow_tracking_uri:
         logger.error("Error: MLFLOW_TRACKING_URI must be set: it says where the records go.")
@@ -85,17 +81,17 @@ def replay(settings: Settings) -> int:
     telemetry = build_telemetry(settings)
     configure_logging(settings.log_level, telemetry.logger_provider)
     try:
-        return _replay(settings, telemetry)
+        return _replay(settings, telemetry, ledger)
     finally:
         detach_bridge()
         telemetry.shutdown(settings.telemetry_flush_timeout_s)
         drain_lines()
 
 
-def _replay(settings: Settings, telemetry: Telemetry) -> int:
+def _replay(settings: Settings, telemetry: Telemetry, ledger: CallLedger) -> int:
     counts = RecordCounts(telemetry.instruments)
     tracker = Tracker(settings, telemetry.identity)
-    delivery = Delivery(tracker, telemetry.tracer_provider.get_tracer(SCOPE), counts)
+    delivery = Delivery(tracker, telemetry.tracer_provider.get_tracer(SCOPE), counts, ledger)
     try:
         replayed = delivery.send_orphaned(Path(settings.spool_path), settings.spool_max_age_s)
     except TrackerError as error:
@@ -109,6 +105,12 @@ def _replay(settings: Settings, telemetry: Telemetry) -> int:
     if replayed.files_kept:
         logger.error(
             "Error: MLflow refused %d file(s) of records, which stay in the spool", replayed.files_kept
+        )
+        return 1
+    if replayed.files_unbooked:
+        logger.error(
+            "Error: the database refused %d file(s) of records, which stay in the spool",
+            replayed.files_unbooked,
         )
         return 1
     logger.info("Nothing is left to replay", extra={"records": replayed.records})
@@ -132,8 +134,21 @@ class _Interval:
         return True
 
 
+@dataclass(frozen=True)
+class Pace:
+    """When records are delivered.
+
+    Args:
+        interval_s: Seconds between two deliveries, unless a file is full before.
+        clock: Monotonic, in seconds.
+    """
+
+    interval_s: float = INTERVAL_S
+    clock: Callable[[], float] = time.monotonic
+
+
 class Recorder:
-    """Takes the record of each call, and sends it to MLflow in a thread of its own.
+    """Takes the record of each call, and sends it to MLflow and the ledger in a thread of its own.
 
     Another thread writes each record to the spool, and the answer ends when that is done, so that no end of
     the process loses the record of an answered call: the operating system keeps what it has taken when the
@@ -141,32 +156,36 @@ class Recorder:
     records are in memory only.
 
     Args:
-        tracker: The MLflow server.
+        tracker: The MLflow server, if there is one.
         settings: The spool's folder and its limits.
         telemetry: Counts the records, and has a span for each export.
-        interval_s: Seconds between two deliveries, unless a file is full before.
-        clock: Monotonic, in seconds.
+        ledger: Counts each call at once, and keeps it.
+        pace: When records are delivered.
     """
 
     def __init__(
         self,
-        tracker: Tracker,
+        tracker: Tracker | NoTracker,
         settings: Settings,
         telemetry: Telemetry,
-        *,
-        interval_s: float = INTERVAL_S,
-        clock: Callable[[], float] = time.monotonic,
+        ledger: CallLedger,
+        pace: Pace | None = None,
     ) -> None:
+        pace = pace or Pace()
+        clock = pace.clock
         self._tracker = tracker
         self._settings = settings
-        self._interval_s = interval_s
+        self._ledger = ledger
+        self._interval_s = pace.interval_s
         self._counts = RecordCounts(telemetry.instruments, clock)
         self._totals = Totals()
         self._run_lock = threading.Lock()
         self._wake = threading.Event()
+        self._caught_up = threading.Event()
         self._stopping = False
         self._totals_interval = _Interval(TOTALS_INTERVAL_S, clock)
         self._replay_interval = _Interval(ORPHANS_INTERVAL_S, clock)
+        self._booking_interval = _Interval(ORPHANS_INTERVAL_S, clock)
         self._expiry_interval = _Interval(ORPHANS_INTERVAL_S, clock)
         self._sync_interval = _Interval(settings.spool_fsync_interval_s, clock)
         self._sent_totals: dict[str, float] = {}
@@ -177,7 +196,10 @@ class Recorder:
         self._run = ProcessRun(name, time.time_ns() // 1_000_000, params)
         self._save_run()
         tracer = telemetry.tracer_provider.get_tracer(SCOPE)
-        self._delivery = Delivery(tracker, tracer, self._counts, clock)
+        if isinstance(tracker, NoTracker):
+            # There are no exports.
+            tracer = NoOpTracer()
+        self._delivery = Delivery(tracker, tracer, self._counts, ledger, clock)
         telemetry.instruments.observe_recorder_queue(lambda: self._counts.waiting)
         # A daemon thread, so that a server that does not answer cannot delay the exit of the process.
         self._thread = threading.Thread(target=self._work, name="mlflow recorder", daemon=True)
@@ -193,13 +215,18 @@ class Recorder:
 
     @property
     def pings(self) -> Mapping[str, Ping]:
-        """MLflow's health check."""
-        return {"mlflow": self._tracker.ping}
+        """MLflow's health check, where there is a server."""
+        return {} if isinstance(self._tracker, NoTracker) else {"mlflow": self._tracker.ping}
 
     def start(self) -> None:
         """Start the thread that writes, and the one that delivers."""
         self._writer.start()
         self._thread.start()
+
+    def wait_caught_up(self, limit_s: float = CATCH_UP_LIMIT_S) -> None:
+        """Wait until the ledger has what processes before this one have left; blocks."""
+        if not self._caught_up.wait(limit_s):
+            logger.warning("Budgets may be behind: the records of ended processes are still being booked")
 
     def record(self, record: CallRecord) -> None:
         """Take the record of a call that is about to be answered; does not block and does not raise."""
@@ -209,6 +236,7 @@ class Recorder:
             entry = Entry(record, record.as_line())
             self._totals.add(record)
             self._writer.put(entry)
+            self._ledger.take(record)
         except Exception:
             # A bug here must not fail the call.
             logger.exception("A record could not be taken")
@@ -257,6 +285,8 @@ class Recorder:
         self._thread.join()
 
     def _work(self) -> None:
+        self._guarded(self._book_orphaned)
+        self._caught_up.set()
         while not self._stopping:
             self._wake.wait(self._interval_s)
             self._wake.clear()
@@ -278,10 +308,15 @@ class Recorder:
 
     def _round(self) -> None:
         try:
+            self._book_orphaned()
             if self._delivery.due:
                 self._exchange()
         finally:
             self._maintain_spool()
+
+    def _book_orphaned(self) -> None:
+        if self._spool is not None and self._booking_interval.passed():
+            self._delivery.book_orphaned(self._spool.folder)
 
     def _exchange(self) -> None:
         self._deliver()

@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import SecretStr
 
 from service.config.settings import Settings
-from service.recording.mlflow import Run, Tracker
+from service.recording.mlflow import NoTracker, Run, Tracker
 from service.recording.record import CallRecord
 from service.recording.spool import sync_file
 
@@ -52,9 +52,9 @@ class ProcessRun:
     status: Literal["FINISHED"] | None = None
     ended_ms: int | None = None
 
-    def on_server(self, tracker: Tracker) -> Run:
+    def on_server(self, tracker: Tracker | NoTracker) -> Run:
         """The run on the server, created now if it does not exist; raises ``TrackerError``."""
-        if self.run_id is None or self.experiment_id is None:
+        if not self.run_id or not self.experiment_id:
             created = tracker.start_run(self.name, self.started_ms)
             self.run_id, self.experiment_id = created.run_id, created.experiment_id
         run = Run(self.run_id, self.experiment_id)
@@ -68,7 +68,7 @@ class ProcessRun:
         self.run_id = self.experiment_id = None
         self.described = False
 
-    def end(self, tracker: Tracker, at_ms: int) -> None:
+    def end(self, tracker: Tracker | NoTracker, at_ms: int) -> None:
         """End the run on the server, as FAILED unless the process had ended well; raises ``TrackerError``."""
         run = self.on_server(tracker)
         if self.totals:

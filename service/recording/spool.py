@@ -6,6 +6,7 @@ a process whose lock is free are orphaned, and whoever gets the lock may send an
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import secrets
@@ -26,6 +27,8 @@ SEGMENT_BYTES = 131_072
 SPOOL_NAME = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9]+-[0-9a-f]{6}")
 """The name of a process's spool: its start time, its process id, and six random hex digits."""
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class Segment:
@@ -38,6 +41,7 @@ class Segment:
         size_bytes: Its size.
         spooled: How many of its records are counted as waiting because MLflow failed.
         synced: Whether it has been written through to the disk.
+        sent: Whether MLflow has its records; the ledger may not have them yet.
     """
 
     path: Path
@@ -46,6 +50,7 @@ class Segment:
     size_bytes: int = 0
     spooled: int = 0
     synced: bool = False
+    sent: bool = False
 
 
 class Spool:
@@ -153,7 +158,9 @@ class Spool:
         self._size_bytes -= segment.size_bytes
         with suppress(OSError):
             segment.path.unlink(missing_ok=True)
-        if segment.records:
+        if segment.sent:
+            logger.error("The ledger does not have the records of a file that was dropped: %s", reason)
+        elif segment.records:
             self._on_lost(segment.records, reason)
 
     def _seal(self) -> None:
@@ -168,6 +175,7 @@ class Spool:
         """Count all records as waiting because MLflow failed; returns how many were not counted before."""
         with self._lock:
             segments = [*self._sealed, *([self._open] if self._open else [])]
+            segments = [segment for segment in segments if not segment.sent]
             new = sum(segment.records - segment.spooled for segment in segments)
             for segment in segments:
                 segment.spooled = segment.records

@@ -7,6 +7,7 @@ from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Meter, Ob
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 
 from service.telemetry import names
+from service.telemetry.tally import TallyCounter, TallyUpDownCounter
 
 
 class Instruments:
@@ -30,7 +31,12 @@ class Instruments:
         self.requests_in_flight = _up_down_counter(meter, names.REQUESTS_IN_FLIGHT)
         self.requests_rejected = _counter(meter, names.REQUESTS_REJECTED)
         self.auth_attempts = _counter(meter, names.AUTH_ATTEMPTS)
+        self.budget_exceeded = _counter(meter, names.BUDGET_EXCEEDED)
+        self.budget_near_limit = _counter(meter, names.BUDGET_NEAR_LIMIT)
+        self.budget_unpriced = _counter(meter, names.BUDGET_UNPRICED)
         self.identity_store_duration = _histogram(meter, names.IDENTITY_STORE_DURATION)
+        self.shared_news = _counter(meter, names.SHARED_NEWS)
+        self.shared_operation_duration = _histogram(meter, names.SHARED_OPERATION_DURATION)
         self.health_check_duration = _histogram(meter, names.HEALTH_CHECK_DURATION)
         self.recorder_spooled = _counter(meter, names.RECORDER_SPOOLED)
         self.recorder_replayed = _counter(meter, names.RECORDER_REPLAYED)
@@ -46,9 +52,13 @@ class Instruments:
             (self.cache_writes, names.CACHE_WRITES),
             (self.requests_rejected, names.REQUESTS_REJECTED),
             (self.auth_attempts, names.AUTH_ATTEMPTS),
+            (self.budget_exceeded, names.BUDGET_EXCEEDED),
+            (self.budget_near_limit, names.BUDGET_NEAR_LIMIT),
+            (self.budget_unpriced, names.BUDGET_UNPRICED),
             (self.recorder_spooled, names.RECORDER_SPOOLED),
             (self.recorder_replayed, names.RECORDER_REPLAYED),
             (self.recorder_lost, names.RECORDER_LOST),
+            (self.shared_news, names.SHARED_NEWS),
         ):
             _start_at_zero(counter, metric)
         self.requests_in_flight.add(0)
@@ -107,6 +117,13 @@ class Instruments:
             metric.name, [lambda _options: [Observation(waiting())]], metric.unit, metric.description
         )
 
+    def observe_fallback(self, falls_back: Callable[[], bool]) -> None:
+        """Observe whether limits are counted per process because Valkey cannot be had."""
+        metric = names.SHARED_FALLBACK
+        self._meter.create_observable_gauge(
+            metric.name, [lambda _options: [Observation(int(falls_back()))]], metric.unit, metric.description
+        )
+
     def start_model_at_zero(self, model: str) -> None:
         """Start the model's series at 0, so that ``rate()`` includes its first call."""
         for outcome in names.LLM_CALLS.attributes["outcome"]:
@@ -130,11 +147,11 @@ def _start_at_zero(counter: Counter, metric: names.Metric) -> None:
 
 
 def _up_down_counter(meter: Meter, metric: names.Metric) -> UpDownCounter:
-    return meter.create_up_down_counter(metric.name, metric.unit, metric.description)
+    return TallyUpDownCounter(meter, metric.name, metric.unit, metric.description)
 
 
 def _counter(meter: Meter, metric: names.Metric) -> Counter:
-    return meter.create_counter(metric.name, metric.unit, metric.description)
+    return TallyCounter(meter, metric.name, metric.unit, metric.description)
 
 
 def _histogram(meter: Meter, metric: names.Metric) -> Histogram:

@@ -38,9 +38,14 @@ ERROR_NAMES: Final = tuple(error.__name__ for error in PUBLIC_ERRORS)
 MODEL_BREAKER: Final = "model"
 """Value of ``breaker`` for a circuit of one model; ``model`` says which."""
 
-BREAKERS: Final = ("litellm", MODEL_BREAKER, "qdrant", "qdrant_search", "embeddings")
+BREAKERS: Final = ("litellm", MODEL_BREAKER, "qdrant", "qdrant_search", "embeddings", "valkey")
 BREAKER_MODEL: Final = f"with breaker {MODEL_BREAKER} only: {UPSTREAM_LISTED}"
+STORE_BUCKETS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+"""For stores that a request waits for, on the same machine or near it."""
+
 CACHE_KINDS: Final = ("exact", "semantic")
+DEPENDENCIES: Final = ("qdrant", "litellm", "mlflow", "oidc", "valkey")
+"""The dependencies; in the place of ``oidc`` there is ``oidc_<host>`` for each of several issuers."""
 
 
 LLM_CALLS: Final = Metric(
@@ -128,7 +133,7 @@ CACHE_LOOKUP_DURATION: Final = Metric(
     "s",
     "Duration of cache lookups",
     {"kind": CACHE_KINDS},
-    buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1),
+    buckets=STORE_BUCKETS,
 )
 CACHE_SIMILARITY: Final = Metric(
     "llmops.cache.similarity",
@@ -170,16 +175,61 @@ AUTH_ATTEMPTS: Final = Metric(
     "llmops.auth.attempts",
     "counter",
     "{attempt}",
-    "Sign-ins by outcome",
-    {"outcome": ("success", "wrong_credentials", "rate_limited")},
+    "Sign-ins, and requests with a token or an API key, by outcome",
+    {
+        "method": ("password", "token", "key", "oidc"),
+        "outcome": ("success", "wrong_credentials", "rate_limited", "invalid", "unavailable"),
+    },
+)
+BUDGET_EXCEEDED: Final = Metric(
+    "llmops.budget.exceeded",
+    "counter",
+    "{call}",
+    "Calls refused because a budget is spent",
+    {"scope": ("key", "user", "team")},
+)
+BUDGET_NEAR_LIMIT: Final = Metric(
+    "llmops.budget.near_limit",
+    "counter",
+    "{budget}",
+    "Budgets of which 80 % was spent, once in each period",
+    {"scope": ("key", "user", "team")},
+)
+BUDGET_UNPRICED: Final = Metric(
+    "llmops.budget.unpriced",
+    "counter",
+    "{call}",
+    "Calls without a price, of which a budget in US dollars counts nothing",
+    {"scope": ("key", "user", "team")},
 )
 IDENTITY_STORE_DURATION: Final = Metric(
     "llmops.identity.store.duration",
     "histogram",
     "s",
     "Duration of the SQL database's transactions, including the wait for a thread",
-    {"operation": ("keep", "find", "forget", "purge"), "outcome": ("success", "error")},
+    {"operation": ("keep", "find", "forget", "purge", "poll", "book"), "outcome": ("success", "error")},
     buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2),
+)
+SHARED_OPERATION_DURATION: Final = Metric(
+    "llmops.shared.operation.duration",
+    "histogram",
+    "s",
+    "Time that a request waited for Valkey; with outcome error, until it was counted in this process",
+    {"operation": ("count", "look"), "outcome": ("success", "error")},
+    buckets=STORE_BUCKETS,
+)
+SHARED_NEWS: Final = Metric(
+    "llmops.shared.news",
+    "counter",
+    "{message}",
+    "Messages between replicas: told to the others, heard from another one, or dropped as too many waited",
+    {"topic": ("signed_out", "cache_cleared", "circuit"), "outcome": ("told", "heard", "dropped")},
+)
+SHARED_FALLBACK: Final = Metric(
+    "llmops.shared.fallback",
+    "gauge",
+    "1",
+    "With VALKEY_URL: 1 while limits are counted per process because Valkey cannot be had, else 0",
 )
 REQUESTS_REJECTED: Final = Metric(
     "llmops.requests.rejected",
@@ -193,21 +243,21 @@ HEALTH_STATUS: Final = Metric(
     "gauge",
     "1",
     "1 for a dependency that is up, 0 for one that is down or not checked",
-    {"dependency": ("qdrant", "litellm", "mlflow")},
+    {"dependency": DEPENDENCIES},
 )
 HEALTH_AGE: Final = Metric(
     "llmops.health.age",
     "gauge",
     "s",
     "Time since the last check of a dependency",
-    {"dependency": ("qdrant", "litellm", "mlflow")},
+    {"dependency": DEPENDENCIES},
 )
 HEALTH_CHECK_DURATION: Final = Metric(
     "llmops.health.check.duration",
     "histogram",
     "s",
     "Duration of the checks of a dependency",
-    {"dependency": ("qdrant", "litellm", "mlflow")},
+    {"dependency": DEPENDENCIES},
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
 RECORDER_QUEUE: Final = Metric(
@@ -260,7 +310,13 @@ METRICS: Final = (
     REQUESTS_IN_FLIGHT,
     REQUESTS_REJECTED,
     AUTH_ATTEMPTS,
+    BUDGET_EXCEEDED,
+    BUDGET_NEAR_LIMIT,
+    BUDGET_UNPRICED,
     IDENTITY_STORE_DURATION,
+    SHARED_OPERATION_DURATION,
+    SHARED_NEWS,
+    SHARED_FALLBACK,
     HEALTH_STATUS,
     HEALTH_AGE,
     HEALTH_CHECK_DURATION,
@@ -309,14 +365,24 @@ ATTR_UPSTREAM_STATUS: Final = "llmops.upstream.status_code"
 """The HTTP status of the upstream's answer to a failed attempt, or the one that its event names."""
 ATTR_UPSTREAM_CODE: Final = "llmops.upstream.code"
 """OpenAI's code for what the upstream said, by its own code or LiteLLM's exception; else ``other``."""
+ATTR_TEAM: Final = "llmops.team"
+ATTR_KEY_ID: Final = "llmops.key.id"
 ATTR_RECORDS: Final = "llmops.recorder.records"
 
+EVENT_AUDIT: Final = "llmops.identity.changed"
+EVENT_BUDGET_NEAR_LIMIT: Final = "llmops.budget.near_limit"
+EVENT_BUDGET_EXCEEDED: Final = "llmops.budget.exceeded"
+EVENT_BUDGET_UNPRICED: Final = "llmops.budget.unpriced"
 EVENT_CACHE_ERROR: Final = "llmops.cache.error"
 EVENT_HEALTH_CHANGED: Final = "llmops.health.changed"
 EVENT_IDENTITY_STORE_FAILED: Final = "llmops.identity.store.failed"
 EVENT_IDENTITY_STORE_RECOVERED: Final = "llmops.identity.store.recovered"
+EVENT_IDENTITY_ISSUER_FAILED: Final = "llmops.identity.issuer.failed"
+EVENT_IDENTITY_ISSUER_RECOVERED: Final = "llmops.identity.issuer.recovered"
 EVENT_RECORDER_SPOOLED: Final = "llmops.recorder.spooled"
 EVENT_RECORDER_REPLAYED: Final = "llmops.recorder.replayed"
+EVENT_SHARED_FALLBACK_STARTED: Final = "llmops.shared.fallback.started"
+EVENT_SHARED_FALLBACK_ENDED: Final = "llmops.shared.fallback.ended"
 EVENT_SHUTDOWN_STARTED: Final = "llmops.shutdown.started"
 EVENT_SHUTDOWN_WAITING: Final = "llmops.shutdown.waiting"
 EVENT_SHUTDOWN_STEP: Final = "llmops.shutdown.step"
@@ -332,12 +398,20 @@ EVENTS: Final = (
     EVENT_RETRY_EXHAUSTED,
     EVENT_BREAKER_STATE_CHANGED,
     EVENT_BREAKER_REJECTED,
+    EVENT_AUDIT,
+    EVENT_BUDGET_NEAR_LIMIT,
+    EVENT_BUDGET_EXCEEDED,
+    EVENT_BUDGET_UNPRICED,
     EVENT_CACHE_ERROR,
     EVENT_HEALTH_CHANGED,
     EVENT_IDENTITY_STORE_FAILED,
     EVENT_IDENTITY_STORE_RECOVERED,
+    EVENT_IDENTITY_ISSUER_FAILED,
+    EVENT_IDENTITY_ISSUER_RECOVERED,
     EVENT_RECORDER_SPOOLED,
     EVENT_RECORDER_REPLAYED,
+    EVENT_SHARED_FALLBACK_STARTED,
+    EVENT_SHARED_FALLBACK_ENDED,
     EVENT_SHUTDOWN_STARTED,
     EVENT_SHUTDOWN_WAITING,
     EVENT_SHUTDOWN_STEP,

@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 import uuid
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,18 +21,17 @@ from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpSpanExporter
 from opentelemetry.metrics import Counter, Meter, NoOpMeter, NoOpMeterProvider
-from opentelemetry.sdk._logs import LoggerProvider
-from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, LogRecordExporter
+from opentelemetry.sdk._logs import LoggerProvider, ReadableLogRecord
+from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, LogRecordExporter, LogRecordExportResult
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.metrics.view import DropAggregation, ExplicitBucketHistogramAggregation, View
 from opentelemetry.sdk.resources import OTELResourceDetector, ProcessResourceDetector, Resource
-from opentelemetry.sdk.trace import SpanLimits, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import (
     ALWAYS_OFF,
     ALWAYS_ON,
-    Decision,
     ParentBased,
     Sampler,
     SamplingResult,
@@ -50,6 +50,8 @@ from service.config.settings import Settings
 from service.telemetry.events import SpanEventProcessor
 from service.telemetry.instruments import Instruments
 from service.telemetry.names import HTTP_DURATION_BUCKETS
+from service.telemetry.slices import Slices
+from service.telemetry.tally import TallyCounter
 
 SCOPE = "service"
 ABORT_TIMEOUT_S = 0.5
@@ -174,15 +176,35 @@ def exporters_from(settings: Settings) -> Exporters:
     logs: LogRecordExporter | None = None
     if _is_exported(settings.otel_traces_exporter, settings.otel_exporter_otlp_traces_endpoint, settings):
         grpc = (settings.otel_exporter_otlp_traces_protocol or general) == "grpc"
-        spans = GrpcSpanExporter() if grpc else HttpSpanExporter()
+        spans = _GrpcSpans() if grpc else _HttpSpans()
     if _is_exported(settings.otel_metrics_exporter, settings.otel_exporter_otlp_metrics_endpoint, settings):
         grpc = (settings.otel_exporter_otlp_metrics_protocol or general) == "grpc"
         metrics = GrpcMetricExporter() if grpc else HttpMetricExporter()
     if _is_exported(settings.otel_logs_exporter, settings.otel_exporter_otlp_logs_endpoint, settings):
         grpc = (settings.otel_exporter_otlp_logs_protocol or general) == "grpc"
-        logs = GrpcLogExporter() if grpc else HttpLogExporter()
+        logs = _GrpcLogs() if grpc else _HttpLogs()
     reader = PeriodicExportingMetricReader(metrics) if metrics else None
     return Exporters(spans, reader, logs, metrics)
+
+
+class _GrpcSpans(GrpcSpanExporter):
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        return super().export(Slices(spans))
+
+
+class _HttpSpans(HttpSpanExporter):
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        return super().export(Slices(spans))
+
+
+class _GrpcLogs(GrpcLogExporter):
+    def export(self, batch: Sequence[ReadableLogRecord]) -> LogRecordExportResult:
+        return super().export(Slices(batch))
+
+
+class _HttpLogs(HttpLogExporter):
+    def export(self, batch: Sequence[ReadableLogRecord]) -> LogRecordExportResult:
+        return super().export(Slices(batch))
 
 
 def _is_exported(exporter: str, endpoint: str, settings: Settings) -> bool:
@@ -206,7 +228,30 @@ def sampler_from(settings: Settings) -> Sampler:
     return ExceptProbes(ParentBased(root, remote_parent_sampled=root, remote_parent_not_sampled=root))
 
 
-class RandomRatio(Sampler):
+class _ChoosingSampler(Sampler):
+    """Delegates each decision to a sampler that it chooses."""
+
+    @abstractmethod
+    def _choose(self, kind: SpanKind | None, attributes: Attributes) -> Sampler:
+        """The sampler that decides on a span of this kind with these attributes."""
+
+    def should_sample(  # noqa: PLR0913, PLR0917 - the SDK's interface
+        self,
+        parent_context: Context | None,
+        trace_id: int,
+        name: str,
+        kind: SpanKind | None = None,
+        attributes: Attributes = None,
+        links: Sequence[Link] | None = None,
+        trace_state: TraceState | None = None,
+    ) -> SamplingResult:
+        """Decide on a span that is about to start."""
+        return self._choose(kind, attributes).should_sample(
+            parent_context, trace_id, name, kind, attributes, links, trace_state
+        )
+
+
+class RandomRatio(_ChoosingSampler):
     """Records a share of the traces, each by a random number of this process.
 
     The SDK's sampler for the same setting decides by the trace id, which a caller may choose.
@@ -221,26 +266,16 @@ class RandomRatio(Sampler):
         self._bound = round(ratio * 2**RANDOM_BITS)
         self._random_bits = random_bits
 
-    def should_sample(  # noqa: PLR0913, PLR0917 - the SDK's interface
-        self,
-        parent_context: Context | None,
-        trace_id: int,
-        name: str,
-        kind: SpanKind | None = None,
-        attributes: Attributes = None,
-        links: Sequence[Link] | None = None,
-        trace_state: TraceState | None = None,
-    ) -> SamplingResult:
-        """Decide on a span that is about to start."""
-        sampler = ALWAYS_ON if self._random_bits(RANDOM_BITS) < self._bound else ALWAYS_OFF
-        return sampler.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
+    def _choose(self, kind: SpanKind | None, attributes: Attributes) -> Sampler:
+        del kind, attributes
+        return ALWAYS_ON if self._random_bits(RANDOM_BITS) < self._bound else ALWAYS_OFF
 
     def get_description(self) -> str:
         """Return the sampler's name and its share."""
         return f"RandomRatio{{{self._ratio}}}"
 
 
-class ExceptProbes(Sampler):
+class ExceptProbes(_ChoosingSampler):
     """Drops the server spans of the health routes, and delegates the decision on all other spans.
 
     Probes are frequent and their traces are not useful. A dropped span costs little, and its id still becomes
@@ -250,22 +285,9 @@ class ExceptProbes(Sampler):
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
 
-    def should_sample(  # noqa: PLR0913, PLR0917 - the SDK's interface
-        self,
-        parent_context: Context | None,
-        trace_id: int,
-        name: str,
-        kind: SpanKind | None = None,
-        attributes: Attributes = None,
-        links: Sequence[Link] | None = None,
-        trace_state: TraceState | None = None,
-    ) -> SamplingResult:
-        """Decide on a span that is about to start."""
-        if kind is SpanKind.SERVER and attributes and attributes.get(URL_PATH) in PROBES:
-            return SamplingResult(Decision.DROP, None, trace_state)
-        return self._sampler.should_sample(
-            parent_context, trace_id, name, kind, attributes, links, trace_state
-        )
+    def _choose(self, kind: SpanKind | None, attributes: Attributes) -> Sampler:
+        is_probe = kind is SpanKind.SERVER and attributes and attributes.get(URL_PATH) in PROBES
+        return ALWAYS_OFF if is_probe else self._sampler
 
     def get_description(self) -> str:
         """Return the sampler's name."""
@@ -304,14 +326,14 @@ class WrappedMeterProvider(NoOpMeterProvider):
 
 
 class _TracerMeter(WrappedMeter):
-    """The tracer provider's meter without the SDK's count of live spans.
+    """The tracer provider's meter, with the SDK's count of started spans, and without that of live spans.
 
-    The count would take one fifteenth of a request's function calls; requests and calls in flight have
-    metrics of their own. The SDK counts started spans with a counter, and live spans with an up-down counter.
+    Requests and calls in flight have metrics of their own. The SDK counts started spans with a counter, and
+    live spans with an up-down counter.
     """
 
     def create_counter(self, name: str, unit: str = "", description: str = "") -> Counter:
-        return self._inner.create_counter(name, unit, description)
+        return TallyCounter(self._inner, name, unit, description)
 
 
 def _span_limits() -> SpanLimits:
@@ -356,7 +378,25 @@ def _resource(settings: Settings) -> Resource:
             "telemetry.sdk.version": version("opentelemetry-sdk"),
         }
     )
-    return Resource.get_empty().merge(sdk).merge(detected).merge(OTELResourceDetector().detect())
+    merged = Resource.get_empty().merge(sdk).merge(detected).merge(OTELResourceDetector().detect())
+    return _HashedResource(dict(merged.attributes), merged.schema_url)
+
+
+class _HashedResource(Resource):
+    """A resource that is hashed once; the exporters look it up for each span and log record.
+
+    The SDK's own hash is that of a JSON text, made anew each time: a seventh of the time to encode a span.
+    """
+
+    def __init__(self, attributes: Attributes, schema_url: str) -> None:
+        super().__init__(attributes or {}, schema_url)
+        self._hash = super().__hash__()
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or super().__eq__(other)
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 def _views() -> list[View]:

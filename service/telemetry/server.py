@@ -14,7 +14,7 @@ from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.metrics import Histogram, UpDownCounter
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.semconv.attributes.server_attributes import SERVER_ADDRESS
-from opentelemetry.semconv.attributes.url_attributes import URL_QUERY
+from opentelemetry.semconv.attributes.url_attributes import URL_PATH, URL_QUERY
 from opentelemetry.semconv.attributes.user_agent_attributes import USER_AGENT_ORIGINAL
 from opentelemetry.semconv.metrics.http_metrics import HTTP_SERVER_REQUEST_DURATION
 from opentelemetry.trace import Span
@@ -22,8 +22,11 @@ from opentelemetry.util.types import Attributes
 
 from service.context import current_request
 from service.telemetry.providers import Telemetry, WrappedMeter, WrappedMeterProvider
+from service.telemetry.tally import TallyUpDownCounter
 
 REDACTED = "[redacted]"
+API_KEY = "llmops_"
+"""How an API key begins; one may be in a path by mistake."""
 
 
 def instrument_server(app: FastAPI, telemetry: Telemetry) -> None:
@@ -43,9 +46,11 @@ def instrument_server(app: FastAPI, telemetry: Telemetry) -> None:
 
 
 def _redact(span: Span, scope: dict[str, Any]) -> None:
-    """Remove the query string and the user agent, which may contain keys or prompts, from the span."""
+    """Remove what may contain keys or prompts from the span: the query string, the user agent, an API key."""
     if scope.get("query_string"):
         span.set_attribute(URL_QUERY, REDACTED)
+    if API_KEY in scope["path"]:
+        span.set_attribute(URL_PATH, REDACTED)
     for name, _ in scope["headers"]:
         if name == b"user-agent":
             span.set_attribute(USER_AGENT_ORIGINAL, REDACTED)
@@ -59,7 +64,7 @@ class _ServerMeter(WrappedMeter):
     """The instrumentation's meter, with the two kinds of instruments that it uses."""
 
     def create_up_down_counter(self, name: str, unit: str = "", description: str = "") -> UpDownCounter:
-        return self._inner.create_up_down_counter(name, unit, description)
+        return TallyUpDownCounter(self._inner, name, unit, description)
 
     def create_histogram(
         self,
