@@ -12,10 +12,11 @@ from grafana.dependencies import dependencies
 from grafana.llm import llm
 from grafana.panels import Board
 from grafana.service import service
+from grafana.spending import spending
 from grafana.telemetry import telemetry
 
 FOLDER: Final = Path(__file__).resolve().parent / "dashboards"
-BOARDS: Final[tuple[Board, ...]] = (service, dependencies, llm, telemetry)
+BOARDS: Final[tuple[Board, ...]] = (service, dependencies, llm, spending, telemetry)
 
 
 def generated() -> dict[str, str]:

@@ -312,6 +312,8 @@ def dependencies() -> dashboard.Dashboard:
     ]
     database = by(names.IDENTITY_STORE_DURATION, "operation", "outcome")
     database_time = by(names.IDENTITY_STORE_DURATION, "operation")
+    shared = by(names.SHARED_OPERATION_DURATION, "operation", "outcome")
+    news = by(names.SHARED_NEWS, "topic", "outcome")
     behind += [
         graph(
             PanelText(
@@ -346,6 +348,54 @@ def dependencies() -> dashboard.Dashboard:
                 )
             ],
             unit="s",
+            links=[SERVICE_PAGE],
+        ),
+        graph(
+            PanelText(
+                "Processes that count by themselves",
+                "Processes that count rates and failed sign-ins in their own memory, because Valkey cannot "
+                "be had. Always 0 without `VALKEY_URL`.",
+                "each of them allows what all together should: the event `llmops.shared.fallback.started` in "
+                "the log below has the reason.",
+            ),
+            [Query(zeroed(f"sum({value(names.SHARED_FALLBACK)})"), "processes")],
+            unit="short",
+            links=[SERVICE_PAGE],
+        ),
+        graph(
+            PanelText(
+                "Wait for Valkey",
+                "Time that requests waited for Valkey (p95), by operation and outcome. `VALKEY_TIMEOUT_S` "
+                "limits it.",
+                "“error” near the limit: the server is slow or far away; near 0: it refuses.",
+            ),
+            [
+                Query(
+                    zeroed(
+                        f"histogram_quantile(0.95, sum by ({shared}, le)"
+                        f" ({rate(bucket(names.SHARED_OPERATION_DURATION))})) >= 0"
+                    ),
+                    "{{operation}} {{outcome}}",
+                )
+            ],
+            unit="s",
+            links=[SERVICE_PAGE],
+        ),
+        graph(
+            PanelText(
+                "News between replicas",
+                "Sign-outs, clearings of the cache and circuits that processes told each other over Valkey, "
+                "and what was dropped because too much waited. Always 0 without `VALKEY_URL`.",
+                "“heard” is “told” times the other processes; less for long: one of them does not read. "
+                "“dropped”: Valkey was away for too long, and the others do not know of it.",
+            ),
+            [
+                Query(
+                    zeroed(f"sum by ({news}) ({rate(value(names.SHARED_NEWS))})"),
+                    "{{topic}} {{outcome}}",
+                )
+            ],
+            unit="ops",
             links=[SERVICE_PAGE],
         ),
     ]

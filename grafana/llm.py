@@ -26,10 +26,16 @@ DEPENDENCIES: Final = (
     "Whose fault is it?",
     "/d/llmops-dependencies?${__url_time_range}&${service:queryparam}",
 )
+SPENDING: Final = ("Who spends?", "/d/llmops-spending?from=now-30d&to=now")
 _HIT_OR_MISS: Final = '=~"hit|miss"'
 _INPUT: Final = f"llmops:gen_ai_input_tokens:rate5m{{{SERVICE}}}"
 _OUTPUT: Final = f"llmops:gen_ai_output_tokens:rate5m{{{SERVICE}}}"
 _DURATION: Final = f"llmops:gen_ai_duration_seconds_bucket:rate5m{{{SERVICE}}}"
+
+
+def _by_scope(metric: names.Metric, function: str = "rate") -> Query:
+    per_scope = f"{function}({value(metric)}[$__rate_interval])"
+    return Query(zeroed(f"sum by ({by(metric, 'scope')}) ({per_scope})"), "{{scope}}")
 
 
 def llm() -> dashboard.Dashboard:
@@ -269,6 +275,44 @@ def llm() -> dashboard.Dashboard:
             links=[DEPENDENCIES],
         ),
     ]
+    budgets = [
+        graph(
+            PanelText(
+                "Calls refused by a budget",
+                "Calls per second that got `BudgetExceededError`, by whose budget is spent.",
+                "“Budgets” on the page “Who spends?” names it, and says when it renews.",
+            ),
+            [_by_scope(names.BUDGET_EXCEEDED)],
+            unit="ops",
+            width=THIRD,
+            links=[SPENDING],
+        ),
+        graph(
+            PanelText(
+                "Budgets that came near their limit",
+                "Budgets that came to 80 %, within the interval of the graph; once in each of their periods.",
+                "their callers are refused soon: “Budgets” on the page “Who spends?” names them, and the "
+                "event `llmops.budget.near_limit` in the log.",
+            ),
+            [_by_scope(names.BUDGET_NEAR_LIMIT, "increase")],
+            unit="short",
+            width=THIRD,
+            links=[SPENDING],
+        ),
+        graph(
+            PanelText(
+                "Calls that a budget could not count",
+                "Calls per second without a price, of callers with a budget in dollars: they cost that "
+                "budget nothing.",
+                "“By model” on the page “Who spends?” says which model; give it a price in LiteLLM's "
+                "configuration.",
+            ),
+            [_by_scope(names.BUDGET_UNPRICED)],
+            unit="ops",
+            width=THIRD,
+            links=[SPENDING],
+        ),
+    ]
     evidence = [
         traces(
             PanelText(
@@ -283,12 +327,13 @@ def llm() -> dashboard.Dashboard:
     return page(
         "llmops-llm",
         "LLM: what does it cost?",
-        "Calls, tokens, cost and latency by model, and the savings of the cache.",
+        "Calls, tokens, cost and latency by model, the savings of the cache, and budgets.",
         [
             ("Totals", sums),
             ("Calls", calls),
             ("Tokens and cost", money),
             ("Latency and cache", speed),
+            ("Budgets", budgets),
             ("Evidence", evidence),
         ],
     )

@@ -3,7 +3,7 @@
 Datasources are named by the uids in `provisioning/datasources/`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,12 +19,14 @@ from grafana_foundation_sdk.builders import (
     tempo,
     timeseries,
 )
+from grafana_foundation_sdk.cog import builder, variants
 from grafana_foundation_sdk.models import common, dashboard
 from grafana_foundation_sdk.models.tempo import SearchTableType
 
 PROMETHEUS: Final = common.DataSourceRef(type_val="prometheus", uid="prometheus")
 TEMPO: Final = common.DataSourceRef(type_val="tempo", uid="tempo")
 LOKI: Final = common.DataSourceRef(type_val="loki", uid="loki")
+POSTGRESQL: Final = common.DataSourceRef(type_val="grafana-postgresql-datasource", uid="postgresql")
 
 HALF, THIRD, QUARTER, FULL = 12, 8, 6, 24
 TALL, LOW = 8, 4
@@ -39,6 +41,57 @@ class Query:
     expr: str
     legend: str
     exemplars: bool = False
+
+
+class _SqlTarget(builder.Builder[variants.Dataquery], variants.Dataquery):
+    """A query of the PostgreSQL datasource, which the SDK has no type for."""
+
+    def __init__(self, sql: str, *, over_time: bool) -> None:
+        self._sql = sql
+        self._format = "time_series" if over_time else "table"
+
+    def build(self) -> variants.Dataquery:
+        return self
+
+    def to_json(self) -> dict[str, object]:
+        """The query as Grafana stores it."""
+        return {
+            "datasource": POSTGRESQL,
+            "editorMode": "code",
+            "format": self._format,
+            "rawQuery": True,
+            "rawSql": self._sql,
+            "refId": "A",
+        }
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column of a table is shown.
+
+    Args:
+        unit: The unit of its values.
+        decimals: The number of decimals.
+        thresholds: Colours of the background; without them it has none.
+        width: In pixels; without it Grafana decides.
+    """
+
+    unit: str = "none"
+    decimals: int | None = None
+    thresholds: Sequence[tuple[float | None, str]] = ()
+    width: int | None = None
+
+    def properties(self) -> list[dashboard.DynamicConfigValue]:
+        """The same as Grafana's overrides of a field."""
+        found: dict[str, Any] = {"unit": self.unit}
+        if self.decimals is not None:
+            found["decimals"] = self.decimals
+        if self.width is not None:
+            found["custom.width"] = self.width
+        if self.thresholds:
+            found["thresholds"] = steps(*self.thresholds).build()
+            found["custom.cellOptions"] = {"type": "color-background", "mode": "basic"}
+        return [dashboard.DynamicConfigValue(id_val=name, value=value) for name, value in found.items()]
 
 
 @dataclass(frozen=True)
@@ -119,11 +172,33 @@ def number(
     links: Links = (),
 ) -> stat.Panel:
     """Return a panel with one number over the time range of the dashboard."""
-    panel: stat.Panel = _labelled(stat.Panel(), text, links, width, LOW)
+    panel = stat.Panel().datasource(PROMETHEUS).targets(_targets([query], instant=True))
+    return _number(_labelled(panel, text, links, width, LOW), unit, thresholds, decimals)
+
+
+def sql_number(
+    text: PanelText,
+    sql: str,
+    *,
+    unit: str,
+    thresholds: Sequence[tuple[float | None, str]] = ALWAYS_BLUE,
+    decimals: int | None = None,
+    width: int = QUARTER,
+    links: Links = (),
+) -> stat.Panel:
+    """Return a panel with the one number of a query in SQL."""
+    panel = stat.Panel().datasource(POSTGRESQL).with_target(_SqlTarget(sql, over_time=False))
+    return _number(_labelled(panel, text, links, width, LOW), unit, thresholds, decimals)
+
+
+def _number(
+    panel: stat.Panel,
+    unit: str,
+    thresholds: Sequence[tuple[float | None, str]],
+    decimals: int | None,
+) -> stat.Panel:
     panel = (
-        panel.datasource(PROMETHEUS)
-        .targets(_targets([query], instant=True))
-        .unit(unit)
+        panel.unit(unit)
         .no_value("0")
         .thresholds(steps(*thresholds))
         .color_mode(common.BigValueColorMode.VALUE)
@@ -168,6 +243,57 @@ def graph(
         panel = panel.thresholds(steps(*thresholds)).thresholds_style(
             common_builders.GraphThresholdsStyleConfig().mode(common.GraphThresholdsStyleMode.LINE)
         )
+    return panel
+
+
+def sql_bars(
+    text: PanelText, sql: str, *, unit: str, width: int = HALF, links: Links = ()
+) -> timeseries.Panel:
+    """Return a panel with stacked bars over time.
+
+    The query has the columns ``time``, ``metric`` and ``value``, or ``time`` and one column for each series.
+    """
+    panel: timeseries.Panel = _labelled(timeseries.Panel(), text, links, width, TALL)
+    return (
+        panel.datasource(POSTGRESQL)
+        .with_target(_SqlTarget(sql, over_time=True))
+        .unit(unit)
+        .no_value("0")
+        .min(0)
+        .draw_style(common.GraphDrawStyle.BARS)
+        .bar_alignment(common.BarAlignment.AFTER)
+        .fill_opacity(80)
+        .stacking(common_builders.StackingConfig().mode(common.StackingMode.NORMAL))
+        .legend(
+            common_builders.VizLegendOptions()
+            .show_legend(show_legend=True)
+            .placement(common.LegendPlacement.RIGHT)
+            .display_mode(common.LegendDisplayMode.TABLE)
+            .calcs(["sum"])
+            .sort_by("Total")
+            .sort_desc(sort_desc=True)
+        )
+        .tooltip(common_builders.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI))
+    )
+
+
+def sql_table(
+    text: PanelText, sql: str, columns: Mapping[str, Column], *, width: int = HALF, links: Links = ()
+) -> table.Panel:
+    """Return a panel with the rows of a query in SQL; a column's filter is in its head.
+
+    Columns that are not named hold text: with a numeric unit, Grafana would show the name 4000 as 4 K.
+    """
+    panel: table.Panel = _labelled(table.Panel(), text, links, width, TALL)
+    panel = (
+        panel.datasource(POSTGRESQL)
+        .with_target(_SqlTarget(sql, over_time=False))
+        .unit("string")
+        .no_value("0")
+        .filterable(filterable=True)
+    )
+    for name, column in columns.items():
+        panel = panel.override_by_name(name, column.properties())
     return panel
 
 
@@ -229,16 +355,37 @@ def traces(text: PanelText, query: str, *, width: int = FULL, links: Links = ())
 Section = tuple[str, Sequence[Any]]
 
 
-def page(uid: str, title: str, description: str, sections: Sequence[Section]) -> dashboard.Dashboard:
-    """Return a dashboard of panels in sections, with links to the other dashboards."""
+def page(
+    uid: str,
+    title: str,
+    description: str,
+    sections: Sequence[Section],
+    *,
+    since: str = "now-1h",
+    refresh: str = "30s",
+    timezone: str = "browser",
+    by_service: bool = True,
+) -> dashboard.Dashboard:
+    """Return a dashboard of panels in sections, with links to the other dashboards.
+
+    Args:
+        uid: The last part of its URL.
+        title: Its title.
+        description: What it shows.
+        sections: The panels.
+        since: The beginning of the time range that it opens with.
+        refresh: How often it asks again.
+        timezone: ``utc`` where the panels show days in UTC.
+        by_service: Whether it has the variable ``service``, for queries that select by it.
+    """
     board = (
         builders.Dashboard(title)
         .uid(uid)
         .description(description)
         .tags(["llmops"])
-        .timezone("browser")
-        .time("now-1h", "now")
-        .refresh("30s")
+        .timezone(timezone)
+        .time(since, "now")
+        .refresh(refresh)
         .readonly()
         .tooltip(dashboard.DashboardCursorSync.CROSSHAIR)
         .link(
@@ -248,7 +395,9 @@ def page(uid: str, title: str, description: str, sections: Sequence[Section]) ->
             .include_vars(include_vars=True)
             .keep_time(keep_time=True)
         )
-        .with_variable(
+    )
+    if by_service:
+        board = board.with_variable(
             builders.QueryVariable("service")
             .label("Service")
             .datasource(PROMETHEUS)
@@ -260,7 +409,6 @@ def page(uid: str, title: str, description: str, sections: Sequence[Section]) ->
             .all_value(".+")
             .current(dashboard.VariableOption(text="All", value="$__all", selected=True))
         )
-    )
     for name, panels in sections:
         board = board.with_row(builders.Row(name))
         for panel in panels:

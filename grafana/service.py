@@ -34,6 +34,8 @@ _CALLS: Final = {"http_route": f'=~"{CALLS}"', "error_type": '=""'}
 # "Not ready" is an answer to a probe and not an error. A request that matches no route has no label.
 _NOT_PROBES: Final = f'!~"{NOT_SERVED}"'
 _FAILURES: Final = '=~"' + "|".join(FAILURES) + '"'
+_WITHOUT_SIGN_IN: Final = '!="password"'
+_REFUSED: Final = '!="success"'
 
 
 def _share(bad: str, everything: str) -> str:
@@ -244,9 +246,31 @@ def service() -> dashboard.Dashboard:
             [
                 Query(
                     zeroed(
-                        f"sum by ({by(names.AUTH_ATTEMPTS, 'outcome')}) ({rate(value(names.AUTH_ATTEMPTS))})"
+                        f"sum by ({by(names.AUTH_ATTEMPTS, 'outcome')})"
+                        f" ({rate(value(names.AUTH_ATTEMPTS, method='password'))})"
                     ),
                     "{{outcome}}",
+                )
+            ],
+            unit="reqps",
+            width=THIRD,
+            links=[DEPENDENCIES],
+        ),
+        graph(
+            PanelText(
+                "Refused tokens and keys",
+                "Requests per second whose token or API key was refused, by kind: invalid, expired or "
+                "revoked, or unknown because the database does not answer.",
+                "“invalid” rises: a client was not given the new key after a rotation, or someone guesses; "
+                "“unavailable”: see “Database transactions”.",
+            ),
+            [
+                Query(
+                    zeroed(
+                        f"sum by ({by(names.AUTH_ATTEMPTS, 'method', 'outcome')})"
+                        f" ({rate(value(names.AUTH_ATTEMPTS, method=_WITHOUT_SIGN_IN, outcome=_REFUSED))})"
+                    ),
+                    "{{method}} {{outcome}}",
                 )
             ],
             unit="reqps",
