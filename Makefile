@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check faults attack bench clients lock clean env dashboards stack-test stack-programs demo-stack compose-test
+.PHONY: help demo test check faults attack money bench clients lock clean env dashboards stack-test stack-programs demo-stack compose-test chart-schema helm-test chart-test
 
 COVERAGE_FLOOR := 97
 UV_VERSION := 0.13.9
@@ -73,6 +73,9 @@ faults: $(VENV) ## Play the table of upstream faults against a real process; ARG
 attack: $(VENV) ## Attack a real process for under three minutes, while a second user uses it; ARGS="--seed 5"
 	$(RUN) python -m tests.faults.attack $(ARGS)
 
+money: $(VENV) $(MLFLOW) ## Compare callers, MLflow and the ledger over 2,000 calls and five kills; ARGS=--postgresql
+	$(RUN) MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" python -m tests.bench.money $(ARGS)
+
 # Not a part of `test`: Go, Rust and Java build for minutes, and two coding agents are 700 MB. What this machine has
 # no toolchain for is left out, and named; in CI nothing may be. The environment is the caller's: cargo's, npm's and
 # Maven's own variables may name their registries.
@@ -94,20 +97,39 @@ $(PORTKEY): Makefile
 COLLECTOR_BUILDER_VERSION := 0.161.0
 GO := $(shell command -v go 2>/dev/null)
 STACK := .stack/bin/otelcol .stack/bin/prometheus .stack/bin/promtool .stack/bin/compose-config
+KUBERNETES_VERSION := 1.37.2
+GATEWAY_API_VERSION := 1.6.3
+KEDA_VERSION := 2.21.0
+CHART := .stack/bin/helm .stack/kubernetes/.schemas
 
 env: ## Write what docker compose needs to .env: new secrets, where there are none
 	@$(firstword $(PYTHON) python3) -m deploy.env_file
+
+chart-schema: $(VENV) ## Write the names and types of the settings to the Helm chart's schema
+	$(RUN) python -m deploy.chart_schema
+
+helm-test: $(if $(GO),$(CHART) $(VENV)) ## Prove the Helm chart alone; needs Go
+ifdef GO
+	$(PYTEST) -m stack $(or $(ARGS),tests/helm)
+else
+	@echo "No Go here, so Helm was not built, and tests/helm was left out. Install Go >= 1.26." >&2
+	@test -z "$$CI" # there, nothing may be left out
+endif
+
+# Not a part of `check`: the API server builds for several minutes.
+chart-test: $(CHART) .stack/bin/etcd .stack/bin/kube-apiserver $(VENV) ## Install the Helm chart at a real API server that runs nothing; needs Go
+	.venv/bin/python -m tests.helm.apiserver
 
 dashboards: $(VENV) ## Write grafana/dashboards/ and the table in otel/README.md from the declared metrics
 	$(RUN) python -m grafana
 
 # These are as large as a small service, so a machine without Go leaves them out, and says so.
-stack-test: $(if $(GO),stack-programs $(VENV) $(LITELLM) $(MLFLOW)) ## Prove the stack with a real collector and Prometheus; needs Go
+stack-test: $(if $(GO),stack-programs $(VENV) $(LITELLM) $(MLFLOW)) ## Prove the stack with a real collector and Prometheus, and the chart with Helm; needs Go
 ifdef GO
-	$(PYTEST) -m stack $(or $(ARGS),tests/stack)
+	$(PYTEST) -m stack $(or $(ARGS),tests/stack tests/helm)
 else
-	@echo "No Go here, so the collector and Prometheus were not built, and tests/stack was left out:" >&2
-	@echo "no query, rule or alert was run, and the rules' unit tests neither. Install Go >= 1.26 for that." >&2
+	@echo "No Go here, so the collector, Prometheus and Helm were not built, and tests/stack and tests/helm were left out:" >&2
+	@echo "no query, rule or alert was run, nor the rules' unit tests, and no chart was rendered. Install Go >= 1.26." >&2
 	@test -z "$$CI" # there, nothing may be left out
 endif
 
@@ -121,7 +143,7 @@ compose-test: $(VENV) ## Prove docker-compose.yml in containers; needs root and 
 	@$(MAKE) --no-print-directory .venv-compose/.packages stack-programs
 	.venv/bin/python -m tests.compose $(ARGS)
 
-stack-programs: $(STACK)
+stack-programs: $(STACK) $(CHART)
 
 .stack/bin/otelcol: otel/build/collector.yaml
 	@echo "Building the collector (once, a few minutes)"
@@ -141,6 +163,32 @@ stack-programs: $(STACK)
 .stack/bin/compose-config: otel/build/compose/main.go otel/build/compose/go.mod otel/build/compose/go.sum
 	@mkdir -p $(@D)
 	cd otel/build/compose && CGO_ENABLED=0 go build -trimpath -o "$(CURDIR)/$@" .
+
+.stack/bin/helm: otel/build/helm/go.mod otel/build/helm/go.sum
+	@echo "Building Helm (once, a few minutes)"
+	@mkdir -p $(@D)
+	cd otel/build/helm && CGO_ENABLED=0 go build -trimpath -o "$(CURDIR)/$@" helm.sh/helm/v4/cmd/helm
+
+.stack/bin/etcd: PACKAGE := go.etcd.io/etcd/server/v3
+.stack/bin/kube-apiserver: PACKAGE := k8s.io/kubernetes/cmd/kube-apiserver
+.stack/bin/etcd .stack/bin/kube-apiserver: otel/build/kubernetes/go.mod otel/build/kubernetes/go.sum
+	@echo "Building $(@F) (once, some minutes)"
+	@mkdir -p $(@D)
+	cd otel/build/kubernetes && CGO_ENABLED=0 go build -trimpath -o "$(CURDIR)/$@" \
+		-ldflags "-X k8s.io/component-base/version.gitVersion=v$(KUBERNETES_VERSION)" $(PACKAGE)
+
+# What an API server would accept: the schemas of Kubernetes, of the Gateway API and of KEDA, from their modules.
+.stack/kubernetes/.schemas: Makefile
+	@echo "Getting the schemas of Kubernetes (once)"
+	@mkdir -p $(@D)
+	@cd $(@D) && for file in \
+		k8s.io/kubernetes@v$(KUBERNETES_VERSION):api/openapi-spec/swagger.json \
+		sigs.k8s.io/gateway-api@v$(GATEWAY_API_VERSION):config/crd/standard/gateway.networking.k8s.io_httproutes.yaml \
+		github.com/kedacore/keda/v2@v$(KEDA_VERSION):config/crd/bases/keda.sh_scaledobjects.yaml; do \
+		go mod download "$${file%%:*}" && \
+		install -m 644 "$$(go list -m -f '{{.Dir}}' "$${file%%:*}")/$${file#*:}" . || exit 1; \
+	done
+	@touch $@
 
 UV_COMPILE = .venv-lock/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 \
 	--prerelease if-necessary-or-explicit --generate-hashes --no-header --no-annotate \

@@ -56,6 +56,25 @@ def curl_line(port: int, token: str) -> str:
     )
 
 
+def make_key(port: int, token: str) -> str:
+    """Make an API key, and return it."""
+    key: str = _post(port, "/keys", {"name": "demo"}, token).body["key"]
+    return key
+
+
+def openai_lines(port: int, key: str) -> str:
+    """Return how OpenAI's client library makes a call with a key."""
+    return "\n".join(
+        (
+            f"export OPENAI_BASE_URL=http://{HOST}:{port}/v1 OPENAI_API_KEY={key}",
+            "",
+            "from openai import OpenAI",
+            f'messages = [{{"role": "user", "content": {json.dumps(PROMPT)}}}]',
+            'print(OpenAI().chat.completions.create(model="demo", messages=messages).choices[0].message)',
+        )
+    )
+
+
 def experiment_of(port: int, request_id: str) -> str | None:
     """Return the id of the MLflow experiment with this call, or None while MLflow does not have the call."""
     connection = HTTPConnection(HOST, port, timeout=_TIMEOUT_S)
@@ -87,7 +106,7 @@ def _post(port: int, path: str, body: object, token: str | None = None) -> Answe
         connection.request("POST", path, json.dumps(body), headers)
         response = connection.getresponse()
         text = response.read().decode()
-        if response.status != HTTPStatus.OK:
+        if response.status not in {HTTPStatus.OK, HTTPStatus.CREATED}:
             raise DemoError(f"POST {path} was answered with {response.status}: {text}")
         return Answer(json.loads(text), response.headers["X-Request-ID"])
     except (HTTPException, OSError, ValueError) as error:

@@ -210,6 +210,8 @@ def _show_one_call(port: int, password: str, log: Path) -> str:
     """Make the call, show it, and return its request id."""
     token = api.sign_in(port, "user", password)
     _say(f"\nA call that you can make, signed in as `user`:\n\n{api.curl_line(port, token)}")
+    key = api.make_key(port, token)
+    _say(f"\nAn API key of `user`, and OpenAI's client library with it:\n\n{api.openai_lines(port, key)}")
     answer = api.generate(port, token)
     _say(f"\nIts answer, just now:\n\n{json.dumps(answer.body, indent=2, ensure_ascii=False)}")
     _say(f"\nX-Request-ID: {answer.request_id}\n\nThe service's log lines of that request:\n")

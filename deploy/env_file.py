@@ -21,6 +21,11 @@ REQUIRED: Final[Mapping[str, Callable[[], str]]] = {
 COMPOSE: Final[Mapping[str, Callable[[], str]]] = {
     **REQUIRED,
     "GRAFANA_ADMIN_PASSWORD": lambda: secrets.token_urlsafe(18),
+    # Of these alphabets alone: they are parts of URLs.
+    "POSTGRES_PASSWORD": lambda: secrets.token_urlsafe(24),
+    "POSTGRES_API_PASSWORD": lambda: secrets.token_urlsafe(24),
+    "POSTGRES_MLFLOW_PASSWORD": lambda: secrets.token_urlsafe(24),
+    "POSTGRES_GRAFANA_PASSWORD": lambda: secrets.token_urlsafe(24),
     "COMPOSE_PROFILES": lambda: "full",
 }
 """The values that compose requires; the profile is not a secret, and is written so that it can be edited."""
