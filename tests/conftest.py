@@ -32,6 +32,7 @@ def _logging_as_it_was() -> Iterator[None]:
     hooks = sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning
     yield
     root.handlers[:], logging.raiseExceptions = handlers, raising
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = True
     root.setLevel(level)
     logging.captureWarnings(capture=False)
     sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning = hooks

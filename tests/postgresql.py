@@ -6,6 +6,8 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -37,7 +39,11 @@ class PostgreSql:
     @property
     def url(self) -> str:
         """The URL of its database, as ``DATABASE_URL`` takes it."""
-        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        return self.url_of("postgres", "postgres")
+
+    def url_of(self, user: str, database: str) -> str:
+        """The URL of a database for a user; no password is asked for."""
+        return f"postgresql://{user}@127.0.0.1:{self.port}/{database}"
 
     def __enter__(self) -> Self:
         if self._as:
@@ -50,8 +56,8 @@ class PostgreSql:
         self.kill()
         shutil.rmtree(self._folder)
 
-    def _run(self, *arguments: Any) -> None:
-        subprocess.run(arguments, cwd="/", check=True, capture_output=True, **self._as)
+    def _run(self, *arguments: Any, **options: Any) -> None:
+        subprocess.run(arguments, cwd="/", check=True, capture_output=True, **self._as, **options)
 
     def start(self) -> Self:
         """Start it on its folder and port, and wait until it answers."""
@@ -81,6 +87,19 @@ class PostgreSql:
         self._process.send_signal(signal.SIGQUIT)
         self._process.wait(START_LIMIT_S)
 
+    def crash(self) -> None:
+        """End it and all its children with SIGKILL, as a machine that fails does."""
+        assert self._process is not None
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        # Stopped first, so that it starts no other child and reports none that has ended.
+        self._process.send_signal(signal.SIGSTOP)
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
+        self._process.kill()
+        self._process.wait(START_LIMIT_S)
+
     def empty(self) -> None:
         """Remove all tables."""
         self.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
@@ -89,3 +108,8 @@ class PostgreSql:
         """Execute statements."""
         psql = (self._programs / "psql", "-q", "-v", "ON_ERROR_STOP=1", "-c", statement, self.url)
         self._run(*psql)
+
+    def execute_file(self, file: Path, environment: Mapping[str, str]) -> None:
+        """Execute the statements of a file as the superuser, with these variables."""
+        psql = (self._programs / "psql", "-q", "-v", "ON_ERROR_STOP=1", "-f", "-", self.url)
+        self._run(*psql, input=file.read_bytes(), env={**os.environ, **environment})

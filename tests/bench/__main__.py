@@ -92,14 +92,19 @@ def peers(stack: ExitStack, port: int, folder: Path, on: dict[str, str], litellm
     """Everybody who answers the same question."""
     found = [Side("the upstream itself", port), *make.bare(stack, port, folder)]
     if litellm:
-        found.append(make.litellm(stack, litellm, port, folder))
+        found += make.litellm(stack, litellm, port, folder)
     if make.PORTKEY.exists():
         found.append(make.portkey(stack, port, folder))
-    plain = make.service(stack, SERVICE, {**on, "CACHE_ENABLED": "false"})
+    off = {**on, "CACHE_ENABLED": "false"}
+    plain = make.service(stack, SERVICE, off)
     v1 = Side(f"{SERVICE}, /v1", plain.port, plain.pid, headers=plain.headers)
+    by_key = make.service(stack, f"{SERVICE}, by key", off, secret_of=make.limited_key)
+    # The embedded store's files belong to one process.
+    several = make.without(off, "QDRANT_PATH", QDRANT_URL=f"http://127.0.0.1:{port}", WORKERS="2")
+    workers = make.service(stack, f"{SERVICE}, WORKERS=2", several)
     cached = {**on, "CACHE_ENABLED": "true"}
     hit = make.service(stack, f"{SERVICE}, exact hit", cached, body=make.ALWAYS_THE_SAME)
-    return [*found, plain, v1, hit]
+    return [*found, plain, v1, by_key, workers, hit]
 
 
 def throughput(rows: list[Row]) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """This tree beside another one of the same service, in turns: `python -m tests.bench.against OTHER`.
 
 OTHER is a checkout with an environment of its own in `.venv`. Both run with everything on but the cache; what
-is printed are ratios round by round, this tree over the other.
+is printed are ratios round by round, this tree over the other. Calls come with an API key where the tree has
+them.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from http import HTTPStatus
 from pathlib import Path
 
 from tests.bench import sides as make
@@ -17,6 +19,7 @@ from tests.bench.http_load import Load
 from tests.bench.sides import Side
 from tests.bench.upstream import upstream
 from tests.harness import ServiceProcess
+from tests.valkey import Valkey
 
 
 def of(stack: ExitStack, tree: Path, python: Path, variables: Mapping[str, str]) -> Side:
@@ -31,8 +34,15 @@ def of(stack: ExitStack, tree: Path, python: Path, variables: Mapping[str, str])
     process.wait_ready()
     assert process.process is not None
     side = Side(str(tree), process.port, process.process.pid, "/llm/generate", make.GENERATE)
-    side.headers = [{"Authorization": f"Bearer {process.token()}"}]
+    side.headers = [{"Authorization": f"Bearer {secret(process)}"}]
     return side
+
+
+def secret(process: ServiceProcess) -> str:
+    """An API key; a token where the tree knows no keys."""
+    token = process.token()
+    made = process.call("POST", "/keys", body={"name": "bench"}, token=token)
+    return str(made.json["key"]) if made.status == HTTPStatus.CREATED else token
 
 
 def main() -> None:
@@ -42,6 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each side's turn")
     parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--valkey", action="store_true", help="this tree counts in a Valkey server")
     asked = parser.parse_args()
     here = Path(__file__).resolve().parents[2]
     other = asked.other.resolve()
@@ -51,9 +62,14 @@ def main() -> None:
         for tree in (other, here):
             on = {**make.everything_on(stack, port, Path(name)), "CACHE_ENABLED": "false"}
             on["SPOOL_PATH"] = str(Path(name, f"spool-{len(sides)}"))
+            # Its own, as the other tree may know another schema.
+            on["DATABASE_URL"] = f"sqlite:///{name}/{len(sides)}.db"
+            if asked.valkey and sides:
+                on["VALKEY_URL"] = stack.enter_context(Valkey()).url
             sides.append(of(stack, tree, tree / ".venv/bin/python", on))
             sides[-1].ask(load, asked.connections, asked.seconds)
         before, after = in_turns(load, sides, asked.connections, asked.rounds, asked.seconds)
+        memory = [side.rss_mib for side in sides]
     for what, mine, its in (
         ("throughput", after.rates, before.rates),
         ("CPU of a request", after.cpu_us, before.cpu_us),
@@ -61,6 +77,8 @@ def main() -> None:
         ("p99", after.p99_ms, before.p99_ms),
     ):
         print(f"{what}: {spread(ratios(mine, its))}; here {spread(mine, 1)}, there {spread(its, 1)}")  # noqa: T201 - what the command is for
+
+    print(f"memory: {memory[1] / memory[0]:.2f}; here {memory[1]:.0f} MiB, there {memory[0]:.0f} MiB")  # noqa: T201 - as above
 
 
 if __name__ == "__main__":

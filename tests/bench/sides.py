@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -38,6 +39,12 @@ litellm_settings: {num_retries: 0, request_timeout: 30, telemetry: false}
 router_settings: {num_retries: 0}
 general_settings: {master_key: os.environ/LITELLM_API_KEY}
 """
+
+OBSERVED_LITELLM = "LiteLLM proxy, with telemetry"
+OBSERVED_LITELLM_CONFIG = LITELLM_CONFIG.replace(
+    "telemetry: false}", "telemetry: false, json_logs: true, callbacks: [otel, prometheus]}"
+)
+"""With its spans and metrics over OTLP, its Prometheus metrics, and its log lines as JSON."""
 
 
 @dataclass
@@ -131,8 +138,8 @@ def service(
     name: str,
     variables: Mapping[str, str],
     *,
-    path: str = "/llm/generate",
     body: str = GENERATE,
+    secret_of: Callable[[ServiceProcess], str] = ServiceProcess.token,
 ) -> Side:
     """The service with these settings, ready and signed in."""
     own_spool = {"SPOOL_PATH": f"{variables['SPOOL_PATH']}-{secrets.token_hex(4)}"}
@@ -140,9 +147,25 @@ def service(
     # Killed, as leaving it does, it would leave its workers behind.
     stack.callback(process.stop)
     assert process.process is not None
-    side = Side(name, process.port, process.process.pid, path, body)
-    side.headers = [{"Authorization": f"Bearer {process.token()}"}]
+    side = Side(name, process.port, process.process.pid, "/llm/generate", body)
+    side.headers = [{"Authorization": f"Bearer {secret_of(process)}"}]
     return side
+
+
+def limited_key(process: ServiceProcess) -> str:
+    """An API key with a rate and a budget, of a user and a team that have theirs."""
+    admin = process.token("admin")
+    limits = {"rate": "1000000/second", "budget": {"amount": 1e6, "unit": "usd", "period": "month"}}
+    key = {"name": "bench", "owner": "bench", "team": "bench", **limits}
+    for method, path, body in (
+        ("PUT", "/teams/bench", limits),
+        ("PUT", "/users/bench", limits),
+        ("POST", "/keys", key),
+    ):
+        answer = process.call(method, path, body=body, token=admin)
+        if answer.status >= HTTPStatus.MULTIPLE_CHOICES:
+            raise RuntimeError(f"{method} {path}: {answer.status} {answer.body!r}")
+    return str(answer.json["key"])
 
 
 class UnreadMlflow(FakeMlflow):
@@ -247,16 +270,38 @@ def bare(stack: ExitStack, upstream: int, folder: Path) -> list[Side]:
     ]
 
 
-def litellm(stack: ExitStack, binary: Path, upstream: int, folder: Path) -> Side:
-    """LiteLLM's proxy in front of the upstream."""
+def litellm(stack: ExitStack, binary: Path, upstream: int, folder: Path) -> list[Side]:
+    """LiteLLM's proxy in front of the upstream, without telemetry and with what this service has."""
+    address = f"http://127.0.0.1:{upstream}"
+    quiet = {"LITELLM_LOG": "ERROR"}
+    observed = {
+        "LITELLM_LOG": "INFO",
+        "LITELLM_OTEL_V2": "true",
+        "LITELLM_OTEL_INTEGRATION_ENABLE_METRICS": "true",
+        "OTEL_EXPORTER": "otlp_http",
+        "OTEL_ENDPOINT": address,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": address,
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+    }
+    return [
+        _litellm(stack, "LiteLLM proxy", binary, folder, LITELLM_CONFIG % {"upstream": address}, quiet),
+        _litellm(
+            stack, OBSERVED_LITELLM, binary, folder, OBSERVED_LITELLM_CONFIG % {"upstream": address}, observed
+        ),
+    ]
+
+
+def _litellm(  # noqa: PLR0913, PLR0917 - two rows that differ in these
+    stack: ExitStack, name: str, binary: Path, folder: Path, settings: str, variables: Mapping[str, str]
+) -> Side:
     port, key = unused_port(), f"sk-{secrets.token_hex(24)}"
-    config = folder / "litellm.yaml"
-    config.write_text(LITELLM_CONFIG % {"upstream": f"http://127.0.0.1:{upstream}"})
+    config = folder / f"litellm-{port}.yaml"
+    config.write_text(settings)
     command = [str(binary.absolute()), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
-    variables = {"LITELLM_API_KEY": key, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
-    running = stack.enter_context(process(command, folder, variables))
+    common = {"LITELLM_API_KEY": key, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    running = stack.enter_context(process(command, folder, {**common, **variables}))
     await_answer(port, "GET", "/health/readiness", running)
-    return Side("LiteLLM proxy", port, running.pid, headers=[{"Authorization": f"Bearer {key}"}])
+    return Side(name, port, running.pid, headers=[{"Authorization": f"Bearer {key}"}])
 
 
 def portkey(stack: ExitStack, upstream: int, folder: Path) -> Side:

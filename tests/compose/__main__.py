@@ -25,7 +25,7 @@ from deploy.backends import ROOT
 from deploy.child import DemoError
 from tests.compose import checks
 from tests.compose.engine import PODMAN_COMPOSE, Engine, EngineError, missing
-from tests.compose.images import STAND_INS, WRAPPED, Images
+from tests.compose.images import PACKAGED, STAND_INS, WRAPPED, Images
 from tests.compose.stack import Stack, new_settings
 
 FAILURES = (
@@ -90,7 +90,8 @@ def described(engine: Engine, python: str, sizes: dict[str, int], took_s: float)
         [str(PODMAN_COMPOSE), "version"], capture_output=True, text=True, check=False
     ).stdout
     version = re.search(r"podman-compose version:? (\S+)", compose)
-    stands = ", ".join(sorted(STAND_INS))
+    stands = ", ".join(sorted(STAND_INS.keys() - PACKAGED.keys()))
+    packaged = ", ".join(sorted(PACKAGED))
     wrapped = ", ".join(sorted(WRAPPED))
     mb = ", ".join(f"{image} {size / 1e6:.0f} MB" for image, size in sizes.items())
     about = [
@@ -101,6 +102,7 @@ def described(engine: Engine, python: str, sizes: dict[str, int], took_s: float)
         "  published base has a Python of its own, of the patch version that its tag says.",
         f"- Built from this tree, on that base: {mb}.",
         f"- Real programs, built from source, in images with the published users and folders: {wrapped}.",
+        f"- Real programs from a package, begun by a script of ours as the published one does: {packaged}.",
         f"- Stand-ins, with the published users, folders and ports: {stands}. They write to their volumes",
         "  and answer their health checks; what the real ones do beyond that is not shown here.",
         "- Not shown: Docker, its own compose, its timers for health checks. A check runs as the file says.",

@@ -69,7 +69,7 @@ def roots(stack: Stack) -> str:
 
 
 def volumes(stack: Stack) -> str:
-    """Each named volume belongs to somebody who may write there, and holds something."""
+    """Each named volume can be written to by its service, and what it holds is the service's."""
     said = []
     for name in running(stack):
         for volume in stack.services[name].get("volumes", ()):
@@ -77,7 +77,11 @@ def volumes(stack: Stack) -> str:
                 continue
             path = stack.volume(volume.split(":")[0])
             uid = images.users(stack.services)[name]
-            until(lambda path=path: any(path.iterdir()), f"a file of {name}", 20)
+            if volume.startswith("mlflow-data:"):
+                # Only artifacts come here, which no record has: the folder's owner has to do.
+                assert path.stat().st_uid == uid, f"{name} may not write to its volume"
+            else:
+                until(lambda path=path: any(path.iterdir()), f"a file of {name}", 20)
             wrong = [found for found in path.iterdir() if found.stat().st_uid != uid]
             assert not wrong, f"{name}: {wrong[0].name} is not its own"
             said.append(f"{volume.split(':')[0]} {path.stat().st_uid}")
@@ -197,6 +201,58 @@ def record(stack: Stack) -> str:
     return f"tr-<request id> after {took_s:.1f} s; its page is served"
 
 
+def ask_postgresql(stack: Stack, user: str, password: str, database: str, query: str) -> str:
+    """What the server says to a user who comes over the network with a password."""
+    url = f"postgresql://{user}:{password}@postgres:5432/{database}"
+    said = stack.engine.podman("exec", stack.container("postgres"), "psql", "-Atqc", query, url, check=False)
+    return said.strip()
+
+
+def databases(stack: Stack) -> str:
+    """The API and MLflow have a database each; Grafana's user reads what was spent, and no hash of a key."""
+    secret = stack.settings
+    api, mlflow, grafana = (secret[f"POSTGRES_{name}_PASSWORD"] for name in ("API", "MLFLOW", "GRAFANA"))
+    version = ask_postgresql(stack, "llmops", api, "llmops", "SELECT version_num FROM llmops_schema_version")
+    assert version.isdigit(), version
+    assert not list(stack.volume("api-data").glob("*.db")), "the API has a file, too"
+    traces = ask_postgresql(stack, "mlflow", mlflow, "mlflow", "SELECT count(*) FROM trace_info")
+    assert int(traces) >= 1, traces
+    usage = ask_postgresql(stack, "grafana", grafana, "llmops", "SELECT sum(calls) FROM usage_by_day")
+    assert int(usage) >= 1, usage
+    keys = ask_postgresql(stack, "grafana", grafana, "llmops", "SELECT * FROM api_key_secrets")
+    assert "permission denied" in keys, keys
+    for user, password, database in (
+        ("grafana", api, "llmops"),
+        ("grafana", grafana, "mlflow"),
+        ("mlflow", mlflow, "llmops"),
+        ("llmops", api, "mlflow"),
+        ("postgres", "postgres", "postgres"),
+    ):
+        said = ask_postgresql(stack, user, password, database, "SELECT 1")
+        assert "FATAL" in said, f"{user} reads {database}: {said}"
+    return (
+        f"schema {version}, {usage} calls booked, {traces} traces; the hashes of keys are closed to Grafana"
+    )
+
+
+def without_postgresql(stack: Stack) -> str:
+    """While PostgreSQL is away calls are answered, and their records are in MLflow when it is back."""
+    token = token_of(stack)
+    stack.engine.podman("stop", stack.container("postgres"))
+    try:
+        made = [call(stack, token) for _ in range(3)]
+    finally:
+        stack.engine.podman("start", stack.container("postgres"))
+        stack.wait_healthy("postgres")
+    assert {one.status for one in made} == {200}, made
+    stack.wait_healthy("mlflow")
+    port = stack.port("MLFLOW_PORT")
+    took_s = until(
+        lambda: all(experiment_of(port, one.request_id) for one in made), "the records in MLflow", 60
+    )
+    return f"3 calls got 200; all 3 in MLflow {took_s:.1f} s after it was back"
+
+
 def stop_during_a_call(stack: Stack) -> str:
     """A call in flight is answered; the container then ends by itself, with 0."""
     token = token_of(stack)
@@ -310,6 +366,7 @@ COMMON: Final[dict[str, Check]] = {
     "ports": ports,
     "a signed-in call": signed_in_call,
     "its record in MLflow": record,
+    "users and databases of PostgreSQL": databases,
 }
 FULL: Final[dict[str, Check]] = {
     **COMMON,
@@ -318,6 +375,7 @@ FULL: Final[dict[str, Check]] = {
     "its metrics": metrics,
     "stop during a call": stop_during_a_call,
     "kill and replay": kill_and_replay,
+    "PostgreSQL away": without_postgresql,
     "a missing secret is refused": refuses_a_missing_secret,
     "a published secret is refused": refuses_a_published_secret,
 }

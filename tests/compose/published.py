@@ -84,8 +84,17 @@ PUBLISHED: Final[Mapping[str, Image]] = {
         source="grafana/grafana Dockerfile",
         folders={"/var/lib/grafana": Folder(472, 0, 0o777)},
     ),
+    # useradd --uid=999 postgres; install --directory --owner postgres --mode 1777 /var/lib/postgresql
+    "postgres": Image(
+        uid=0,
+        gid=0,
+        source="docker-library/postgres 18/trixie/Dockerfile",
+        folders={"/var/lib/postgresql": Folder(999, 999, 0o1777)},
+    ),
     # USER_ID=0, with which no storage folder is made; USER "$USER_ID:$USER_ID"
     "qdrant/qdrant": Image(uid=0, gid=0, source="qdrant/qdrant Dockerfile"),
+    # useradd -r -g valkey -u 999 valkey; its entry point changes to that user where it begins as root
+    "valkey/valkey": Image(uid=0, gid=0, source="valkey-io/valkey-container 9.1/debian/Dockerfile"),
 }
 
 _USER = re.compile(r"^USER (\d+):(\d+)$", re.MULTILINE)

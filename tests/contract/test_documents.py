@@ -17,6 +17,8 @@ MADE = re.compile(r"\.demo/|\.venv|\.env$|data/")
 
 NOT_SETTINGS = {
     "LITELLM_BIN": "a program, for the benches",
+    "MALLOC_ARENA_MAX": "the C library's",
+    "MALLOC_TRIM_THRESHOLD": "the C library's, with an underscore at its end",
     "ANTHROPIC_API_KEY": "Anthropic's clients read it",
     "ANTHROPIC_AUTH_TOKEN": "Anthropic's clients read it",
     "ANTHROPIC_BASE_URL": "Anthropic's clients read it",

@@ -25,8 +25,12 @@ NEXT_NAMES = re.compile(
 )
 """The GenAI conventions' next names, which the rules accept beside today's."""
 
+SQL = "grafana-postgresql-datasource"
+"""Its queries are run against a real PostgreSQL: see tests/stack/test_spending.py."""
+
 PROMQL = [query for query in of_panels() if query.datasource == "prometheus"]
 EVERYTHING = [*PROMQL, *of_rules("record"), *of_rules("alert")]
+PROMETHEUS = {"type": "prometheus", "uid": "prometheus"}
 PANELS = [(board["uid"], panel) for board in boards() for panel in panels(board)]
 
 
@@ -81,7 +85,7 @@ def test_a_panel_says_what_it_shows_and_what_to_do(panel: tuple[str, dict[str, o
     assert len(shows) > 20
     assert len(do) > 20
     assert drawn["links"]
-    if drawn["datasource"] == {"type": "prometheus", "uid": "prometheus"}:
+    if drawn["datasource"] in (PROMETHEUS, {"type": SQL, "uid": "postgresql"}):
         assert drawn["fieldConfig"]["defaults"]["unit"]  # type: ignore[index]  # decoded JSON
         assert drawn["fieldConfig"]["defaults"]["noValue"] == "0"  # type: ignore[index]  # decoded JSON
 
@@ -146,7 +150,7 @@ def test_rules_and_collector_have_the_objectives_numbers() -> None:
 
 def test_panels_of_tempo_and_loki_name_what_exists() -> None:
     """Their languages have no parser here: braces and known events are what can be checked."""
-    others = [query for query in of_panels() if query.datasource != "prometheus"]
+    others = [query for query in of_panels() if query.datasource not in {"prometheus", SQL}]
     assert {query.datasource for query in others} == {"tempo", "loki"}
     for query in others:
         assert query.expr.count("{") == query.expr.count("}") == 1

@@ -1,5 +1,7 @@
 """Many callers who connect at the same moment: none waits while others have several turns."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.bench.http_load import Load, Plan
@@ -28,8 +30,10 @@ def test_a_burst_of_connections_is_taken_at_once(workers: int) -> None:
             process.wait_ready()
             headers = [{"Authorization": f"Bearer {process.token()}"}]
             plan = Plan(process.port, "POST", "/llm/generate", headers, '{"prompt": "x"}', CALLERS, SECONDS)
-            load.measure(plan)
-            measured = load.measure(plan)
+            warm = load.measure(plan)
+            # A slow machine gets the time for as many calls as a fast one makes.
+            seconds = SECONDS * max(1.0, 8 * CALLERS / max(warm.calls, 1))
+            measured = load.measure(replace(plan, seconds=seconds))
             assert process.stop() == 0
     assert not measured.failures
     assert measured.calls > 2 * CALLERS

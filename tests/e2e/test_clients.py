@@ -59,7 +59,7 @@ def _environment(process: ServiceProcess, folder: Path) -> dict[str, str]:
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
         "OPENAI_BASE_URL": f"http://127.0.0.1:{process.port}/v1",
-        "OPENAI_API_KEY": process.token(),
+        "OPENAI_API_KEY": process.api_key(),
     }
 
 
@@ -107,4 +107,4 @@ def _llm(
     process: ServiceProcess, folder: Path, model: str, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
     base_url = f"http://127.0.0.1:{process.port}/v1"
-    return ask_llm(base_url, process.token(), folder, model, *arguments)
+    return ask_llm(base_url, process.api_key(), folder, model, *arguments)

@@ -84,7 +84,7 @@ def assert_metrics(receiver: OtlpReceiver, trace_id: str) -> None:
     assert receiver.value("llmops.llm.calls", {"model": "demo", "outcome": "success"}) == 1
     assert receiver.value("llmops.llm.calls", {"model": "demo", "outcome": "cancelled"}) == 0
     for outcome in ("wrong_credentials", "rate_limited"):
-        assert receiver.value("llmops.auth.attempts", {"outcome": outcome}) == 0
+        assert receiver.value("llmops.auth.attempts", {"method": "password", "outcome": outcome}) == 0
     (duration,) = receiver.latest("http.server.request.duration", {"http.route": "/llm/generate"})
     assert duration.unit == "s"
     assert duration.count == 1

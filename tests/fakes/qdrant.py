@@ -25,6 +25,8 @@ class FakeQdrant:
     def __init__(self, slow_s: float = 5.0, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
         self.collections: dict[str, Points] = {}
         self.dimensions: dict[str, int | None] = {}
+        self.created: dict[str, dict[str, Any]] = {}
+        """By collection, what it was created with."""
         self.mode: Mode = "ok"
         self.ignores_filters = False
         self.slow_s = slow_s
@@ -148,6 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
             vectors = body.get("vectors") or {}
             fake.collections[name] = {}
             fake.dimensions[name] = vectors.get("size")
+            fake.created[name] = body
             return 200, True
         if name not in fake.collections:
             return NOT_FOUND, None

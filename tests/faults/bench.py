@@ -27,6 +27,7 @@ from tests.faults.traces import Counts
 from tests.harness import Answer, ServiceProcess
 
 SLACK_S = 0.5
+LATE = "the answer came after the deadline"
 OFTEN = {
     "OTEL_METRIC_EXPORT_INTERVAL": "100",
     "OTEL_BSP_SCHEDULE_DELAY": "50",
@@ -305,10 +306,11 @@ def differences(case: Case, outcome: Outcome) -> list[str]:
         ("complete", outcome.complete, not (fault.begins and case.given.kind == "bytes")),
         # What nobody waits for any more is not left running on the model's side.
         ("left alone", outcome.left or not fault.waits, True),
-        ("within the deadline", answer.seconds <= DEADLINE_S + SLACK_S, True),
     ]
     found = differences_of_the_body(case, answer)
     found += [f"{what}: {got!r}, not {wanted!r}" for what, got, wanted in pairs if got != wanted]
+    if answer.seconds > DEADLINE_S + SLACK_S:
+        found.append(LATE)
     wanted_lines = fault.messages
     same = len(outcome.messages) == len(wanted_lines) and all(
         map(fnmatchcase, outcome.messages, wanted_lines)

@@ -67,6 +67,28 @@ def test_a_server_answers_from_its_collections(upstream: FakeUpstream, qdrant: F
 
 
 @pytest.mark.parametrize(
+    ("asked", "created"),
+    [
+        ({}, {}),
+        (
+            {"qdrant_shard_number": 6, "qdrant_replication_factor": 2},
+            {"shard_number": 6, "replication_factor": 2},
+        ),
+    ],
+    ids=["the server's", "ours"],
+)
+def test_a_cluster_gets_the_shards_and_copies_of_the_settings(
+    upstream: FakeUpstream, qdrant: FakeQdrant, asked: dict[str, int], created: dict[str, int]
+) -> None:
+    with running_app(**settings(upstream, qdrant_url=qdrant.url, **asked)) as app:
+        ask(app, app.token())
+        stored(app)
+    body = {name: value for name, value in qdrant.created[COLLECTION].items() if value is not None}
+    # One copy is enough for a write: those on nodes that are lost are not waited for.
+    assert body == {"vectors": {}, "write_consistency_factor": 1, **created}
+
+
+@pytest.mark.parametrize(
     ("mode", "reason"),
     [("slow", "slow"), ("error", "status_500"), ("garbage", "nonsense"), ("reset", "broken_off")],
 )

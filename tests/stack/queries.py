@@ -53,7 +53,7 @@ def of_panels() -> list[Query]:
     return [
         Query(
             f"{board['uid'].removeprefix('llmops-')}: {panel['title']} {target['refId']}",
-            target["expr"] if "expr" in target else target["query"],
+            next(target[key] for key in ("expr", "rawSql", "query") if key in target),
             target["datasource"]["type"],
         )
         for board in boards()

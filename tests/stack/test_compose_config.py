@@ -12,7 +12,7 @@ from deploy.backends import BINARIES, ROOT
 pytestmark = pytest.mark.stack
 
 SECRETS = {name: f"{name.lower()}-of-a-test" for name in env_file.COMPOSE if name != "COMPOSE_PROFILES"}
-LITE = {"api", "check", "litellm", "mlflow", "qdrant"}
+LITE = {"api", "check", "litellm", "mlflow", "qdrant", "valkey", "postgres"}
 FULL = LITE | {"collector", "tempo", "loki", "prometheus", "grafana"}
 
 
@@ -55,6 +55,21 @@ def test_a_setting_of_the_shell_reaches_the_service_and_others_stay_unset() -> N
     environment = loaded("full", RATE_LIMIT="7/minute")["services"]["api"]["environment"]
     assert environment["RATE_LIMIT"] == "7/minute"
     assert environment["RETRY_MAX"] is None
+
+
+def test_the_databases_are_the_containers_unless_others_are_given() -> None:
+    services = loaded("lite")["services"]
+    assert services["api"]["environment"]["DATABASE_URL"] == (
+        "postgresql://llmops:postgres_api_password-of-a-test@postgres:5432/llmops"
+    )
+    assert services["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"] == (
+        "postgresql://mlflow:postgres_mlflow_password-of-a-test@postgres:5432/mlflow"
+    )
+    own = {"DATABASE_URL": "sqlite:////app/data/llmops.db", "MLFLOW_BACKEND_STORE_URI": "sqlite:////var/x.db"}
+    given = loaded("lite", **own)["services"]
+    assert given["api"]["environment"]["DATABASE_URL"] == own["DATABASE_URL"]
+    assert given["check"]["environment"]["DATABASE_URL"] == own["DATABASE_URL"]
+    assert given["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"] == own["MLFLOW_BACKEND_STORE_URI"]
 
 
 def test_nothing_is_exported_where_nobody_listens() -> None:

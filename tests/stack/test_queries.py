@@ -140,7 +140,9 @@ def test_counters_are_exactly_what_callers_saw(run: Run) -> None:
         f"sum({series_of(names.BREAKER_REJECTIONS)[0]})": sum(
             call.error == "CircuitOpenError" for call in calls
         ),
-        f"sum({series_of(names.AUTH_ATTEMPTS)[0]})": sum(entry.route == "/auth/login" for entry in entries),
+        f'sum({series_of(names.AUTH_ATTEMPTS)[0]}{{method="password"}})': sum(
+            entry.route == "/auth/login" for entry in entries
+        ),
         # Behind the collector: what went in came out.
         "sum(otelcol_receiver_accepted_log_records_total)": len(run.world.loki.logs()),
         "sum(otelcol_exporter_sent_log_records_total)": len(run.world.loki.logs()),
@@ -166,8 +168,9 @@ def test_every_declared_metric_has_the_name_that_is_written_down(run: Run) -> No
         for series in series_of(metric)
         if series not in known
     ]
-    # Only with the semantic look-up, which needs a model for embeddings, and is off by default.
-    assert set(missing) == set(series_of(names.CACHE_SIMILARITY))
+    # With the semantic look-up only, which needs a model for embeddings, and with a Valkey server only.
+    switched_on = (names.CACHE_SIMILARITY, names.SHARED_OPERATION_DURATION, names.SHARED_FALLBACK)
+    assert set(missing) == {series for metric in switched_on for series in series_of(metric)}
     # What counts losses only, exists with the first.
     lossy = re.compile(r"send_failed|enqueue_failed|logs_filtered")
     assert not [series for series in COLLECTOR if series not in known and not lossy.search(series)]

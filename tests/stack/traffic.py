@@ -167,6 +167,7 @@ class Mix:
             self.secrets.append(admin)
             self._callers_mistakes(caller)
             self._well(caller, upstream)
+            self._budgets(caller, upstream)
             self._upstreams_faults(caller, upstream)
             self._too_many(caller, upstream)
             self._models_circuit(caller, admin, upstream)
@@ -213,6 +214,27 @@ class Mix:
             caller.stream("other-model", leave_after=2)
         upstream.script(Silent())
         caller.leave(0.5, secrets.token_hex(16))
+
+    def _budgets(self, caller: Caller, upstream: FakeUpstream) -> None:
+        """Spend a budget in tokens, and be refused; make a call without a price with a budget in dollars."""
+        tokens = self._key(caller, {"amount": 1, "unit": "tokens", "period": "day"})
+        caller.generate(token=tokens)
+        until(lambda: _left(caller, tokens) == 0, "the budget to be spent")
+        for _ in range(3):
+            caller.refused(token=tokens)
+        dollars = self._key(caller, {"amount": 100, "unit": "usd", "period": "month"})
+        for _ in range(2):
+            upstream.script(Answer(cost=None))
+            caller.generate(token=dollars)
+            self.ledger.facts["unpriced"] += 1
+        caller.send("GET", "/auth/me", token=tokens[:-1] + ("0" if tokens[-1] != "0" else "1"))
+
+    def _key(self, caller: Caller, budget: dict[str, object]) -> str:
+        """Make an API key with a budget."""
+        body = {"name": "with a budget", "budget": budget}
+        key = str(caller.send("POST", "/keys", token=caller.token, body=body).json["key"])
+        self.secrets.append(key)
+        return key
 
     def _callers_mistakes(self, caller: Caller) -> None:
         caller.refused(token=None)
@@ -315,6 +337,10 @@ class Mix:
         self.ledger.mark("brief ends")
         inside.join()
         stopping.join()
+
+
+def _left(caller: Caller, key: str) -> float:
+    return float(caller.send("GET", "/auth/me", token=key).json["budget"]["left"])
 
 
 def _check(process: ServiceProcess, dependency: str) -> bool:

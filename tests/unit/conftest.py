@@ -1,8 +1,8 @@
-"""What several unit tests need: a configuration from variables, and the lines that the process writes."""
+"""What several unit tests need: a configuration, the lines that the process writes, databases."""
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,17 @@ from opentelemetry.sdk._logs import LoggerProvider
 from service.config.env_validator import Report, read_settings
 from service.config.logging import configure_logging
 from tests.harness import new_secrets
+from tests.postgresql import PostgreSql
+from tests.unit.resilience import Readable, readable
 
 Read = Callable[..., Report]
+
+
+@pytest.fixture
+def metrics() -> Iterator[Readable]:
+    """Instruments whose values can be read."""
+    with readable() as found:
+        yield found
 
 
 @pytest.fixture
@@ -89,3 +98,20 @@ def lines() -> Lines:
 def cheap_hash() -> Callable[[str], str]:
     """Make an argon2 hash that is quick to verify: a hash brings its own parameters."""
     return argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[PostgreSql]:
+    """A PostgreSQL server."""
+    with PostgreSql() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty database, of each of the two kinds."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/data/own.db"
+    server: PostgreSql = request.getfixturevalue("postgresql")
+    server.empty()
+    return server.url

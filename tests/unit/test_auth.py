@@ -20,8 +20,10 @@ from service.identity.tokens import (
     MAX_WAITING,
     MAX_WAITING_EACH,
     Authenticator,
+    Clock,
     _SignInLimits,
 )
+from service.shared.counts import LocalCounts
 from service.telemetry.providers import Exporters, build_telemetry
 from tests.harness import make_settings, new_secrets
 from tests.unit.conftest import Lines
@@ -44,7 +46,7 @@ class Desk:
         self._reader = InMemoryMetricReader()
         telemetry = build_telemetry(self.settings, Exporters(metrics=self._reader))
         self.delays: list[float] = []
-        self.auth = Authenticator(self.settings, telemetry.instruments, sleep=self._sleep)
+        self.auth = Authenticator(self.settings, telemetry.instruments, Clock(sleep=self._sleep))
 
     async def _sleep(self, seconds: float) -> None:
         self.delays.append(seconds)
@@ -65,7 +67,8 @@ class Desk:
             for metric in scope.metrics
             if metric.name == "llmops.auth.attempts"
             for point in metric.data.data_points
-            if isinstance(point, NumberDataPoint)
+            if isinstance(point, NumberDataPoint) and (point.attributes or {})["method"] == "password"
+            if (point.attributes or {})["outcome"] not in {"invalid", "unavailable"}
         }
 
 
@@ -357,7 +360,7 @@ def test_an_address_is_known_once_somebody_has_signed_in_from_it(desk: Open) -> 
 
 def test_any_number_of_names_shares_a_fixed_number_of_counters() -> None:
     """Memory is bounded: when all counters are used up, a name that was never tried has to wait too."""
-    limits = _SignInLimits(make_settings(login_failures_per_name="1/hour"))
+    limits = _SignInLimits(make_settings(login_failures_per_name="1/hour"), LocalCounts())
 
     async def main() -> float | None:
         for number in range(12 * COUNTER_SLOTS):

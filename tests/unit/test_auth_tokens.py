@@ -14,7 +14,7 @@ import jwt
 import pytest
 
 from service.errors import AuthenticationError
-from service.identity.tokens import Authenticator
+from service.identity.tokens import Authenticator, Clock
 from service.telemetry.providers import build_telemetry
 from tests.harness import make_settings, new_secrets
 
@@ -223,7 +223,7 @@ def test_the_role_is_the_users_own_whatever_the_token_says(issuer: Issuer) -> No
 @pytest.mark.parametrize(("ago_s", "valid"), [(0, True), (500, True), (700, False)])
 def test_a_token_is_good_for_its_time_and_no_longer(issuer: Issuer, ago_s: float, valid: bool) -> None:  # noqa: FBT001 - pytest passes it by name
     settings = issuer.settings.model_copy(update={"jwt_ttl_s": 600})
-    then = Authenticator(settings, issuer.instruments, now=lambda: time.time() - ago_s)
+    then = Authenticator(settings, issuer.instruments, Clock(lambda: time.time() - ago_s))
     token = asyncio.run(then.login("user", issuer.password, "192.0.2.1")).token
     if valid:
         assert then.identify(token).username == "user"

@@ -13,7 +13,7 @@ from service.cache.control import NO_DIRECTIVES
 from service.cache.embedded import EmbeddedStore
 from service.cache.keys import tenant_of
 from service.cache.response_cache import ResponseCache
-from service.cache.store import GuardedStore
+from service.cache.store import Guard, GuardedStore
 from service.services.circuit_breaker import CircuitBreaker
 from service.telemetry.providers import build_telemetry
 from service.upstream.messages import Completion, LlmRequest, Reply
@@ -49,7 +49,7 @@ def new_cache() -> Iterator[Callable[[], ResponseCache]]:
         return CircuitBreaker(name, 3, 10, telemetry.instruments)
 
     yield lambda: ResponseCache(
-        GuardedStore(store, breaker, tracer, 5), make_settings(cache_memory_bytes=0), telemetry
+        GuardedStore(store, Guard(breaker), tracer, 5), make_settings(cache_memory_bytes=0), telemetry
     )
     telemetry.shutdown(1)
     asyncio.run(store.close())

@@ -18,7 +18,7 @@ from service.cache.embedded import EmbeddedStore, Priority
 from service.cache.entries import Entry, EntryMemory
 from service.cache.keys import CacheKey, key_of, tenant_of
 from service.cache.response_cache import open_store
-from service.cache.store import COLLECTION, GuardedStore, StoreError, VectorStore
+from service.cache.store import COLLECTION, Guard, GuardedStore, StoreError, VectorStore
 from service.cache.sweeper import CacheSweeper
 from service.cache.writer import CacheWriter, Write
 from service.services.circuit_breaker import CircuitBreaker
@@ -106,7 +106,7 @@ class Rig:
         self.reader = InMemoryMetricReader()
         self.telemetry = build_telemetry(make_settings(), Exporters(metrics=self.reader))
         self.tracer = NoOpTracer()
-        self.store = GuardedStore(store, self.breaker, self.tracer, 5.0)
+        self.store = GuardedStore(store, Guard(self.breaker), self.tracer, 5.0)
 
     def breaker(self, name: str) -> CircuitBreaker:
         return CircuitBreaker(name, 3, 10, self.telemetry.instruments)

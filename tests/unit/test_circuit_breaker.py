@@ -1,20 +1,13 @@
 """The breaker: when it opens, what it lets through, and what it never forgets."""
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 
 from service.errors import BadRequestError, CircuitOpenError, RateLimitError, UpstreamError
 from service.services.circuit_breaker import CircuitBreaker
 from tests.fakes.clock import FakeClock
-from tests.unit.resilience import Readable, readable
-
-
-@pytest.fixture
-def metrics() -> Iterator[Readable]:
-    with readable() as found:
-        yield found
+from tests.unit.resilience import Readable
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from service.config.settings import processors
 from tests.unit.conftest import Read
 
 JWT_LINE = "JWT_SECRET_KEY must be set and different from default"
@@ -294,6 +295,75 @@ def test_several_workers_need_a_qdrant_server(read: Read) -> None:
     assert read(WORKERS="2", QDRANT_URL="http://qdrant:6333").errors == ()
 
 
+@pytest.mark.parametrize(
+    ("more", "workers"),
+    [
+        ({}, 1),
+        ({"QDRANT_URL": "http://qdrant:6333"}, 1),
+        ({"VALKEY_URL": "valkey://valkey"}, 1),
+        ({"QDRANT_URL": "http://qdrant:6333", "VALKEY_URL": "valkey://valkey"}, 3),
+        (
+            {
+                "QDRANT_URL": "http://qdrant:6333",
+                "VALKEY_URL": "valkey://valkey",
+                "DATABASE_URL": "sqlite://",
+            },
+            1,
+        ),
+    ],
+    ids=["nothing shared", "Qdrant", "Valkey", "both", "a database in memory"],
+)
+@pytest.mark.parametrize("auto", ["auto", "AUTO"])
+def test_workers_are_as_many_as_processors_where_stores_are_shared(
+    read: Read, monkeypatch: pytest.MonkeyPatch, more: dict[str, str], workers: int, auto: str
+) -> None:
+    monkeypatch.setattr("service.config.settings.processors", lambda: 3)
+    report = read(WORKERS=auto, **more)
+    assert report.settings is not None, report.errors
+    assert report.settings.workers == workers
+
+
+def test_a_wrong_number_of_workers_is_refused(read: Read) -> None:
+    for wrong in ("automatic", "0", "65", "1.5"):
+        (error,) = read(WORKERS=wrong).errors
+        assert "WORKERS" in error
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "10000 100000\n"}, 1),
+        ({"cpu.max": "1600000 100000\n"}, 8),
+        ({"cpu.max": "what?"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "0\n"}, 8),
+    ],
+    ids=str,
+)
+def test_processors_are_those_that_the_container_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], found: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: set(range(8)), raising=False)
+    for name, content in files.items():
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content)
+    assert processors(tmp_path) == found
+
+
+@pytest.mark.parametrize("name", ["QDRANT_SHARD_NUMBER", "QDRANT_REPLICATION_FACTOR"])
+def test_shards_and_copies_need_a_qdrant_server(read: Read, name: str) -> None:
+    (error,) = read(**{name: "2"}).errors
+    assert error == f"{name} needs a Qdrant server: set QDRANT_URL. The embedded store has no shards."
+    assert read(**{name: "2", "QDRANT_URL": "http://qdrant:6333"}).errors == ()
+    assert read(**{name: "0"}).errors == ()
+
+
 def test_several_workers_are_told_which_limits_each_of_them_counts(read: Read) -> None:
     (warning,) = read(WORKERS="3", QDRANT_URL="http://qdrant:6333").warnings
     assert warning.startswith("WORKERS=3 ")
@@ -303,7 +373,56 @@ def test_several_workers_are_told_which_limits_each_of_them_counts(read: Read) -
         *("BREAKER_FAILURE_THRESHOLD", "RETRY_BUDGET_FLOOR", "CACHE_MEMORY_BYTES"),
     ):
         assert name in warning
+    assert "VALKEY_URL lets them count RATE_LIMIT, " in warning
     assert read(WORKERS="1").warnings == ()
+
+
+def test_what_workers_count_together_is_not_warned_about(read: Read) -> None:
+    several = {"WORKERS": "3", "QDRANT_URL": "http://qdrant:6333"}
+    (warning,) = read(**several, VALKEY_URL="valkey://valkey").warnings
+    for name in ("RATE_LIMIT", "LOGIN_FAILURES_PER_NAME", "LOGIN_FAILURES_PER_ADDRESS", "VALKEY_URL"):
+        assert name not in warning
+    assert "MAX_IN_FLIGHT, MAX_IN_FLIGHT_PER_USER, RETRY_BUDGET_RATIO" in warning
+
+
+@pytest.mark.parametrize(
+    ("url", "valid"),
+    [
+        ("valkey://valkey", True),
+        ("valkey://127.0.0.1:6379/3", True),
+        ("valkeys://user:pass%40word@valkey.example.org:6380", True),
+        ("redis://:password@10.0.0.1:6379/0", True),
+        ("rediss://[::1]:6379/", True),
+        ("http://valkey:6379", False),
+        ("unix:///run/valkey.sock", False),
+        ("valkey://", False),
+        ("valkey:6379", False),
+        ("valkey://valkey:port", False),
+        ("valkey://valkey:0", False),
+        ("valkey://valkey:70000", False),
+        ("valkey://:hunter2secret@@valkey", False),
+        ("valkey://valkey/hunter2secret", False),
+        ("valkey://valkey?socket_timeout=60", False),
+        ("valkey://valkey#x", False),
+        ("valkey://val key", False),
+    ],
+)
+def test_a_valkey_url_names_a_server(read: Read, url: str, *, valid: bool) -> None:
+    errors = read(VALKEY_URL=url).errors
+    assert [error.partition(":")[0] for error in errors] == ([] if valid else ["VALKEY_URL is not valid"])
+    assert "hunter2secret" not in str(errors)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "11", "soon"])
+def test_the_wait_for_valkey_is_a_time(read: Read, value: str) -> None:
+    (error,) = read(VALKEY_TIMEOUT_S=value).errors
+    assert error.startswith("VALKEY_TIMEOUT_S is not valid: ")
+
+
+def test_a_valkey_url_is_not_shown(read: Read) -> None:
+    found = read(VALKEY_URL="valkey://:hunter2secret@valkey").settings
+    assert found is not None
+    assert "hunter2secret" not in repr(found)
 
 
 @pytest.mark.parametrize(
@@ -410,3 +529,84 @@ def test_a_database_file_of_others_is_refused(
     monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
     (error,) = read(DATABASE_URL=url).errors
     assert error.startswith("DATABASE_URL names a file of another user (")
+
+
+ISSUER = "https://login.example.org/realms/main"
+
+
+@pytest.mark.parametrize(
+    "issuer",
+    [
+        ISSUER,
+        "https://login.example.org/",
+        "https://login.example.org:8443",
+        "http://127.0.0.1:5556/dex",
+        "http://localhost:8080",
+        "http://[::1]:8080",
+    ],
+)
+def test_an_issuer_over_https_or_on_this_machine_is_valid(read: Read, issuer: str) -> None:
+    assert read(OIDC_ISSUERS=issuer, OIDC_AUDIENCE="llm-api").errors == ()
+
+
+@pytest.mark.parametrize(
+    ("issuer", "said"),
+    [
+        ("http://login.example.org", "is not https: 'http://login.example.org'"),
+        ("http://10.0.0.7:8080", "is not https"),
+        ("http://127.0.0.1.example.org", "is not https"),
+        ("http://localhost.example.org", "is not https"),
+        ("login.example.org", "is not the URL of an issuer"),
+        ("ftp://login.example.org", "is not the URL of an issuer"),
+        ("https://", "is not the URL of an issuer"),
+        ("https://login.example.org:0", "is not the URL of an issuer"),
+        ("https://login.example.org?x=1", "is not the URL of an issuer"),
+        ("https://login.example.org#a", "is not the URL of an issuer"),
+        ("https://login.example.org/a b", "is not the URL of an issuer"),
+        ("https://user:hunter22@login.example.org", "is not the URL of an issuer"),
+        (f"https://login.example.org/{'x' * 200}", "is longer than 200 characters"),
+    ],
+)
+def test_an_issuer_that_could_be_replaced_on_the_way_is_refused(read: Read, issuer: str, said: str) -> None:
+    (error,) = read(OIDC_ISSUERS=f"{ISSUER},{issuer}", OIDC_AUDIENCE="llm-api").errors
+    assert error.startswith("OIDC_ISSUERS has an entry that ")
+    assert said in error
+    assert "hunter22" not in error
+
+
+def test_all_problems_with_issuers_are_told_at_once(read: Read) -> None:
+    errors = read(
+        OIDC_ISSUERS=",".join([ISSUER, ISSUER, *(f"https://a{number}.example" for number in range(20))]),
+        JWT_ISSUER=ISSUER,
+        OIDC_ADMIN_CLAIM="groups",
+    ).errors
+    starts = (
+        "OIDC_ISSUERS names an issuer twice",
+        "OIDC_ISSUERS has 22 entries",
+        "JWT_ISSUER must not be one of OIDC_ISSUERS",
+        "OIDC_AUDIENCE must be set with OIDC_ISSUERS",
+        "OIDC_ADMIN_VALUES must be set too",
+    )
+    assert len(errors) == len(starts)
+    assert all(error.startswith(start) for error, start in zip(errors, starts, strict=True))
+    (error,) = read(
+        OIDC_ADMIN_CLAIM=None, OIDC_ADMIN_VALUES="owners", OIDC_ISSUERS=None, JWT_ISSUER=None
+    ).errors
+    assert error.startswith("OIDC_ADMIN_CLAIM must be set too")
+
+
+def test_a_list_of_issuers_is_taken_as_written(read: Read) -> None:
+    settings = read(
+        OIDC_ISSUERS=f"{ISSUER}, https://b.example/ ,",
+        OIDC_AUDIENCE="a,b",
+        OIDC_ADMIN_CLAIM="g",
+        OIDC_ADMIN_VALUES="x",
+    ).settings
+    assert settings is not None
+    assert settings.oidc_issuers == (ISSUER, "https://b.example/")
+    assert settings.oidc_audience == ("a", "b")
+
+
+def test_a_misspelt_name_of_the_issuers_is_warned_about(read: Read) -> None:
+    (warning,) = [one for one in read(OIDC_ISSUER=ISSUER).warnings if "OIDC" in one]
+    assert warning == "OIDC_ISSUER is not a setting. Did you mean OIDC_ISSUERS?"

@@ -16,6 +16,7 @@ TABLE = {
     "PayloadTooLargeError": (413, False),
     "UnsupportedMediaTypeError": (415, False),
     "RateLimitError": (429, True),
+    "BudgetExceededError": (429, False),
     "BadRequestError": (400, False),
     "UpstreamTimeoutError": (504, True),
     "UpstreamError": (502, True),

@@ -1,7 +1,6 @@
 """The checker: what it says before, between and after results, and how often it asks."""
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -9,13 +8,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from service.errors import UpstreamError
 from service.services.health_checker import FRESH_S, HealthChecker, HealthSchedule
 from tests.fakes.clock import FakeClock
-from tests.unit.resilience import Readable, readable
-
-
-@pytest.fixture
-def metrics() -> Iterator[Readable]:
-    with readable() as found:
-        yield found
+from tests.unit.resilience import Readable
 
 
 class Dependency:

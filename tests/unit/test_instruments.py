@@ -59,6 +59,7 @@ def _after_use() -> dict[str, Metric]:
     instruments.observe_open_callers(lambda: {"demo": 1})
     instruments.observe_health(lambda: {"qdrant": (True, 1.0)})
     instruments.observe_recorder_queue(lambda: 1)
+    instruments.observe_fallback(lambda: True)
     return _metrics(reader)
 
 

@@ -160,6 +160,14 @@ def test_a_quiet_library_is_heard_from_warning_on(lines: Lines, name: str) -> No
     ]
 
 
+@pytest.mark.usefixtures("lines")
+def test_no_record_is_made_of_what_no_line_shows() -> None:
+    """To make one takes as long as to write it."""
+    assert not any(logging.getLogger(f"{name}.inner").isEnabledFor(logging.INFO) for name in REQUEST_LOGGERS)
+    record = logger.makeRecord("x", logging.INFO, "file", 1, "it_happened", (), None)
+    assert (record.thread, record.process) == (None, None)
+
+
 def test_a_library_with_a_similar_name_is_not_quiet(lines: Lines) -> None:
     logging.getLogger("httpx3").info("heard")
     assert lines.one["message"] == "heard"

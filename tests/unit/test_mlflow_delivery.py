@@ -1,6 +1,5 @@
 """Delivery: what is sent, counted and logged, and when a failure is retried."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,9 @@ from service.recording.delivery import MAX_REFUSALS, Delivery
 from service.recording.mlflow import GoneError, TrackerError
 from service.recording.spool import SEGMENT_RECORDS, Spool, spool_files
 from tests.fakes.clock import FakeClock
+from tests.fakes.ledger import FakeLedger
 from tests.unit.recording import FakeTracker, KeptCounts, Lost, lines, make_record, number_of
-from tests.unit.resilience import Readable, readable
-
-
-@pytest.fixture
-def metrics() -> Iterator[Readable]:
-    with readable() as found:
-        yield found
+from tests.unit.resilience import Readable
 
 
 class Sender:
@@ -34,6 +28,7 @@ class Sender:
         self.tracker = FakeTracker()
         self.lost = Lost()
         self.records = KeptCounts(metrics.instruments, self.lost)
+        self.ledger = FakeLedger()
         self.spans_out = InMemorySpanExporter()
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self.spans_out))
@@ -42,6 +37,7 @@ class Sender:
             self.tracker,
             provider.get_tracer("test"),
             self.records,
+            self.ledger,
             self.clock,
         )
         self.run = self.tracker.start_run("run", 0)
@@ -297,3 +293,31 @@ def test_each_export_is_a_root_span_linked_to_its_calls(sender: Sender) -> None:
     sender.send()
     (replayed,) = spans_named(sender, "spool replay")
     assert replayed.status.status_code == StatusCode.UNSET
+
+
+def test_a_file_stays_until_the_ledger_has_it_and_is_sent_once(sender: Sender) -> None:
+    sender.write(0)
+    sender.ledger.fails = True
+    for _again in range(2):
+        assert sender.send() is None
+        assert (sender.left, sender.tracker.exports, sender.settled) == (1, [[0]], 1)
+    # What waits for the ledger does not wait for MLflow.
+    sender.tracker.error = TrackerError("Timeout")
+    sender.write(1)
+    sender.send()
+    assert sender.counts == [1, 0, 0]
+    sender.tracker.error, sender.ledger.fails = None, False
+    assert sender.send() is None
+    assert (sender.left, sender.tracker.exports.count([0])) == (0, 1)
+    assert sorted(map(number_of, sender.ledger.booked.values())) == [0, 1]
+
+
+def test_a_file_that_mlflow_has_and_the_ledger_has_not_is_not_lost_without_a_word(
+    sender: Sender, caplog: pytest.LogCaptureFixture
+) -> None:
+    sender.write(0)
+    sender.ledger.fails = True
+    sender.send()
+    sender.spool.expire(-1)
+    assert (sender.left, sender.counts) == (0, [0, 0, 0])
+    assert "The ledger does not have the records of a file that was dropped: too old" in caplog.messages

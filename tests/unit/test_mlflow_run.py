@@ -1,7 +1,6 @@
 """The run of a process on disk and on the server, its totals and parameters; the count of losses."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,16 +12,10 @@ from service.recording.run import LATENCIES, ProcessRun, Totals, params_of
 from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
 from tests.unit.recording import FakeTracker, make_record
-from tests.unit.resilience import Readable, readable
+from tests.unit.resilience import Readable
 
 MOST_PARAMS = 100
 """So many the server takes at once."""
-
-
-@pytest.fixture
-def metrics() -> Iterator[Readable]:
-    with readable() as found:
-        yield found
 
 
 def test_a_run_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
@@ -97,7 +90,12 @@ def test_quantiles_are_of_the_latest_calls() -> None:
 
 
 def test_parameters_hold_the_settings_and_no_secret() -> None:
-    settings = make_settings(litellm_api_key="sk-canary-1", qdrant_api_key="canary-2", rate_limit="7/minute")
+    settings = make_settings(
+        litellm_api_key="sk-canary-1",
+        qdrant_api_key="canary-2",
+        valkey_url="valkey://:canary-3@valkey",
+        rate_limit="7/minute",
+    )
     shown = params_of(settings, "1.2.3")
     assert (shown["version"], shown["rate_limit"]) == ("1.2.3", "7/minute")
     secret = {

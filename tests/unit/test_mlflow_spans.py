@@ -64,6 +64,7 @@ def test_a_successful_call() -> None:
         "gen_ai.usage.output_tokens": 7,
         "mlflow.llm.cost": {"total_cost": 0.0125},
         "user.id": "user",
+        "enduser.id": "user",
         "llmops.llm.outcome": "success",
         "llmops.llm.attempts": 2,
         "llmops.cache.result": "miss",

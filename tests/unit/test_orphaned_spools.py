@@ -1,16 +1,17 @@
 """Orphaned spools: which they are, who owns them, and how their records reach MLflow."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from service.recording.delivery import Delivery, Replayed
-from service.recording.mlflow import TrackerError
+from service.recording.mlflow import NoTracker, TrackerError
 from service.recording.record import read_records
 from service.recording.run import ProcessRun
 from service.recording.spool import OrphanedSpool, lock_path, orphaned_spools, run_file
+from tests.fakes.ledger import FakeLedger
 from tests.unit.recording import (
     OWNER_OF_ONE,
     FakeTracker,
@@ -23,7 +24,7 @@ from tests.unit.recording import (
     number_of,
     python,
 )
-from tests.unit.resilience import Readable, readable
+from tests.unit.resilience import Readable
 
 NAMES = [f"20260101T00000{number}-{number}-00000{number}" for number in range(5)]
 MAX_AGE_S = 3_600.0
@@ -125,12 +126,6 @@ def test_two_processes_at_once_take_each_record_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def metrics() -> Iterator[Readable]:
-    with readable() as found:
-        yield found
-
-
 class Sender:
     """A delivery, and the folder with the orphaned spools."""
 
@@ -138,9 +133,10 @@ class Sender:
         self.metrics = metrics
         self.folder = folder
         self.tracker = tracker or FakeTracker()
+        self.ledger = FakeLedger()
         self.lost = Lost()
         self.records = KeptCounts(metrics.instruments, self.lost)
-        self.delivery = Delivery(self.tracker, no_spans(), self.records)
+        self.delivery = Delivery(self.tracker, no_spans(), self.records, self.ledger)
 
     def send(self) -> Replayed:
         return self.delivery.send_orphaned(self.folder, MAX_AGE_S)
@@ -256,3 +252,35 @@ def test_files_that_are_too_old_are_lost_whether_mlflow_works_or_not(sender: Sen
     sender.tracker.error = None
     assert sender.delivery.send_orphaned(sender.folder, -1) == Replayed()
     assert (sender.tracker.kept, sender.left) == ({}, set())
+
+
+def test_a_file_stays_until_the_ledger_has_it(sender: Sender) -> None:
+    leave(sender.folder, NAMES[0], lines(1), lines(2))
+    sender.ledger.fails = True
+    assert sender.send() == Replayed(files_unbooked=2)
+    assert (sender.left, sender.tracker.exports) == ({NAMES[0]}, [])
+    sender.ledger.fails = False
+    assert sender.send() == Replayed(records=2)
+    assert sender.left == set()
+    assert sorted(map(number_of, sender.ledger.booked.values())) == [1, 2]
+
+
+def test_the_ledger_does_not_wait_for_mlflow(sender: Sender) -> None:
+    leave(sender.folder, NAMES[0], lines(1))
+    leave(sender.folder, NAMES[1], lines(2), b"no record\n")
+    sender.tracker.error = TrackerError("Timeout")
+    sender.delivery.book_orphaned(sender.folder)
+    assert sorted(map(number_of, sender.ledger.booked.values())) == [1, 2]
+    assert sender.left == {NAMES[0], NAMES[1]}
+
+
+def test_without_a_server_the_files_of_a_process_that_had_one_stay(metrics: Readable, tmp_path: Path) -> None:
+    sender = Sender(metrics, tmp_path, cast("FakeTracker", NoTracker()))
+    with_server = ProcessRun(NAMES[0], 1_000, {"mlflow_tracking_uri": "http://mlflow"})
+    leave(tmp_path, NAMES[0], lines(1), run=with_server)
+    leave(tmp_path, NAMES[1], lines(2), run=ProcessRun(NAMES[1], 1_000))
+    assert sender.send() == Replayed(records=1, files_kept=1)
+    assert sender.left == {NAMES[0]}
+    assert [number_of(record) for record in sender.ledger.booked.values()] == [2]
+    # The run is not named, so that a process with a server makes it there.
+    assert ProcessRun.load(run_file(tmp_path, NAMES[0]), NAMES[0], 0).run_id is None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from service.config.settings import Settings
@@ -139,6 +140,15 @@ def test_http_durations_have_buckets_to_two_minutes(instrument: str) -> None:
     assert {10, 30, 60, 120} <= set(point.explicit_bounds)
     assert point.explicit_bounds[-1] == 120
     assert point.bucket_counts[-1] == 0
+
+
+def test_the_resource_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporters hash it for each span and log record, and the SDK makes a JSON text of it each time."""
+    resource = build_telemetry(make_settings(), Exporters()).tracer_provider.resource
+    same = Resource(dict(resource.attributes), resource.schema_url)
+    assert (resource, hash(resource)) == (same, hash(same))
+    monkeypatch.setattr("opentelemetry.sdk.resources.dumps", None)
+    assert hash(resource) == hash(resource)
 
 
 def test_the_response_size_is_dropped_and_others_are_not() -> None:

@@ -3,13 +3,15 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from service.config.settings import Settings
+from service.telemetry import providers
 from service.telemetry.events import emit
 from service.telemetry.providers import Telemetry, build_telemetry, exporters_from
+from service.telemetry.slices import FEWEST, Slices
 from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import refusing_port
 from tests.unit.conftest import Lines, Read
@@ -87,6 +89,32 @@ def test_after_a_healthy_stop_everything_has_arrived(
 
 def test_http_is_the_protocol_without_a_wish(read: Read, lines: Lines, receiver: OtlpReceiver) -> None:
     assert _sent(read, lines, receiver, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.http_url) == ALL
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_encoding_many_spans_and_log_records_lets_the_event_loop_run(
+    read: Read, lines: Lines, receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    paused: set[str] = set()
+
+    class Noted(Slices[object]):
+        def __init__(self, items: Sequence[object]) -> None:
+            super().__init__(items, lambda _seconds: paused.add(type(items[0]).__name__))
+
+    monkeypatch.setattr(providers, "Slices", Noted)
+    url = receiver.grpc_url if protocol == "grpc" else receiver.http_url
+    telemetry = build_telemetry(
+        _settings(read, OTEL_EXPORTER_OTLP_ENDPOINT=url, OTEL_EXPORTER_OTLP_PROTOCOL=protocol)
+    )
+    trace_id = _say_something(telemetry, lines)
+    tracer = telemetry.tracer_provider.get_tracer("test")
+    for number in range(FEWEST):
+        tracer.start_span(f"work {number}").end()
+        emit(logger, "llmops.something", "said", {"n": number})
+    assert telemetry.shutdown(10) is True
+    assert paused == {"ReadableSpan", "ReadableLogRecord"}
+    assert _arrived(receiver, trace_id) == ALL
+    assert (len(receiver.spans()), len(receiver.logs())) == (FEWEST + 1, FEWEST + 1)
 
 
 @pytest.mark.parametrize("signal", sorted(ALL))

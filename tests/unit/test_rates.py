@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -10,19 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import RateLimitError
+from service.identity.principal import Principal
 from service.services.rate_limit import RateLimiter
 from service.utils.rates import MAX_EXACT_EVENTS, MIN_SWEEP_KEYS, MonotonicStorage, Rate
 from tests.fakes.clock import FakeClock
-from tests.unit.resilience import Readable, readable
+from tests.unit.resilience import Readable
 
 COUNTED = MAX_EXACT_EVENTS + 1
 TWO_HOURS_S = 7_200
-
-
-@pytest.fixture
-def metrics() -> Iterator[Readable]:
-    with readable() as found:
-        yield found
 
 
 def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -83,11 +78,11 @@ def test_a_change_of_the_systems_time_changes_nothing(
     async def scenario() -> None:
         limiter = RateLimiter(f"{amount}/minute", metrics.instruments)
         for _ in range(amount):
-            await limiter.count("user")
+            await limiter.count(Principal("user", "user"))
         real = time.time
         monkeypatch.setattr(time, "time", lambda: real() + by_s)
         with pytest.raises(RateLimitError) as caught:
-            await limiter.count("user")
+            await limiter.count(Principal("user", "user"))
         assert caught.value.retry_after_s is not None
         assert 1 <= caught.value.retry_after_s <= 60
 

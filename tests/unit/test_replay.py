@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.recording.recorder import replay
+from tests.fakes.ledger import FakeLedger
 from tests.fakes.mlflow import FakeMlflow
 from tests.harness import make_settings
 from tests.unit.recording import killed_owner, make_record
@@ -27,8 +28,9 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
     logger.removeHandler(caplog.handler)
 
 
-def run(url: str, folder: Path) -> int:
-    return replay(make_settings(mlflow_tracking_uri=url, mlflow_timeout_s=1, spool_path=str(folder)))
+def run(url: str, folder: Path, ledger: FakeLedger | None = None) -> int:
+    settings = make_settings(mlflow_tracking_uri=url, mlflow_timeout_s=1, spool_path=str(folder))
+    return replay(settings, ledger or FakeLedger())
 
 
 def test_an_empty_spool_is_success(mlflow: FakeMlflow, tmp_path: Path) -> None:
@@ -41,6 +43,20 @@ def test_refused_files_stay(mlflow: FakeMlflow, tmp_path: Path, said: pytest.Log
     assert run(mlflow.url, tmp_path) == 1
     assert said.messages[-1] == "Error: MLflow refused 1 file(s) of records, which stay in the spool"
     assert len(list(tmp_path.glob("*.jsonl"))) == 1
+
+
+def test_files_that_the_ledger_does_not_take_stay(
+    mlflow: FakeMlflow, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    killed_owner(tmp_path, 1)
+    ledger = FakeLedger()
+    ledger.fails = True
+    assert run(mlflow.url, tmp_path, ledger) == 1
+    assert said.messages[-1] == "Error: the database refused 1 file(s) of records, which stay in the spool"
+    assert len(list(tmp_path.glob("*.jsonl"))) == 1
+    ledger.fails = False
+    assert run(mlflow.url, tmp_path, ledger) == 0
+    assert len(ledger.booked) == 1
 
 
 def test_a_refused_record_is_lost_and_the_others_are_sent(

@@ -18,6 +18,7 @@ from tests.unit.resilience import Readable
 
 THRESHOLD = 5
 TIMEOUT_S = 30.0
+# Unless it is the probe: see `finish`.
 NOTHING_LEARNT = (BadRequestError, asyncio.CancelledError, KeyError)
 
 
@@ -81,6 +82,10 @@ class BreakerMachine(RuleBasedStateMachine):
         call = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
         error = {"success": None, "failure": UpstreamError()}[how] if isinstance(how, str) else how()
         call.context.__exit__(type(error) if error else None, error, None)
+        if call.era == self.era and call.probe and how is BadRequestError:
+            # A probe that is refused for its own fault has found the upstream there.
+            self.change("closed")
+            return
         if call.era != self.era or not isinstance(how, str):
             return
         if how == "success":

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,13 +15,7 @@ from service.errors import (
 from service.utils.deadline import Deadline
 from service.utils.retry import Progress, RetryBudget, RetryPolicy, retrying, transient
 from tests.fakes.clock import FakeClock
-from tests.unit.resilience import Readable, readable
-
-
-@pytest.fixture
-def metrics() -> Iterator[Readable]:
-    with readable() as found:
-        yield found
+from tests.unit.resilience import Readable
 
 
 class Call:
@@ -255,3 +248,18 @@ def test_nothing_is_retried_once_the_caller_has_left(metrics: Readable) -> None:
 )
 def test_transient(error: BaseException, *, expected: bool) -> None:
     assert transient(error) is expected
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), failure()])
+def test_a_first_attempt_that_fails_or_is_left_earns_a_retry(metrics: Readable, error: BaseException) -> None:
+    """It has loaded the upstream like one that succeeds."""
+    budget = RetryBudget(1.0, 0, 10.0, FakeClock())
+
+    async def attempt(_progress: Progress, _deadline: Deadline) -> None:
+        raise error
+
+    run = retrying("chat", RetryPolicy(max_retries=0), budget, metrics.instruments)(attempt)
+    with pytest.raises(type(error)):
+        asyncio.run(run(Progress(), Deadline.after(30.0, clock=FakeClock())))
+    assert budget.take()
+    assert not budget.take()

@@ -151,8 +151,14 @@ def test_what_the_otel_packages_read_themselves_is_put_into_the_environment(
     monkeypatch.delenv("OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "8")
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "remembered")
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
 
     prepare_environment()
+
+    assert os.environ["MALLOC_ARENA_MAX"] == "3"
+    assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "131072"
 
     assert os.environ["OTEL_EXPORTER_OTLP_HEADERS"] == "from=file"
     assert os.environ["OTEL_BSP_SCHEDULE_DELAY"] == "8"

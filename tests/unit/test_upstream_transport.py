@@ -17,6 +17,7 @@ import pytest
 from service.errors import Cause
 from service.upstream.errors import cause_of
 from service.upstream.transport import AnswerTooLargeError, UpstreamTransport
+from tests.fakes.streams import RawStream
 from tests.fakes.tls import self_signed
 from tests.fakes.upstream import (
     Answer,
@@ -118,6 +119,29 @@ def test_what_goes_wrong_has_its_class_and_cause_and_quotes_nothing(
         (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("service")]
         assert line.startswith(f"Exchange with the upstream failed: {cause}: ")
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("writes", [1, 2, MAX_BYTES + 1])
+def test_what_is_within_the_limit_on_an_answer_arrives_before_its_error(
+    upstream: FakeUpstream, writes: int
+) -> None:
+    content = bytes(index % 251 for index in range(MAX_BYTES + 1))
+    size = len(content) // writes
+    pieces = [content[start : start + size] for start in range(0, len(content), size)]
+    upstream.script(RawStream(pieces))
+    arrived = bytearray()
+
+    async def main() -> None:
+        async with (
+            httpx2.AsyncClient(transport=UpstreamTransport(4, MAX_BYTES), timeout=LIMITS) as client,
+            client.stream("POST", f"{upstream.url}/v1/chat/completions", content=BODY) as answer,
+        ):
+            async for data in answer.aiter_raw():
+                arrived.extend(data)
+
+    with pytest.raises(AnswerTooLargeError):
+        asyncio.run(main())
+    assert arrived == content[:MAX_BYTES]
 
 
 @pytest.mark.parametrize(

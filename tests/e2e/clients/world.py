@@ -131,7 +131,7 @@ def running_world(folder: Path, variables: Mapping[str, str] | None = None) -> I
             ) as service,
         ):
             service.wait_ready()
-            yield World(service, provider, service.token())
+            yield World(service, provider, service.api_key())
 
 
 def _stop(*_arguments: object) -> None:
