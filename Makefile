@@ -29,6 +29,10 @@ CLIENTS_PYTHONS = LITELLM_BIN="$(CURDIR)/.venv-litellm/bin/litellm" CLIENTS_PYTH
 	CLIENTS_OPENAI2_PYTHON="$(CURDIR)/.venv-clients-openai2/bin/python"
 PYTEST = $(RUN) $(CLIENTS_PYTHONS) MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" pytest
 
+# A test of real processes also fails where the machine stands still. One that fails is run once more, and both are
+# shown; tests/conftest.py fails a run in which many needed it.
+RERUN = --reruns 1 --rerun-show-tracebacks
+
 # The JavaScript clients are tried where npm is; in CI they must be.
 ifneq ($(CI)$(shell command -v npm 2>/dev/null),)
 CLIENTS += tests/e2e/clients/node/node_modules/.packages
@@ -55,8 +59,8 @@ test: $(VENV) $(LITELLM) $(MLFLOW) $(CLIENTS) ## Run the tests, with coverage an
 ifdef ARGS
 	$(PYTEST) $(ARGS)
 else
-	$(PYTEST) -m "not alone and not stack" --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=
-	$(PYTEST) -m "alone and not stack" --cov --cov-append --cov-fail-under=$(COVERAGE_FLOOR)
+	$(PYTEST) $(RERUN) -m "not alone and not stack" --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=
+	$(PYTEST) $(RERUN) -m "alone and not stack" --cov --cov-append --cov-fail-under=$(COVERAGE_FLOOR)
 endif
 
 check: $(VENV) ## Lint, check formatting, types and import rules, then test, the stack too
@@ -126,7 +130,7 @@ dashboards: $(VENV) ## Write grafana/dashboards/ and the table in otel/README.md
 # These are as large as a small service, so a machine without Go leaves them out, and says so.
 stack-test: $(if $(GO),stack-programs $(VENV) $(LITELLM) $(MLFLOW)) ## Prove the stack with a real collector and Prometheus, and the chart with Helm; needs Go
 ifdef GO
-	$(PYTEST) -m stack $(or $(ARGS),tests/stack tests/helm)
+	$(PYTEST) $(RERUN) -m stack $(or $(ARGS),tests/stack tests/helm)
 else
 	@echo "No Go here, so the collector, Prometheus and Helm were not built, and tests/stack and tests/helm were left out:" >&2
 	@echo "no query, rule or alert was run, nor the rules' unit tests, and no chart was rendered. Install Go >= 1.26." >&2

@@ -14,6 +14,20 @@ from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import FakeUpstream
 from tests.harness import AppUnderTest, running_app
 
+MAX_RERUN = 5
+"""Tests of a run that may pass at a second try; more of them are a fault, and not the machine's."""
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run in which many tests passed only at their second try."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:
+        return
+    rerun = reporter.stats.get("rerun", [])
+    if len(rerun) > MAX_RERUN and session.exitstatus == pytest.ExitCode.OK:
+        reporter.write_line(f"\n{len(rerun)} tests were run twice; at most {MAX_RERUN} may be.")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _clean_environment() -> None:
