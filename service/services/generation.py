@@ -18,17 +18,19 @@ from service.cache.assembly import Assembler
 from service.cache.coalescing import Coalescing, NoCoalescing
 from service.cache.control import applied
 from service.cache.entries import Entry, tokens_of
-from service.cache.response_cache import AnswerCache, Lookup
+from service.cache.response_cache import AnswerCache, Lookup, Slot
 from service.config.settings import Settings
 from service.errors import UNREACHABLE, CallerLeftError, Cause, ServiceError, UpstreamTimeoutError
 from service.recording.recorder import CallRecorder
 from service.services.call_report import CallOutcome, CallReport, CallSpec, Outcome
 from service.services.circuit_breaker import ConnectionBreaker
 from service.services.circuits import Circuits, Passage
+from service.shared.leases import Leases, LeaseTimeoutError
 from service.telemetry import names
 from service.telemetry.events import upstream_fields
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
+from service.upstream.errors import timed_out
 from service.upstream.messages import Completion, ModelList, Reply
 from service.upstream.operations import OPERATIONS, OperationName
 from service.upstream.stream import ALIVE, EVENT_STREAM, AnswerEvents, StreamEvent
@@ -162,6 +164,7 @@ class Generation:
         llm: The client of the models' side.
         cache: Finds stored answers and takes new ones.
         coalescing: Lets equal calls at the same time share one upstream call.
+        leases: Let them share one with those of other processes.
         recorder: Takes the record of each call that has ended, before the last byte of its answer is sent.
         telemetry: Where spans and counts go.
         settings: The default model, and the numbers of retry, breaker and streams.
@@ -177,6 +180,7 @@ class Generation:
         *,
         cache: AnswerCache,
         coalescing: Coalescing | NoCoalescing,
+        leases: Leases,
         recorder: CallRecorder,
         on_unreachable: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
@@ -188,6 +192,7 @@ class Generation:
         self._cache = cache
         self._cache_sampled = settings.cache_sampled
         self._coalescing = coalescing
+        self._leases = leases
         self._on_unreachable = on_unreachable
         self._clock = clock
         self._recorder = recorder
@@ -233,13 +238,13 @@ class Generation:
                 reply, call.cached_from = entry.reply(), entry.completion
             elif slot is not None and slot.control.shares:
                 reply, pays = await self._coalescing.share(
-                    slot.key.digest, spec.deadline, call.progress, partial(self._ask, call, span)
+                    slot.key.digest, spec.deadline, call.progress, partial(self._ask_once, call, slot, span)
                 )
                 if not pays:
                     call.cached_from = reply.completion
                     reply = Reply(reply.content, replace(reply.completion, cost=0.0))
             else:
-                reply = await self._ask(call, span)
+                reply, _stored = await self._ask(call, span)
             call.completion = reply.completion
         return Answer(reply, call.outcome())
 
@@ -338,14 +343,31 @@ class Generation:
             self._report.ended(span, spec, call.outcome())
             await self._recorder.written()
 
-    async def _ask(self, call: _Call, span: Span) -> Reply:
-        """Ask the model for a whole answer, with retries, and store it."""
+    async def _ask_once(self, call: _Call, slot: Slot, span: Span) -> tuple[Reply, bool]:
+        """Ask the model, or take the answer of another process that asks the same; whether it is billed."""
+        deadline = call.spec.deadline
+        try:
+            async with self._leases.lease(slot.key.digest, deadline, span.get_span_context()) as lease:
+                if lease.answer is not None and lease.origin is not None:
+                    entry = self._cache.accept(slot, lease.answer, followed=lease.followed)
+                    if entry is not None:
+                        span.add_link(lease.origin)
+                        span.set_attribute(names.ATTR_CACHE_SHARED, True)  # noqa: FBT003 - an attribute's value
+                        return Reply(entry.content, entry.completion), False
+                reply, stored = await self._ask(call, span)
+                if stored is not None:
+                    lease.made = stored.as_json
+                return reply, True
+        except LeaseTimeoutError:
+            raise timed_out(deadline.limit_s) from None
+
+    async def _ask(self, call: _Call, span: Span) -> tuple[Reply, Entry | None]:
+        """Ask the model for a whole answer, with retries, and store it; the answer, and what is stored."""
         spec = call.spec
         await self._llm.check_model(spec.request, spec.deadline)
         with self.circuits.call(spec.request.model, spec.user) as call.passage:
             reply = await self._whole[spec.request.operation](call.progress, spec.deadline, call)
-        self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())
-        return reply
+        return reply, self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())
 
     async def _attempt(self, progress: Progress, deadline: Deadline, call: _Call) -> Reply:
         """Make one attempt at a whole answer."""

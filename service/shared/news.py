@@ -110,7 +110,7 @@ async def open_news(settings: Settings, instruments: Instruments) -> AsyncIterat
     if not url:
         yield NoNews()
         return
-    from service.shared.valkey import open_log  # noqa: PLC0415 - as in ``open_counts``
+    from service.shared.valkey import open_log  # noqa: PLC0415 - as in ``open_shared``
 
     async with open_log(url) as log:
         news = SharedNews(log, instruments.shared_news)

@@ -214,8 +214,8 @@ SHARED_OPERATION_DURATION: Final = Metric(
     "llmops.shared.operation.duration",
     "histogram",
     "s",
-    "Time that a request waited for Valkey; with outcome error, until it was counted in this process",
-    {"operation": ("count", "look"), "outcome": ("success", "error")},
+    "Time that a request waited for Valkey; with outcome error, until this process went on without it",
+    {"operation": ("count", "look", "lease"), "outcome": ("success", "error")},
     buckets=STORE_BUCKETS,
 )
 SHARED_NEWS: Final = Metric(
@@ -224,6 +224,14 @@ SHARED_NEWS: Final = Metric(
     "{message}",
     "Messages between replicas: told to the others, heard from another one, or dropped as too many waited",
     {"topic": ("signed_out", "cache_cleared", "circuit"), "outcome": ("told", "heard", "dropped")},
+)
+SHARED_LEASES: Final = Metric(
+    "llmops.shared.leases",
+    "counter",
+    "{call}",
+    "Calls that other processes may share: made here as the first, or taken over from a process that gave no "
+    "answer; answered by another process; or made here, as Valkey did not say",
+    {"outcome": ("leader", "taken_over", "follower", "none")},
 )
 SHARED_FALLBACK: Final = Metric(
     "llmops.shared.fallback",
@@ -316,6 +324,7 @@ METRICS: Final = (
     IDENTITY_STORE_DURATION,
     SHARED_OPERATION_DURATION,
     SHARED_NEWS,
+    SHARED_LEASES,
     SHARED_FALLBACK,
     HEALTH_STATUS,
     HEALTH_AGE,
