@@ -5,10 +5,11 @@ not answer cannot delay the exit of the process.
 """
 
 import asyncio
+import hashlib
 import importlib
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -22,6 +23,7 @@ from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as ge
 from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDUSER_ID
 from opentelemetry.semconv._incubating.attributes.user_attributes import USER_ID
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
+from opentelemetry.semconv.attributes.http_attributes import HTTP_ROUTE
 
 from service.config.settings import Settings
 from service.errors import UpstreamError
@@ -38,22 +40,36 @@ INPUTS = "mlflow.spanInputs"
 OUTPUTS = "mlflow.spanOutputs"
 COST = "mlflow.llm.cost"
 TAG = "mlflow.traceTag."
+CHAIN = "CHAIN"
+MEMORY = "MEMORY"
+"""Of the cache look-up. Not ``RETRIEVER``: MLflow's judges of retrieval take those for documents."""
+
 SPAN_TYPES = {"chat": "CHAT_MODEL", "embeddings": "EMBEDDING"}
+"""By the operation, of the spans in which a model was asked; of all others ``LLM``."""
+
+SPAN_ATTEMPT = "attempt {}"
+SPAN_FIRST_CHUNK = "first chunk"
 
 MAX_INT = 2**63 - 1
 
+KeyValues = dict[tuple[str, type, object], KeyValue]
+
 
 def encode(records: Sequence[CallRecord], resource: Mapping[str, str]) -> bytes:
-    """The body of one export: a root span for each record.
+    """The body of one export: a tree of spans for each record.
 
-    MLflow stores a span as the trace ``tr-<trace id>`` and ignores one that it has, so sending a record twice
-    is harmless. Two spans of one trace would be one record there, so each has its own ``record_id``. The span
-    has no parent: MLflow would wait for it and keep the trace in progress. Every record can be encoded,
-    whatever it holds, as one that could not would block all others.
+    The root is the call. Below it are the cache look-up and the attempts, and below the attempt that was
+    streamed the time to its first chunk.
+
+    MLflow stores a root as the trace ``tr-<trace id>``, and writes a span that it has over with the same one,
+    so sending a record twice is harmless: all ids are made from those of the record. Two roots of one trace
+    would be one record there, so each has its own ``record_id``. The root has no parent: MLflow would wait
+    for it and keep the trace in progress. Every record can be encoded, whatever it holds, as one that could
+    not would block all others.
     """
     # Many attributes are the same in all records, and each is encoded once.
-    cache: dict[tuple[str, type, object], KeyValue] = {}
-    spans = [_span(record, cache) for record in Slices(records)]
+    cache: KeyValues = {}
+    spans = [span for record in Slices(records) for span in _tree(record, cache)]
     attributes = [_attribute(name, value) for name, value in resource.items()]
     resource_spans = ResourceSpans(
         resource=Resource(attributes=attributes), scope_spans=[ScopeSpans(spans=spans)]
@@ -61,43 +77,151 @@ def encode(records: Sequence[CallRecord], resource: Mapping[str, str]) -> bytes:
     return bytes(ExportTraceServiceRequest(resource_spans=[resource_spans]).SerializeToString())
 
 
-def _span(record: CallRecord, cache: dict[tuple[str, type, object], KeyValue]) -> Span:
+def _tree(record: CallRecord, cache: KeyValues) -> Iterator[Span]:
+    """The spans of a record, the root first."""
     succeeded = record.error is None and record.outcome != "cancelled"
-    return Span(
-        trace_id=bytes.fromhex(record.record_id),
-        span_id=bytes.fromhex(record.span_id),
-        name=_text(f"{record.operation} {record.model}"),
-        kind=Span.SPAN_KIND_CLIENT,
-        start_time_unix_nano=_clamp(record.started_ns),
-        end_time_unix_nano=_clamp(record.started_ns + _clamp(min(record.duration_s, MAX_INT) * 1e9)),
-        attributes=[
-            _cached(name, value, cache) for name, value in _attributes(record).items() if value is not None
-        ],
-        status=Status(
-            code=Status.STATUS_CODE_OK if succeeded else Status.STATUS_CODE_ERROR,
-            message="" if succeeded else _text(record.error or record.outcome),
-        ),
+    reason = "" if record.error_reason in (None, record.error) else f": {_text(record.error_reason)}"
+    tree = _Tree(record, cache)
+    yield tree.root(
+        _text(f"{record.operation} {record.model}"),
+        _attributes(record),
+        "" if succeeded else _text(record.error or record.outcome) + reason,
     )
+    if record.lookup_s is not None:
+        result = "error" if record.lookup_failed else record.cache
+        yield tree.child(
+            names.SPAN_CACHE_LOOKUP,
+            (0.0, record.lookup_s),
+            {
+                SPAN_TYPE: MEMORY,
+                names.ATTR_CACHE_RESULT: result,
+                names.ATTR_CACHE_KIND: record.cache_kind,
+                names.ATTR_CACHE_SIMILARITY: record.similarity,
+                names.ATTR_CACHE_AGE: record.age_s,
+                names.ATTR_CACHE_SHARED: record.shared or None,
+            },
+        )
+    span_type = SPAN_TYPES.get(record.operation, "LLM")
+    for number, attempt in enumerate(record.tries, 1):
+        span = tree.child(
+            SPAN_ATTEMPT.format(number),
+            (attempt.started_s, min(attempt.started_s, MAX_INT) + min(attempt.duration_s, MAX_INT)),
+            {
+                SPAN_TYPE: span_type,
+                gen_ai.GEN_AI_OPERATION_NAME: record.operation,
+                gen_ai.GEN_AI_PROVIDER_NAME: names.LLM_PROVIDER,
+                gen_ai.GEN_AI_REQUEST_MODEL: record.model,
+                ERROR_TYPE: attempt.error,
+                names.ATTR_UPSTREAM_CAUSE: attempt.cause,
+                names.ATTR_UPSTREAM_STATUS: attempt.status,
+                names.ATTR_RETRY_DELAY: attempt.wait_s or None,
+            },
+            attempt.error,
+        )
+        yield span
+        if number == len(record.tries) and record.first_chunk_s is not None:
+            yield tree.child(
+                SPAN_FIRST_CHUNK, (attempt.started_s, record.first_chunk_s), {}, parent_id=span.span_id
+            )
+
+
+class _Tree:
+    """Makes the spans of one record."""
+
+    def __init__(self, record: CallRecord, cache: KeyValues) -> None:
+        self._trace_id = bytes.fromhex(record.record_id)
+        self._root_id = bytes.fromhex(record.span_id)
+        self._started_ns = record.started_ns
+        self._duration_s = record.duration_s
+        self._cache = cache
+
+    def root(self, name: str, attributes: Mapping[str, object], error: str) -> Span:
+        """The span of the call; ``error`` is empty where it succeeded."""
+        return Span(
+            trace_id=self._trace_id,
+            span_id=self._root_id,
+            name=name,
+            kind=Span.SPAN_KIND_CLIENT,
+            start_time_unix_nano=_clamp(self._started_ns),
+            end_time_unix_nano=self._at(self._duration_s),
+            attributes=self._encoded(attributes),
+            status=Status(
+                code=Status.STATUS_CODE_ERROR if error else Status.STATUS_CODE_OK,
+                message=error,
+            ),
+        )
+
+    def child(
+        self,
+        name: str,
+        times_s: tuple[object, object],
+        attributes: Mapping[str, object],
+        error: str | None = None,
+        *,
+        parent_id: bytes | None = None,
+    ) -> Span:
+        """A span within the call; its id is the same each time.
+
+        Args:
+            name: Unlike that of any other span of the record.
+            times_s: Begin and end, in seconds from the start of the call.
+            attributes: Those that are None are left out.
+            error: The error's name; None where there is none.
+            parent_id: The span above it, where that is not the root.
+        """
+        end_ns = self._at(self._duration_s)
+        began_ns, ended_ns = (min(self._at(moment), end_ns) for moment in times_s)
+        return Span(
+            trace_id=self._trace_id,
+            span_id=hashlib.blake2b(name.encode(), digest_size=8, key=self._root_id).digest(),
+            parent_span_id=self._root_id if parent_id is None else parent_id,
+            name=name,
+            kind=Span.SPAN_KIND_INTERNAL,
+            start_time_unix_nano=began_ns,
+            end_time_unix_nano=max(began_ns, ended_ns),
+            attributes=self._encoded(attributes),
+            status=Status(
+                code=Status.STATUS_CODE_OK if error is None else Status.STATUS_CODE_ERROR,
+                message="" if error is None else _text(error),
+            ),
+        )
+
+    def _at(self, moment_s: object) -> int:
+        """A moment of the call in Unix nanoseconds; what is no number stands for the start of the call."""
+        seconds = moment_s if isinstance(moment_s, (int, float)) else 0.0
+        return _clamp(self._started_ns + _clamp(min(seconds, MAX_INT) * 1e9))
+
+    def _encoded(self, attributes: Mapping[str, object]) -> list[KeyValue]:
+        return [_cached(name, value, self._cache) for name, value in attributes.items() if value is not None]
 
 
 def _attributes(record: CallRecord) -> dict[str, object]:
+    # In records of earlier versions the attempts are counted, and not described.
+    told = len(record.tries) > 0 or not record.attempts
     return {
-        SPAN_TYPE: SPAN_TYPES.get(record.operation, "LLM"),
+        SPAN_TYPE: CHAIN if told else SPAN_TYPES.get(record.operation, "LLM"),
         gen_ai.GEN_AI_OPERATION_NAME: record.operation,
         gen_ai.GEN_AI_PROVIDER_NAME: names.LLM_PROVIDER,
         gen_ai.GEN_AI_REQUEST_MODEL: record.model,
         gen_ai.GEN_AI_RESPONSE_MODEL: record.response_model,
+        # On the root only: MLflow adds up what is on the spans below it otherwise.
         gen_ai.GEN_AI_USAGE_INPUT_TOKENS: record.prompt_tokens,
         gen_ai.GEN_AI_USAGE_OUTPUT_TOKENS: record.completion_tokens,
+        gen_ai.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS: record.cached_tokens,
+        gen_ai.GEN_AI_USAGE_REASONING_OUTPUT_TOKENS: record.reasoning_tokens,
         # Always set: without it the server computes a cost from its own price list.
         COST: {"total_cost": record.cost or 0.0},
         USER_ID: record.user,
         ENDUSER_ID: record.user,
         names.ATTR_TEAM: record.team,
         names.ATTR_KEY_ID: record.key_id,
+        HTTP_ROUTE: record.route,
         ERROR_TYPE: record.error,
         names.ATTR_LLM_OUTCOME: record.outcome,
         names.ATTR_LLM_ATTEMPTS: record.attempts,
+        names.ATTR_RETRY_OUTCOME: record.retry_ended,
+        names.ATTR_UPSTREAM_STATUS: record.upstream_status,
+        names.ATTR_UPSTREAM_CODE: record.upstream_code,
         names.ATTR_LLM_STREAMED: record.streamed or None,
         names.ATTR_LLM_FIRST_CHUNK: record.first_chunk_s,
         names.ATTR_LLM_ESTIMATED: record.estimated or None,
@@ -107,15 +231,28 @@ def _attributes(record: CallRecord) -> dict[str, object]:
         OUTPUTS: record.answer,
         # Tags can be searched for on MLflow's page.
         f"{TAG}request_id": record.trace_id,
+        f"{TAG}record_id": record.record_id,
         f"{TAG}span_id": record.span_id,
         f"{TAG}incident_id": record.incident_id,
-        f"{TAG}outcome": record.outcome,
+        f"{TAG}user": record.user,
         f"{TAG}team": record.team,
         f"{TAG}key_id": record.key_id,
+        f"{TAG}model": record.model,
+        f"{TAG}outcome": record.outcome,
+        f"{TAG}error": record.error,
+        f"{TAG}cache": record.cache,
+        f"{TAG}cached_tokens": record.cached_tokens,
+        f"{TAG}reasoning_tokens": record.reasoning_tokens,
+        f"{TAG}cost": _decimal(record.cost),
     }
 
 
-def _cached(name: str, value: object, cache: dict[tuple[str, type, object], KeyValue]) -> KeyValue:
+def _decimal(number: object) -> object:
+    """A number as people write it when they search for it, without an exponent."""
+    return f"{number:.12f}".rstrip("0").rstrip(".") if isinstance(number, float) else number
+
+
+def _cached(name: str, value: object, cache: KeyValues) -> KeyValue:
     if not isinstance(value, (str, int)):
         return _attribute(name, value)
     # The type is part of the key, as True equals 1 in Python.
