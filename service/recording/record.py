@@ -178,7 +178,7 @@ class CallRecord:
         given = {
             name: value
             for name, value in zip(_NAMES, _VALUES(self), strict=True)
-            if value is not None and value is not False and value != ()
+            if value is not None and value is not False
         }
         if self.tries:
             given["tries"] = [attempt.as_row() for attempt in self.tries]
@@ -192,7 +192,7 @@ class CallRecord:
         """
         try:
             read: Any = json.loads(line)
-            given = {name: value for name, value in read.items() if name in _NAMES}
+            given = {name: value for name, value in read.items() if name in _KNOWN}
             given["tries"] = _tries_in(given.get("tries", []))
             record = cls(**given)
             identified = TRACE_ID.fullmatch(record.trace_id) and SPAN_ID.fullmatch(record.span_id)
@@ -210,7 +210,8 @@ def _tries_in(rows: object) -> tuple[AttemptRecord, ...]:
     return tuple(AttemptRecord.from_row(row) for row in rows[:MAX_TRIES])
 
 
-_NAMES = tuple(field.name for field in fields(CallRecord))
+_NAMES = tuple(field.name for field in fields(CallRecord) if field.name != "tries")
+_KNOWN = frozenset({*_NAMES, "tries"})
 _VALUES = attrgetter(*_NAMES)
 
 
