@@ -211,7 +211,6 @@ def _root_of(record: CallRecord, *, told: bool) -> Span:
         f"{TAG}model": record.model,
         f"{TAG}outcome": record.outcome,
         f"{TAG}error": record.error,
-        f"{TAG}cache": record.cache,
     }
     return _span(_text(f"{record.operation} {record.model}"), attributes, error)
 
@@ -231,12 +230,13 @@ def _own_attributes(record: CallRecord) -> dict[str, object]:
         INPUTS: record.prompt,
         OUTPUTS: record.answer,
         TAG_REQUEST_ID: record.trace_id,
-        TAG_RECORD_ID: record.record_id,
+        # The server looks each tag up before it writes it: there is none that others make needless.
+        TAG_RECORD_ID: record.record_id if record.continued else None,
         TAG_SPAN_ID: record.span_id,
         TAG_INCIDENT_ID: record.incident_id,
         TAG_CACHED_TOKENS: record.cached_tokens,
         TAG_REASONING_TOKENS: record.reasoning_tokens,
-        TAG_COST: _decimal(record.cost),
+        TAG_COST: _decimal(record.cost) if record.cost else None,
     }
 
 
