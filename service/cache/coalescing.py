@@ -98,6 +98,7 @@ class Coalescing:
             else:
                 if billed:
                     progress.attempts = call.progress.attempts
+                    progress.tried, progress.waits_s = call.progress.tried, call.progress.waits_s
                 return reply, billed
         answer = asyncio.get_running_loop().create_future()
         call = self._calls[digest] = _SharedCall(answer, span.get_span_context(), deadline, progress)

@@ -21,6 +21,7 @@ from service.cache.entries import Entry, tokens_of
 from service.cache.response_cache import AnswerCache, Lookup, Slot
 from service.config.settings import Settings
 from service.errors import UNREACHABLE, CallerLeftError, Cause, ServiceError, UpstreamTimeoutError
+from service.recording.record import MAX_TRIES, AttemptRecord
 from service.recording.recorder import CallRecorder
 from service.services.call_report import CallOutcome, CallReport, CallSpec, Outcome
 from service.services.circuit_breaker import ConnectionBreaker
@@ -35,7 +36,7 @@ from service.upstream.messages import Completion, ModelList, Reply
 from service.upstream.operations import OPERATIONS, OperationName
 from service.upstream.stream import ALIVE, EVENT_STREAM, AnswerEvents, StreamEvent
 from service.utils.deadline import Deadline
-from service.utils.retry import Attempt, Progress, RetryBudget, RetryPolicy, retrying
+from service.utils.retry import Attempt, Progress, RetryBudget, RetryPolicy, Tried, retrying
 
 BREAKER: Final = "litellm"
 
@@ -119,24 +120,28 @@ class _Call:
     completion: Completion | None = None
     llm_s: float = 0.0
     first_chunk_s: float | None = None
+    streams: bool = False
 
     def outcome(self, error: BaseException | None = None) -> CallOutcome:
         """Freeze the call as it is now."""
         cached = self.cached_from
         outcome: Outcome = "success" if cached is None else "cached"
-        name = reason = None
+        name = reason = code = None
+        status: int | None = None
         if isinstance(error, (asyncio.CancelledError, CallerLeftError)):
             outcome = "cancelled"
         elif error is not None:
             outcome, name, reason = "error", "InternalError", "Bug"
             if isinstance(error, ServiceError):
                 name, reason = error.name, error.label
+                status, code = error.upstream_status, error.upstream_code
         seen = self.lookup.seen
         if cached is not None:
             seen = "hit"
         elif seen == "hit":
             # An equal call was under way, and its answer is not there, or was left for this call to pay.
             seen = "miss"
+        now_s = self.clock()
         return CallOutcome(
             outcome=outcome,
             error=name,
@@ -147,13 +152,37 @@ class _Call:
             saved_tokens=0 if cached is None else tokens_of(cached),
             saved_cost=None if cached is None else cached.cost,
             attempts=self.progress.attempts,
+            tries=self._tries(now_s, error),
             retry_ended=self.progress.ended,
             retry_s=self.progress.waited_s,
             llm_s=self.llm_s,
             first_chunk_s=self.first_chunk_s,
             started_ns=self.started_ns,
-            duration_s=round(self.clock() - self.started_s, 6),
+            duration_s=round(now_s - self.started_s, 6),
             upstream=upstream_fields(error),
+            upstream_status=status,
+            upstream_code=code,
+        )
+
+    def _tries(self, now_s: float, error: BaseException | None) -> tuple[AttemptRecord, ...]:
+        """The attempts until now, the first ones where there are too many."""
+        tried, waits_s = self.progress.tried[:MAX_TRIES], self.progress.waits_s
+        if self.streams and tried:
+            # The attempt goes on after its first piece, and ends as the stream does.
+            started_s = tried[-1].started_s
+            tried[-1] = Tried(started_s, now_s) if error is None else Tried.failed(started_s, now_s, error)
+        # One that was taken over from an equal call began before this call did.
+        began_s = self.started_s
+        return tuple(
+            AttemptRecord(
+                started_s=round(max(each.started_s - began_s, 0.0), 6),
+                duration_s=round(max(each.ended_s - max(each.started_s, began_s), 0.0), 6),
+                error=each.error,
+                cause=each.cause,
+                status=each.status,
+                wait_s=round(waits_s[number], 6) if number < len(waits_s) else 0.0,
+            )
+            for number, each in enumerate(tried)
         )
 
 
@@ -272,6 +301,7 @@ class Generation:
                 passage = call.passage = held.enter_context(self.circuits.call(spec.request.model, spec.user))
                 events = await self._open[spec.request.operation](call.progress, spec.deadline, call, held)
                 passage.answered()
+                call.streams = True
             call.first_chunk_s = round(self._clock() - call.started_s, 6)
             self._report.answering(spec, call.outcome())
             end_s = asyncio.get_running_loop().time() + self._stream_s - (self._clock() - call.started_s)
@@ -391,12 +421,17 @@ class Generation:
         started_s = self._clock()
         try:
             yield
-        except ServiceError as error:
-            if error.cause in UNREACHABLE:
+        except BaseException as error:
+            ended_s = self._clock()
+            progress.tried.append(Tried.failed(started_s, ended_s, error))
+            if isinstance(error, ServiceError) and error.cause in UNREACHABLE:
                 self._on_unreachable()
             raise
+        else:
+            ended_s = self._clock()
+            progress.tried.append(Tried(started_s, ended_s))
         finally:
-            call.llm_s += self._clock() - started_s
+            call.llm_s += ended_s - started_s
 
 
 class _StoredStream:
