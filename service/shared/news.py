@@ -7,6 +7,7 @@ be had waits in this process.
 
 import asyncio
 import logging
+import math
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -31,19 +32,23 @@ class Stream:
 
     Args:
         key: Its name in the server.
-        max_entries: How many it keeps. A process that starts reads all of them.
-        at_once: How many are told in one round trip. If the connection fails in the middle, all are told
+        max_entries: How many it keeps.
+        told_at_once: How many are told in one round trip. If the connection fails in the middle, all are told
             again.
+        read_at_once: How many are read in one round trip; the event loop does nothing else for as long.
+        kept_s: A process that starts reads the entries that were told within so many seconds before the last.
     """
 
     key: str
     max_entries: int
-    at_once: int
+    told_at_once: int
+    read_at_once: int
+    kept_s: float
 
 
-NEWS: Final = Stream("llmops:news", 100_000, 1)
-SPENT: Final = Stream("llmops:spent", 10_000, 100)
-"""For the topic ``spent``: an entry for each call that counts for a budget."""
+NEWS: Final = Stream("llmops:news", 100_000, 1, 500, math.inf)
+SPENT: Final = Stream("llmops:spent", 10_000, 100, 100, 120.0)
+"""For the topic ``spent``: an entry for each call that counts for a budget, until the ledger has it."""
 
 MAX_WAITING: Final = 1_000
 """News that wait for the server; of more, the oldest are dropped."""
@@ -132,6 +137,10 @@ class Log(Protocol):
         """Add entries; the oldest of too many are removed."""
         ...
 
+    async def begin(self) -> str:
+        """The id behind which a process that starts reads."""
+        ...
+
     async def read(self, after: str, wait_s: float) -> Sequence[tuple[str, Facts]]:
         """The entries behind one, with their ids, oldest first; waits where there are none."""
         ...
@@ -157,7 +166,7 @@ async def open_news(
     from service.shared.valkey import open_log  # noqa: PLC0415 - as in ``open_counts``
 
     async with open_log(url, stream) as log:
-        news = SharedNews(log, instruments.shared_news, at_once=stream.at_once)
+        news = SharedNews(log, instruments.shared_news, at_once=stream.told_at_once)
         try:
             yield news
         finally:
@@ -227,6 +236,7 @@ class SharedNews:
         self._starting = True
         with suppress(Exception):
             async with asyncio.timeout(CATCH_UP_S):
+                self._last = await self._log.begin()
                 while await self._hear(0.0):
                     pass
         self._starting = False

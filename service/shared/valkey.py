@@ -4,6 +4,7 @@ It is imported where ``VALKEY_URL`` is set.
 """
 
 import hashlib
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,8 +29,6 @@ MICROSECONDS: Final = 1_000_000
 MAX_CONNECTIONS: Final = 4
 """Of each client: the batches of counts use one, and the check of the server another; the reader of news uses
 one, and the writer another."""
-
-READ_AT_ONCE: Final = 500
 
 REASONS: Final[Sequence[tuple[type[Exception], str]]] = (
     (exceptions.AuthenticationError, "not_permitted"),
@@ -202,11 +201,19 @@ class ValkeyLog:
         fields = [part for item in entry.items() for part in item]
         return ("XADD", self._stream.key, "MAXLEN", "~", self._stream.max_entries, "*", *fields)
 
+    async def begin(self) -> str:
+        """The id behind which a process that starts reads; by the server's clock, which the ids have."""
+        if self._stream.kept_s == math.inf:
+            return "0-0"
+        newest = await self._client.execute_command("XREVRANGE", self._stream.key, "+", "-", "COUNT", 1)
+        newest_ms = int(_text(newest[0][0]).partition("-")[0]) if newest else 0
+        return f"{max(0, newest_ms - round(self._stream.kept_s * 1_000))}-0"
+
     async def read(self, after: str, wait_s: float) -> list[tuple[str, dict[str, str]]]:
         """The entries behind one, with their ids; waits for the next one where there are none."""
         waits = ("BLOCK", round(wait_s * 1_000)) if wait_s else ()
         answer = await self._client.execute_command(
-            "XREAD", "COUNT", READ_AT_ONCE, *waits, "STREAMS", self._stream.key, after
+            "XREAD", "COUNT", self._stream.read_at_once, *waits, "STREAMS", self._stream.key, after
         )
         # One stream was asked for; an entry that was removed meanwhile has no fields.
         entries = answer[0][1] if answer else []

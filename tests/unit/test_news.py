@@ -32,6 +32,11 @@ class FakeLog:
         self.entries += map(dict, entries)
         self._changed.set()
 
+    async def begin(self) -> str:
+        if self.down:
+            raise ConnectionError("away")
+        return "0-0"
+
     async def read(self, after: str, wait_s: float) -> Sequence[tuple[str, Facts]]:
         if self.down:
             raise ConnectionError("away")

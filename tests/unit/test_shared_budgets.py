@@ -288,7 +288,7 @@ async def told(one: Process, valkey: Valkey) -> AsyncIterator[Waits]:
     """Connect a process's budgets to the others, as at its start."""
     waits = Waits()
     async with open_log(valkey.url, SPENT) as log:
-        news = SharedNews(log, one.metrics.instruments.shared_news, waits, at_once=SPENT.at_once)
+        news = SharedNews(log, one.metrics.instruments.shared_news, waits, at_once=SPENT.told_at_once)
         connect_budgets(news, one.ledger.budgets, one.time)
         await news.catch_up()
         running = asyncio.create_task(news.run())
@@ -378,6 +378,23 @@ def test_a_process_that_starts_counts_what_is_not_booked_yet(
                 await one.ledger.flush()
                 await late.ledger.poll()
                 assert (await spent(late), late.ledger.budgets.open) == (4, [])
+
+    run(scenario)
+
+
+def test_a_process_that_starts_reads_the_entries_of_the_last_moments(
+    valkey: Valkey, metrics: Readable
+) -> None:
+    async def scenario() -> None:
+        async with process("sqlite://", metrics) as one:
+            assert await spent(one) == 0
+            newest_ms = 1_700_000_000_000
+            for number, age_s in enumerate((SPENT.kept_s + 1, SPENT.kept_s - 1, 0.0)):
+                told_ms = newest_ms - round(age_s * 1_000)
+                entry = ("topic", "spent", "origin", "other", "call", call(record_id=f"{number:032x}"))
+                valkey.ask("XADD", SPENT.key, f"{told_ms}-0", *entry)
+            async with told(one, valkey):
+                assert await spent(one) == 2
 
     run(scenario)
 
