@@ -354,6 +354,8 @@ class Budgets:
         # Those of others, likewise.
         self._heard: dict[str, _Heard] = {}
         self._latest: Collection[str] = frozenset()
+        # What this process has booked counts already, whoever tells of it afterwards.
+        self._booked: cachetools.FIFOCache[str, bool] = cachetools.FIFOCache(MAX_HEARD)
         self._tell: Callable[[Spending], None] = lambda _spending: None
         self.is_shared = False
         """Whether other processes tell of their calls."""
@@ -467,7 +469,7 @@ class Budgets:
     def hear(self, spending: Spending) -> None:
         """Count a call of another process, until the ledger has it."""
         name = spending.record_id
-        if name in self._open or name in self._heard or name in self._latest:
+        if any(name in counted for counted in (self._open, self._heard, self._latest, self._booked)):
             return
         if self._now() - spending.ended_s > EXPIRY_S:
             return
@@ -494,6 +496,7 @@ class Budgets:
             name = record.record_id
             is_own = self._open.pop(name, None) is not None
             if name in inserted:
+                self._booked[name] = True
                 self._heard.pop(name, None)
                 for subject in subjects_of(record) if self._known else ():
                     if (known := self._known.get(subject)) is not None:
