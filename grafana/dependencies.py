@@ -385,10 +385,12 @@ def dependencies() -> dashboard.Dashboard:
         graph(
             PanelText(
                 "News between replicas",
-                "Sign-outs, clearings of the cache and circuits that processes told each other over Valkey, "
-                "and what was dropped because too much waited. Always 0 without `VALKEY_URL`.",
+                "Sign-outs, clearings of the cache, circuits and what calls have spent of budgets, which "
+                "processes told each other over Valkey, and what was dropped because too much waited. Always "
+                "0 without `VALKEY_URL`.",
                 "“heard” is “told” times the other processes; less for long: one of them does not read. "
-                "“dropped”: Valkey was away for too long, and the others do not know of it.",
+                "“dropped”: Valkey was away for too long, and the others do not know of it; what was spent "
+                "they read in the database. “unusable”: somebody else writes to Valkey, or two versions run.",
             ),
             [
                 Query(

@@ -35,9 +35,9 @@ from service.services.drain import Drain, drain_on_signal
 from service.services.generation import Generation
 from service.services.health_checker import HealthChecker, HealthSchedule
 from service.services.rate_limit import RateLimiter
-from service.services.replicas import connect_replicas
+from service.services.replicas import connect_budgets, connect_replicas
 from service.shared import exchange
-from service.shared.news import open_news
+from service.shared.news import SPENT, open_news
 from service.shared.state import open_shared
 from service.telemetry.events import emit
 from service.telemetry.names import EVENT_SHUTDOWN_COMPLETED, EVENT_SHUTDOWN_STEP
@@ -133,6 +133,7 @@ async def _open_services(
         "Closing Valkey connections..." if settings.valkey_url.get_secret_value() else "",
     )
     news = await closing.enter(open_news(settings, instruments))
+    spendings = await closing.enter(open_news(settings, instruments, SPENT))
     feed = ChangeFeed(database, settings.identity_stale_s)
     keys = ApiKeys(database, key_secret(settings), feed)
     accounts = Accounts(database, feed)
@@ -167,7 +168,8 @@ async def _open_services(
     )
     callers = Callers(auth, keys, oidc, accounts, instruments.auth_attempts)
     connect_replicas(news, callers, cache.admin, generation)
-    await news.catch_up()
+    connect_budgets(spendings, ledger.budgets)
+    await asyncio.gather(news.catch_up(), spendings.catch_up())
     for work in (
         measure_lag(instruments.event_loop_lag),
         _keep_models_known(llm, settings.models_ttl_s),
@@ -178,6 +180,7 @@ async def _open_services(
         ledger.run(),
         oidc.run(),
         news.run(),
+        spendings.run(),
         *(start() for start in (*cache.background, *shared.background)),
     ):
         stack.callback(tasks.create_task(work).cancel)

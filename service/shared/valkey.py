@@ -4,6 +4,7 @@ It is imported where ``VALKEY_URL`` is set.
 """
 
 import hashlib
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from service.errors import UpstreamError
 from service.shared.counts import Count, Counted, Limit
 from service.shared.exchange import Request
 from service.shared.leases import Put, Take
+from service.shared.news import Stream
 from service.utils.rates import Rate, Window
 
 PREFIX: Final = "llmops:{rates}:"
@@ -35,12 +37,6 @@ Command = tuple[str | int | bytes, ...]
 MAX_CONNECTIONS: Final = 4
 """Of each client: the batches of counts use one, and the check of the server another; the reader of news uses
 one, and the writer another."""
-
-NEWS: Final = "llmops:news"
-MAX_NEWS: Final = 100_000
-"""Entries that the log keeps, of some 200 bytes each. A process that starts reads all of them."""
-
-READ_AT_ONCE: Final = 500
 
 REASONS: Final[Sequence[tuple[type[Exception], str]]] = (
     (exceptions.AuthenticationError, "not_permitted"),
@@ -76,10 +72,10 @@ async def open_valkey(url: str, script: str = SCRIPT) -> AsyncIterator["ValkeySe
 
 
 @asynccontextmanager
-async def open_log(url: str) -> AsyncIterator["ValkeyLog"]:
-    """Open the log of news, as ``open_valkey`` opens the counts."""
+async def open_log(url: str, stream: Stream) -> AsyncIterator["ValkeyLog"]:
+    """Open a log of news, as ``open_valkey`` opens the counts."""
     async with _open_client(url) as client:
-        yield ValkeyLog(client)
+        yield ValkeyLog(client, stream)
 
 
 @asynccontextmanager
@@ -221,25 +217,45 @@ def _counted(answer: Any, limits: Sequence[Limit]) -> Counted:  # noqa: ANN401 -
 
 
 class ValkeyLog:
-    """A log of news, as a stream in the server.
+    """A log, as a stream in the server.
 
     Args:
         client: The client.
+        stream: Its key and its limits.
     """
 
-    def __init__(self, client: Valkey) -> None:
+    def __init__(self, client: Valkey, stream: Stream) -> None:
         self._client: Any = client  # its methods for streams have no types
+        self._stream = stream
 
-    async def append(self, entry: Mapping[str, str]) -> None:
-        """Add an entry; the oldest of too many are removed."""
+    async def append(self, entries: Sequence[Mapping[str, str]]) -> None:
+        """Add entries; the oldest of too many are removed."""
+        commands = [self._command(entry) for entry in entries]
+        if len(commands) == 1:
+            await self._client.execute_command(*commands[0])
+            return
+        pipeline = self._client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        await pipeline.execute()
+
+    def _command(self, entry: Mapping[str, str]) -> tuple[str | int, ...]:
         fields = [part for item in entry.items() for part in item]
-        await self._client.execute_command("XADD", NEWS, "MAXLEN", "~", MAX_NEWS, "*", *fields)
+        return ("XADD", self._stream.key, "MAXLEN", "~", self._stream.max_entries, "*", *fields)
+
+    async def begin(self) -> str:
+        """The id behind which a process that starts reads; by the server's clock, which the ids have."""
+        if self._stream.kept_s == math.inf:
+            return "0-0"
+        newest = await self._client.execute_command("XREVRANGE", self._stream.key, "+", "-", "COUNT", 1)
+        newest_ms = int(_text(newest[0][0]).partition("-")[0]) if newest else 0
+        return f"{max(0, newest_ms - round(self._stream.kept_s * 1_000))}-0"
 
     async def read(self, after: str, wait_s: float) -> list[tuple[str, dict[str, str]]]:
         """The entries behind one, with their ids; waits for the next one where there are none."""
         waits = ("BLOCK", round(wait_s * 1_000)) if wait_s else ()
         answer = await self._client.execute_command(
-            "XREAD", "COUNT", READ_AT_ONCE, *waits, "STREAMS", NEWS, after
+            "XREAD", "COUNT", self._stream.read_at_once, *waits, "STREAMS", self._stream.key, after
         )
         # One stream was asked for; an entry that was removed meanwhile has no fields.
         entries = answer[0][1] if answer else []

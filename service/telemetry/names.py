@@ -222,8 +222,12 @@ SHARED_NEWS: Final = Metric(
     "llmops.shared.news",
     "counter",
     "{message}",
-    "Messages between replicas: told to the others, heard from another one, or dropped as too many waited",
-    {"topic": ("signed_out", "cache_cleared", "circuit"), "outcome": ("told", "heard", "dropped")},
+    "Messages between replicas: told to the others, heard from another one, of no use (not understood, or "
+    "more than this process can hold), or dropped as too many waited",
+    {
+        "topic": ("signed_out", "cache_cleared", "circuit", "spent"),
+        "outcome": ("told", "heard", "dropped", "unusable"),
+    },
 )
 SHARED_LEASES: Final = Metric(
     "llmops.shared.leases",
