@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.trace import NoOpTracer
 from qdrant_client import QdrantClient, models
@@ -191,7 +191,6 @@ async def test_look_ups_find_nothing_while_the_folder_is_read_again(
 FEW = st.integers(0, 3)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(FEW, FEW, st.floats(0, 9), st.floats(0, 9)), max_size=12), FEW, FEW, st.floats(0, 9)
 )
