@@ -1,6 +1,7 @@
-"""The client of a Valkey server, or of one that speaks its protocol; the only importer of ``valkey``.
+"""What is asked of a Valkey server, or of one that speaks its protocol.
 
-It is imported where ``VALKEY_URL`` is set.
+It and ``service/shared/nodes.py``, which reaches the servers, are the only importers of ``valkey``. They are
+imported where ``VALKEY_URL`` is set.
 """
 
 import hashlib
@@ -10,12 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from valkey import exceptions
-from valkey.asyncio import ConnectionPool, Valkey
-from valkey.asyncio.retry import Retry
-from valkey.backoff import NoBackoff
 
+from service.config.valkey_url import parse_valkey_url
 from service.errors import UpstreamError
 from service.shared.counts import Counted, Limit
+from service.shared.nodes import CLUSTER_DOWN, Client, UnavailableError, open_client
 from service.utils.rates import Rate, Window
 
 PREFIX: Final = "llmops:{rates}:"
@@ -23,10 +23,6 @@ PREFIX: Final = "llmops:{rates}:"
 
 SCRIPT: Final = Path(__file__).with_name("count.lua").read_text(encoding="utf-8")
 MICROSECONDS: Final = 1_000_000
-
-MAX_CONNECTIONS: Final = 4
-"""Of each client: the batches of counts use one, and the check of the server another; the reader of news uses
-one, and the writer another."""
 
 NEWS: Final = "llmops:news"
 MAX_NEWS: Final = 100_000
@@ -40,6 +36,9 @@ REASONS: Final[Sequence[tuple[type[Exception], str]]] = (
     (exceptions.BusyLoadingError, "loading"),
     (exceptions.ReadOnlyError, "read_only"),
     (exceptions.OutOfMemoryError, "out_of_memory"),
+    (exceptions.ClusterDownError, CLUSTER_DOWN),
+    (exceptions.AskError, "moved"),
+    (exceptions.TryAgainError, "moved"),
     (exceptions.ConnectionError, "unreachable"),
     (OSError, "unreachable"),
 )
@@ -60,44 +59,18 @@ async def open_valkey(url: str, script: str = SCRIPT) -> AsyncIterator["ValkeySe
     """Open the counts; nothing is sent until they are used, and leaving the block closes the connections.
 
     Args:
-        url: The server's, with the scheme ``valkey``, ``valkeys``, ``redis`` or ``rediss``.
+        url: Of a server, a cluster or sentinels, as ``VALKEY_URL`` has it.
         script: Counts a call.
     """
-    async with _open_client(url) as client:
+    async with open_client(parse_valkey_url(url)) as client:
         yield ValkeyServer(client, script)
 
 
 @asynccontextmanager
 async def open_log(url: str) -> AsyncIterator["ValkeyLog"]:
     """Open the log of news, as ``open_valkey`` opens the counts."""
-    async with _open_client(url) as client:
+    async with open_client(parse_valkey_url(url)) as client:
         yield ValkeyLog(client)
-
-
-@asynccontextmanager
-async def _open_client(url: str) -> AsyncIterator[Valkey]:
-    location = f"valkey{url.removeprefix('valkey').removeprefix('redis')}"
-    # The client's default accepts any host's certificate.
-    tls = {"ssl_check_hostname": True} if location.startswith("valkeys:") else {}
-    pool = ConnectionPool.from_url(
-        location,
-        max_connections=MAX_CONNECTIONS,
-        # The older protocol: the newer one begins with a round trip, and nothing here needs it.
-        protocol=2,
-        # Who asks limits the time, and nobody can wait for a second attempt.
-        socket_timeout=None,
-        socket_connect_timeout=None,
-        retry=Retry(NoBackoff(), 0),
-        # It would say its name and version in two more commands on each connection.
-        lib_name=None,
-        lib_version=None,
-        **tls,
-    )
-    client = Valkey.from_pool(pool)
-    try:
-        yield client
-    finally:
-        await client.aclose()
 
 
 class ValkeyServer:
@@ -108,7 +81,7 @@ class ValkeyServer:
         script: Counts a call.
     """
 
-    def __init__(self, client: Valkey, script: str) -> None:
+    def __init__(self, client: Client, script: str) -> None:
         self._client = client
         self._script = script
         self._pinged = Limit(Rate("1/second"), "ping", "alone")
@@ -137,10 +110,7 @@ class ValkeyServer:
         return ("EVALSHA", self._digest, len(limits), *map(key_of, limits), *values)
 
     async def _send(self, commands: Sequence[tuple[str | int, ...]]) -> list[Any]:
-        pipeline = self._client.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
-        return list(await pipeline.execute(raise_on_error=False))
+        return await self._client.send(commands)
 
     async def ping(self) -> None:
         """Count a call of nobody's, which a server that only reads refuses; raises ``UpstreamError`` then."""
@@ -151,6 +121,8 @@ class ValkeyServer:
 
     def reason_of(self, error: Exception) -> str:
         """Name a refusal, or what went wrong on the wire."""
+        if isinstance(error, UnavailableError):
+            return error.reason
         for kind, reason in REASONS:
             if isinstance(error, kind):
                 return reason
@@ -185,8 +157,8 @@ class ValkeyLog:
         client: The client.
     """
 
-    def __init__(self, client: Valkey) -> None:
-        self._client: Any = client  # its methods for streams have no types
+    def __init__(self, client: Client) -> None:
+        self._client = client
 
     async def append(self, entry: Mapping[str, str]) -> None:
         """Add an entry; the oldest of too many are removed."""
