@@ -244,6 +244,40 @@ def test_who_is_silent_is_waited_for_no_longer_than_anybody(
     assert told(lines) == ["Valkey fails: slow. Each process counts by itself"]
 
 
+def test_an_answer_that_comes_after_its_caller_has_left_is_the_next_ones(metrics: Readable) -> None:
+    asked: list[int] = []
+    answers = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while sent := await reader.read(1 << 16):
+                if b"SLOTS" in sent:
+                    asked.append(1)
+                    await answers.wait()
+                    writer.write(slots(b"", port))
+                else:
+                    writer.write(COUNTED)
+        finally:
+            writer.close()
+
+    port = 0
+
+    async def scenario() -> None:
+        nonlocal port
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with opened(metrics, f"valkey+cluster://127.0.0.1:{port}", timeout_s=0.3) as here:
+            limit = Limit(Rate("9/minute"), "x")
+            assert (await here.counts.count([limit])).windows[0].remaining == 8
+            answers.set()
+            assert (await here.counts.count([limit])).windows[0].remaining == 3
+            assert len(asked) == 1
+        server.close()
+        await server.wait_closed()
+
+    run(scenario)
+
+
 SLOTS = b"*1\r\n*3\r\n:0\r\n:16383\r\n*3\r\n$%d\r\n%b\r\n:%d\r\n$1\r\nx\r\n"
 COUNTED = b"*3\r\n:1\r\n:3\r\n:0\r\n"
 
