@@ -121,7 +121,7 @@ else
 endif
 
 # Not a part of `check`: the API server builds for several minutes.
-chart-test: $(CHART) .stack/bin/etcd .stack/bin/kube-apiserver $(VENV) ## Install the Helm chart at a real API server that runs nothing; needs Go
+chart-test: $(CHART) .stack/bin/etcd .stack/bin/kube-apiserver .stack/bin/kubectl $(VENV) ## Install the Helm chart at a real API server that runs nothing; needs Go
 	.venv/bin/python -m tests.helm.apiserver
 
 dashboards: $(VENV) ## Write grafana/dashboards/ and the table in otel/README.md from the declared metrics
@@ -175,7 +175,8 @@ stack-programs: $(STACK) $(CHART)
 
 .stack/bin/etcd: PACKAGE := go.etcd.io/etcd/server/v3
 .stack/bin/kube-apiserver: PACKAGE := k8s.io/kubernetes/cmd/kube-apiserver
-.stack/bin/etcd .stack/bin/kube-apiserver: otel/build/kubernetes/go.mod otel/build/kubernetes/go.sum
+.stack/bin/kubectl: PACKAGE := k8s.io/kubernetes/cmd/kubectl
+.stack/bin/etcd .stack/bin/kube-apiserver .stack/bin/kubectl: otel/build/kubernetes/go.mod otel/build/kubernetes/go.sum
 	@echo "Building $(@F) (once, some minutes)"
 	@mkdir -p $(@D)
 	cd otel/build/kubernetes && CGO_ENABLED=0 go build -trimpath -o "$(CURDIR)/$@" \

@@ -21,6 +21,9 @@ COMPLETE: Final = frozenset({"stop", "tool_calls", "function_call"})
 """Finish reasons of a complete answer: neither a length limit nor a content filter cut it off."""
 
 COMPRESS_FROM_BYTES = 1_024
+MAX_CONTENT_BYTES: Final = 1 << 26
+"""Largest answer that is unpacked: what a store returns may unpack to more than there is memory."""
+
 OVERHEAD_BYTES = 1_024
 """Approximate size of an entry in memory beside its content."""
 
@@ -90,7 +93,10 @@ class Entry:
             if layout and len(Layout.from_json(layout).choices) != len(choices):
                 raise DamagedEntryError("layout")
             text = choices[0]["message"].get("content") if choices else None
-        except (ServiceError, KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
+        except (
+            *(ServiceError, KeyError, TypeError, ValueError, OverflowError, AttributeError),
+            *(RecursionError, zlib.error),
+        ) as error:
             raise DamagedEntryError(type(error).__name__) from None
         if not choices:
             raise DamagedEntryError("not whole")
@@ -199,7 +205,11 @@ def _packed(content: bytes) -> dict[str, str]:
 
 def _unpacked(payload: Mapping[str, Any]) -> bytes:
     if "packed" in payload:
-        return zlib.decompress(base64.b64decode(payload["packed"], validate=True))
+        unpacking = zlib.decompressobj()
+        content = unpacking.decompress(base64.b64decode(payload["packed"], validate=True), MAX_CONTENT_BYTES)
+        if not unpacking.eof:
+            raise DamagedEntryError("size")
+        return content
     return str(payload["body"]).encode()
 
 

@@ -21,12 +21,10 @@ from rapidfuzz.distance import OSA
 
 from service.config.secret_strength import is_guessable
 from service.config.settings import PASSED_THROUGH, Settings, variable_names
+from service.config.valkey_url import HOST, parse_valkey_url
 
 REQUIRED = ("JWT_SECRET_KEY", "AUTH_ADMIN_PASSWORD", "AUTH_USER_PASSWORD")
 LONG_NAME_CHARS = 8
-HOST = re.compile(
-    r"[0-9a-f]*:[0-9a-f:.]+|[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*\.?"
-)
 ORIGIN = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?")
 
 JWT_PROBLEM = "JWT_SECRET_KEY must be set and different from default"
@@ -38,7 +36,6 @@ OPEN_TO_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 DATABASE_URL = re.compile(
     r"sqlite://(?:/(?P<path>[^?#]+))?|postgres(?:ql)?(?:\+psycopg)?://[^\s/?#]*/[^\s/?#]+(?:\?\S*)?"
 )
-VALKEY_URL = re.compile(r"(?:valkeys?|rediss?)://(?:[^\s/?#@]*@)?(?P<address>[^\s/?#@]+)(?:/[0-9]{0,4})?")
 NARROWEST_WARNED = {4: 24, 6: 64}
 """Length of the prefix, by the version of IP, below which a trusted network is warned about."""
 
@@ -474,18 +471,17 @@ def _valkey_problems(settings: Settings) -> Iterator[tuple[str, str]]:
     value = settings.valkey_url.get_secret_value()
     if not value or not _is_utf8(value):
         return
-    found = VALKEY_URL.fullmatch(value)
     try:
-        address = urlsplit(f"//{found['address']}") if found is not None else urlsplit("")
-        valid = bool(HOST.fullmatch(address.hostname or "")) and address.port != 0
-    except ValueError:
-        valid = False
-    if not valid:
+        parse_valkey_url(value)
+    except ValueError as error:
         yield (
             "VALKEY_URL",
             (
-                "VALKEY_URL is not valid: write valkey://user:password@host:port/database, or valkeys:// for "
-                "TLS; redis:// and rediss:// mean the same. Write special characters of a password as %XX."
+                f"VALKEY_URL is not valid: {error}. Write valkey://user:password@host:port/database for one "
+                "server, valkey+cluster://user:password@host:port,host:port for a cluster, or "
+                "valkey+sentinel://user:password@host:port,host:port/service for sentinels; valkeys instead "
+                "of valkey for TLS; redis and rediss mean the same. Special characters of a password are "
+                "written as %XX."
             ),
         )
 

@@ -381,8 +381,10 @@ class Generation:
                 if lease.answer is not None and lease.origin is not None:
                     entry = self._cache.accept(slot, lease.answer, followed=lease.followed)
                     if entry is not None:
-                        span.add_link(lease.origin)
-                        span.set_attribute(names.ATTR_CACHE_SHARED, True)  # noqa: FBT003 - an attribute's value
+                        # The span has ended where its caller has left.
+                        if span.is_recording():
+                            span.add_link(lease.origin)
+                            span.set_attribute(names.ATTR_CACHE_SHARED, True)  # noqa: FBT003 - a value
                         return Reply(entry.content, entry.completion), False
                 reply, stored = await self._ask(call, span)
                 if stored is not None:

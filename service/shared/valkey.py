@@ -1,6 +1,7 @@
-"""The client of a Valkey server, or of one that speaks its protocol; the only importer of ``valkey``.
+"""What is asked of a Valkey server, or of one that speaks its protocol.
 
-It is imported where ``VALKEY_URL`` is set.
+It and ``service/shared/nodes.py``, which reaches the servers, are the only importers of ``valkey``. They are
+imported where ``VALKEY_URL`` is set.
 """
 
 import hashlib
@@ -11,32 +12,26 @@ from pathlib import Path
 from typing import Any, Final
 
 from valkey import exceptions
-from valkey.asyncio import ConnectionPool, Valkey
-from valkey.asyncio.retry import Retry
-from valkey.backoff import NoBackoff
 
+from service.config.valkey_url import parse_valkey_url
 from service.errors import UpstreamError
 from service.shared.counts import Count, Counted, Limit
 from service.shared.exchange import Request
 from service.shared.leases import Put, Take
 from service.shared.news import Stream
+from service.shared.nodes import CLUSTER_DOWN, Client, Command, UnavailableError, open_client
 from service.utils.rates import Rate, Window
 
 PREFIX: Final = "llmops:{rates}:"
 """Begins each key. What is in braces is the hash tag."""
 
-CALL_PREFIX: Final = "llmops:call:"
-"""Begins the key of a lease; it needs no hash tag, as its script has one key."""
+CALL_PREFIX: Final = f"{PREFIX}call:"
+"""Begins the key of a lease. By the same hash tag a batch goes to one node of a cluster."""
 
 SCRIPT: Final = Path(__file__).with_name("count.lua").read_text(encoding="utf-8")
 LEASE_SCRIPT: Final = Path(__file__).with_name("lease.lua").read_text(encoding="utf-8")
 MICROSECONDS: Final = 1_000_000
 
-Command = tuple[str | int | bytes, ...]
-
-MAX_CONNECTIONS: Final = 4
-"""Of each client: the batches of counts use one, and the check of the server another; the reader of news uses
-one, and the writer another."""
 
 REASONS: Final[Sequence[tuple[type[Exception], str]]] = (
     (exceptions.AuthenticationError, "not_permitted"),
@@ -44,6 +39,9 @@ REASONS: Final[Sequence[tuple[type[Exception], str]]] = (
     (exceptions.BusyLoadingError, "loading"),
     (exceptions.ReadOnlyError, "read_only"),
     (exceptions.OutOfMemoryError, "out_of_memory"),
+    (exceptions.ClusterDownError, CLUSTER_DOWN),
+    (exceptions.AskError, "moved"),
+    (exceptions.TryAgainError, "moved"),
     (exceptions.ConnectionError, "unreachable"),
     (OSError, "unreachable"),
 )
@@ -64,44 +62,18 @@ async def open_valkey(url: str, script: str = SCRIPT) -> AsyncIterator["ValkeySe
     """Open the server; nothing is sent until it is used, and leaving the block closes the connections.
 
     Args:
-        url: The server's, with the scheme ``valkey``, ``valkeys``, ``redis`` or ``rediss``.
+        url: Of a server, a cluster or sentinels, as ``VALKEY_URL`` has it.
         script: Counts a call.
     """
-    async with _open_client(url) as client:
+    async with open_client(parse_valkey_url(url)) as client:
         yield ValkeyServer(client, script)
 
 
 @asynccontextmanager
 async def open_log(url: str, stream: Stream) -> AsyncIterator["ValkeyLog"]:
     """Open a log of news, as ``open_valkey`` opens the counts."""
-    async with _open_client(url) as client:
+    async with open_client(parse_valkey_url(url)) as client:
         yield ValkeyLog(client, stream)
-
-
-@asynccontextmanager
-async def _open_client(url: str) -> AsyncIterator[Valkey]:
-    location = f"valkey{url.removeprefix('valkey').removeprefix('redis')}"
-    # The client's default accepts any host's certificate.
-    tls = {"ssl_check_hostname": True} if location.startswith("valkeys:") else {}
-    pool = ConnectionPool.from_url(
-        location,
-        max_connections=MAX_CONNECTIONS,
-        # The older protocol: the newer one begins with a round trip, and nothing here needs it.
-        protocol=2,
-        # Who asks limits the time, and nobody can wait for a second attempt.
-        socket_timeout=None,
-        socket_connect_timeout=None,
-        retry=Retry(NoBackoff(), 0),
-        # It would say its name and version in two more commands on each connection.
-        lib_name=None,
-        lib_version=None,
-        **tls,
-    )
-    client = Valkey.from_pool(pool)
-    try:
-        yield client
-    finally:
-        await client.aclose()
 
 
 class _Script:
@@ -129,7 +101,7 @@ class ValkeyServer:
         script: Counts a call.
     """
 
-    def __init__(self, client: Valkey, script: str) -> None:
+    def __init__(self, client: Client, script: str) -> None:
         self._client = client
         self._count, self._lease = _Script(script), _Script(LEASE_SCRIPT)
         self._pinged = Count([Limit(Rate("1/second"), "ping", "alone")])
@@ -167,10 +139,7 @@ class ValkeyServer:
         )
 
     async def _send(self, commands: Sequence[Command]) -> list[Any]:
-        pipeline = self._client.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
-        return list(await pipeline.execute(raise_on_error=False))
+        return await self._client.send(commands)
 
     async def ping(self) -> None:
         """Count a call of nobody's, which a server that only reads refuses; raises ``UpstreamError`` then."""
@@ -181,6 +150,8 @@ class ValkeyServer:
 
     def reason_of(self, error: Exception) -> str:
         """Name a refusal, or what went wrong on the wire."""
+        if isinstance(error, UnavailableError):
+            return error.reason
         for kind, reason in REASONS:
             if isinstance(error, kind):
                 return reason
@@ -224,22 +195,17 @@ class ValkeyLog:
         stream: Its key and its limits.
     """
 
-    def __init__(self, client: Valkey, stream: Stream) -> None:
-        self._client: Any = client  # its methods for streams have no types
+    def __init__(self, client: Client, stream: Stream) -> None:
+        self._client = client
         self._stream = stream
 
     async def append(self, entries: Sequence[Mapping[str, str]]) -> None:
         """Add entries; the oldest of too many are removed."""
-        commands = [self._command(entry) for entry in entries]
-        if len(commands) == 1:
-            await self._client.execute_command(*commands[0])
-            return
-        pipeline = self._client.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
-        await pipeline.execute()
+        for answer in await self._client.send([self._command(entry) for entry in entries]):
+            if isinstance(answer, Exception):
+                raise answer
 
-    def _command(self, entry: Mapping[str, str]) -> tuple[str | int, ...]:
+    def _command(self, entry: Mapping[str, str]) -> Command:
         fields = [part for item in entry.items() for part in item]
         return ("XADD", self._stream.key, "MAXLEN", "~", self._stream.max_entries, "*", *fields)
 

@@ -1,12 +1,14 @@
 """``make chart-test``: installs the chart with a real Helm at a real API server, and lets nothing run.
 
-etcd and the API server are built from their Go modules. There is no scheduler, no controller and no kubelet:
-the server judges the objects, its admission judges the pods, and this program ends the hooks' Jobs and pods.
+etcd, the API server and kubectl are built from their Go modules. There is no scheduler, no controller and no
+kubelet: the server judges the objects, its admission judges the pods, and this program ends the hooks' Jobs
+and pods.
 """
 
 import base64
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -26,7 +28,7 @@ import yaml
 from deploy.backends import BINARIES
 from deploy.child import Child
 from deploy.ports import unused_port
-from tests.helm.chart import CHART, EXAMPLES, NAME, RELEASE, VALUES, Object, pods, rendered
+from tests.helm.chart import CHART, EXAMPLES, NAME, RELEASE, VALUES, Object, merged, pods, rendered
 from tests.helm.kubernetes import SCHEMAS
 
 HOST: Final = "127.0.0.1"
@@ -35,6 +37,19 @@ HELM_TIMEOUT_S: Final = 120
 NAMESPACE: Final = "llm"
 
 PLURALS: Final = {"HTTPRoute": "httproutes", "Ingress": "ingresses", "NetworkPolicy": "networkpolicies"}
+UPGRADE: Final = {
+    ("ConfigMap", '+RETRY_MAX: "1"'),
+    ("StatefulSet", "-image: registry.example.org/llmops-api:0.1.0"),
+    ("StatefulSet", "+image: registry.example.org/llmops-api:0.2.0"),
+    # The pods are replaced when a setting changes.
+    ("StatefulSet", "-checksum/config: *"),
+    ("StatefulSet", "+checksum/config: *"),
+    ("StatefulSet", "-generation: 2"),
+    ("StatefulSet", "+generation: 3"),
+}
+"""What another image and another setting change, with the server's own count of changes."""
+
+DIGEST: Final = re.compile(r"[0-9a-f]{32,}")
 RESTRICTED: Final = "pod-security.kubernetes.io/enforce"
 
 
@@ -187,6 +202,19 @@ def end_hooks(server: ApiServer, ended: threading.Event) -> None:
             _patch(server, path, pod, {"phase": "Succeeded"})
 
 
+@contextmanager
+def hooks_ended(server: ApiServer) -> Iterator[None]:
+    """End Jobs and pods well for as long as the block lasts."""
+    ended = threading.Event()
+    hooks = threading.Thread(target=end_hooks, args=(server, ended))
+    hooks.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        hooks.join()
+
+
 def _patch(server: ApiServer, path: str, found: Object, status: Object) -> None:
     if status.items() <= found.get("status", {}).items() or found["status"].get("succeeded"):
         return
@@ -217,6 +245,73 @@ def helm(server: ApiServer, *arguments: str) -> str:
     if done.returncode:
         raise RefusedError(done.stdout + done.stderr)
     return done.stdout
+
+
+def kubectl(server: ApiServer, command: str, objects: list[Object], *arguments: str) -> str:
+    """Run a command of kubectl over objects, on the server's side, and return what it prints.
+
+    Raises:
+        RefusedError: It fails, or the server warns of something.
+    """
+    done = subprocess.run(
+        [
+            *(str(BINARIES / "kubectl"), command, "--server-side", "--field-manager=helm", "--filename=-"),
+            *("--kubeconfig", str(server.kubeconfig), "--namespace", NAMESPACE, *arguments),
+        ],
+        input=yaml.safe_dump_all(objects),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HELM_TIMEOUT_S,
+        env=os.environ | {"KUBECTL_EXTERNAL_DIFF": "diff --unified=0 --new-file"},
+    )
+    if done.stderr or done.returncode not in ({0, 1} if command == "diff" else {0}):
+        raise RefusedError(done.stdout + done.stderr)
+    return done.stdout
+
+
+def lasting(values: Object) -> list[Object]:
+    """Return the objects that live as long as the release, so no hooks."""
+    return [one for one in rendered(values) if "helm.sh/hook" not in one["metadata"].get("annotations", {})]
+
+
+def changed_lines(diff: str) -> set[tuple[str, str]]:
+    """Return the changed lines of a diff, each with the kind of its object, and without digests."""
+    found, kind = set(), ""
+    for line in diff.splitlines():
+        if line.startswith("+++ "):
+            # The file is called like the group, the version, the kind, the namespace and the object.
+            kind = Path(line.split("\t")[0]).name.partition(f".{NAMESPACE}.")[0].rpartition(".")[2]
+        elif line.startswith(("+", "-")) and not line.startswith("---"):
+            found.add((kind, line[0] + DIGEST.sub("*", line[1:].strip())))
+    return found
+
+
+def check_diff(server: ApiServer) -> int:
+    """Let kubectl apply all, and show that an upgrade differs in what was meant; the number of objects."""
+    applied = 0
+    for values in VALUES.values():
+        # Admission looks for the account of a test's pod, which is not made in a rehearsal.
+        objects = [one for one in rendered(values) if one["kind"] != "Pod"]
+        printed = kubectl(server, "apply", objects, "--dry-run=server")
+        if printed.count("serverside-applied (server dry run)") != len(objects):
+            raise AssertionError(f"not all was applied:\n{printed}")
+        applied += len(objects)
+    values = VALUES["production"]
+    kubectl(server, "apply", lasting(values))
+    path = f"/apis/apps/v1/namespaces/{NAMESPACE}/statefulsets/{NAME}/scale"
+    # As the autoscaler does it: that is no difference.
+    server.ask("PATCH", path, {"spec": {"replicas": 4}}, "application/merge-patch+json")
+    if same := kubectl(server, "diff", lasting(values)):
+        raise AssertionError(f"the same values differ from what was applied:\n{same}")
+    upgraded = lasting(merged(values, {"image": {"tag": "0.2.0"}, "settings": {"RETRY_MAX": 1}}))
+    found = changed_lines(kubectl(server, "diff", upgraded))
+    if found != UPGRADE:
+        raise AssertionError(f"an upgrade differs in something else: {sorted(found ^ UPGRADE)}")
+    kubectl(server, "apply", upgraded)
+    if same := kubectl(server, "diff", upgraded):
+        raise AssertionError(f"the upgrade differs from what was applied:\n{same}")
+    return applied
 
 
 def check_objects(server: ApiServer) -> int:
@@ -284,10 +379,7 @@ def check_release(server: ApiServer) -> None:
     """Install, test, upgrade, roll back and uninstall, as deploy/README.md says."""
     values = ("--values", str(EXAMPLES / "production.yaml"))
     path = f"/apis/apps/v1/namespaces/{NAMESPACE}/statefulsets/{NAME}"
-    ended = threading.Event()
-    hooks = threading.Thread(target=end_hooks, args=(server, ended))
-    hooks.start()
-    try:
+    with hooks_ended(server):
         helm(server, "install", RELEASE, str(CHART), *values, "--wait=hookOnly")
         helm(server, "test", RELEASE)
         before = server.ask("GET", path)["spec"]
@@ -306,9 +398,6 @@ def check_release(server: ApiServer) -> None:
         changed = server.ask("GET", path)["spec"]
         helm(server, "rollback", RELEASE, "--wait=hookOnly")
         after = server.ask("GET", path)["spec"]
-    finally:
-        ended.set()
-        hooks.join()
     if changed["replicas"] != 4 or after["replicas"] != 4:
         raise AssertionError(
             "an upgrade or a rollback changed the number of pods behind the autoscaler's back"
@@ -328,6 +417,9 @@ def main() -> int:
         print("An unsafe pod and an unknown field are refused")
         check_release(server)
         print("helm install, test, upgrade, rollback and uninstall work")
+        count = check_diff(server)
+        print(f"kubectl apply --server-side takes {count} objects without a warning")
+        print("kubectl diff shows nothing for the same values, and of an upgrade what was changed")
     return 0
 
 

@@ -5,6 +5,7 @@ import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -15,7 +16,7 @@ from opentelemetry.trace import INVALID_SPAN_CONTEXT, NoOpTracer
 
 from service.cache.control import CacheControl, parse_cache_control
 from service.cache.embedded import EmbeddedStore, Priority
-from service.cache.entries import Entry, EntryMemory
+from service.cache.entries import MAX_CONTENT_BYTES, DamagedEntryError, Entry, EntryMemory
 from service.cache.keys import CacheKey, key_of, tenant_of
 from service.cache.response_cache import open_store
 from service.cache.store import COLLECTION, Guard, GuardedStore, StoreError, VectorStore
@@ -297,3 +298,16 @@ async def test_a_folder_belongs_to_one_store_at_a_time(tmp_path: Path) -> None:
     await second.open()
     await second.ping()
     await second.close()
+
+
+@pytest.mark.parametrize(("size", "read"), [(1_000_000, True), (MAX_CONTENT_BYTES, False)])
+def test_what_unpacks_to_too_much_is_no_entry(size: int, read: bool) -> None:  # noqa: FBT001 - the expected outcome
+    choice = b'{"finish_reason": "stop", "message": {"content": "Said."}}'
+    content = b'{"choices": [%b], "pad": "%b"}' % (choice, b"0" * size)
+    packed = replace(entry(1), content=content).point().payload
+    assert len(packed["packed"]) < size / 100
+    if read:
+        assert Entry.from_payload(key(1), packed).content == content
+    else:
+        with pytest.raises(DamagedEntryError):
+            Entry.from_payload(key(1), packed)

@@ -405,12 +405,46 @@ def test_what_workers_count_together_is_not_warned_about(read: Read) -> None:
         ("valkey://valkey?socket_timeout=60", False),
         ("valkey://valkey#x", False),
         ("valkey://val key", False),
+        ("valkey://one:6379,other:6379", False),
+        ("valkey+cluster://one,other:7000,[::1]:7001", True),
+        ("redis+cluster://one/0", True),
+        ("rediss+cluster://user:pass%2Cword,@one:7000,other:7000/", True),
+        ("valkey+cluster://one:7000,", False),
+        ("valkey+cluster://one:7000,hunter2secret:port", False),
+        ("valkey+cluster://one:7000/1", False),
+        ("valkey+cluster://" + ",".join(["one"] * 17), False),
+        ("valkey+sentinel://one,other:26380/counts", True),
+        ("valkeys+sentinel://:password@one:26379/counts/3", True),
+        ("redis+sentinel://one:26379/my.master_1-a", True),
+        ("valkey+sentinel://one:26379", False),
+        ("valkey+sentinel://one:26379/", False),
+        ("valkey+sentinel://one:26379/hunter2secret!", False),
+        ("valkey+sentinel://one:26379/counts/hunter2secret", False),
+        ("valkey+replicas://one", False),
+        ("sentinel://one/counts", False),
     ],
 )
 def test_a_valkey_url_names_a_server(read: Read, url: str, *, valid: bool) -> None:
     errors = read(VALKEY_URL=url).errors
     assert [error.partition(":")[0] for error in errors] == ([] if valid else ["VALKEY_URL is not valid"])
     assert "hunter2secret" not in str(errors)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("valkey://one,other", "it names several servers, but says neither +cluster nor +sentinel"),
+        ("valkey+cluster://one/1", "a cluster has no other database than 0"),
+        (
+            "valkey+sentinel://one",
+            "behind the sentinels' addresses it has no valid name of the service they watch",
+        ),
+        ("valkey+cluster://one,", "an address is not a host with a port"),
+    ],
+)
+def test_what_is_wrong_with_a_valkey_url_is_named(read: Read, url: str, reason: str) -> None:
+    (error,) = read(VALKEY_URL=url).errors
+    assert error.startswith(f"VALKEY_URL is not valid: {reason}. Write valkey://")
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "11", "soon"])
