@@ -12,6 +12,7 @@ from fastapi.openapi.models import HTTPBearer as HTTPBearerModel
 from fastapi.security.base import SecurityBase
 from opentelemetry import trace
 from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDUSER_ID
+from opentelemetry.semconv._incubating.attributes.user_attributes import USER_ROLES
 from starlette.types import Scope
 
 from service.cache.control import CacheControl, parse_cache_control
@@ -33,8 +34,6 @@ from service.services.rate_limit import RateLimiter
 from service.telemetry.names import ATTR_KEY_ID, ATTR_TEAM
 from service.upstream.messages import LlmRequest
 from service.utils.deadline import Deadline
-
-ENDUSER_ROLE = "enduser.role"
 
 CALLER: Final = "llmops.caller"
 """Key in the scope: the caller, or why what they sent proves nothing."""
@@ -166,7 +165,7 @@ class SignedIn(SecurityBase):
         context = current_request.get()
         if context is not None:
             context.user, context.team, context.key_id = user.username, user.team, user.key_id
-        attributes = {ENDUSER_ID: user.username, ENDUSER_ROLE: user.role}
+        attributes: dict[str, str | tuple[str]] = {ENDUSER_ID: user.username, USER_ROLES: (user.role,)}
         if user.team is not None:
             attributes[ATTR_TEAM] = user.team
         if user.key_id is not None:
