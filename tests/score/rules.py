@@ -1,7 +1,7 @@
 """The rules of the Instrumentation Score (github.com/instrumentation-score/spec), over a capture.
 
 Each rule says what it looked at, and what breaks it. What the specification leaves open is decided here, and
-said at the rule. It has no rules RES-008 and RES-009.
+said at the rule. Of RES-008 and RES-009 no text was found.
 """
 
 import re
