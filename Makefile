@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check faults attack money bench clients lock clean env dashboards stack-test stack-programs demo-stack compose-test chart-schema helm-test chart-test
+.PHONY: help demo test check faults attack money score bench clients lock clean env dashboards stack-test stack-programs demo-stack compose-test chart-schema helm-test chart-test
 
 COVERAGE_FLOOR := 97
 UV_VERSION := 0.13.9
@@ -80,6 +80,9 @@ attack: $(VENV) ## Attack a real process for under three minutes, while a second
 money: $(VENV) $(MLFLOW) ## Compare callers, MLflow and the ledger over 2,000 calls and five kills; ARGS=--postgresql
 	$(RUN) MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" python -m tests.bench.money $(ARGS)
 
+score: $(VENV) ## Compare all telemetry with the registry, and compute the Instrumentation Score; about a minute
+	$(RUN) python -m tests.score
+
 # Not a part of `test`: Go, Rust and Java build for minutes, and two coding agents are 700 MB. What this machine has
 # no toolchain for is left out, and named; in CI nothing may be. The environment is the caller's: cargo's, npm's and
 # Maven's own variables may name their registries.
@@ -124,7 +127,7 @@ endif
 chart-test: $(CHART) .stack/bin/etcd .stack/bin/kube-apiserver .stack/bin/kubectl $(VENV) ## Install the Helm chart at a real API server that runs nothing; needs Go
 	.venv/bin/python -m tests.helm.apiserver
 
-dashboards: $(VENV) ## Write grafana/dashboards/ and the table in otel/README.md from the declared metrics
+dashboards: $(VENV) ## Write grafana/dashboards/, otel/registry/ and the table in otel/README.md
 	$(RUN) python -m grafana
 
 # These are as large as a small service, so a machine without Go leaves them out, and says so.

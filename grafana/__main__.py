@@ -1,4 +1,4 @@
-"""`python -m grafana` writes the dashboards and the list of signals; a test compares both with the code."""
+"""`python -m grafana` writes the dashboards, the registry and the list of signals; tests compare them."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from grafana import signals
 from grafana.dependencies import dependencies
 from grafana.llm import llm
 from grafana.panels import Board
+from grafana.registry import documents
 from grafana.service import service
 from grafana.spending import spending
 from grafana.telemetry import telemetry
@@ -32,6 +33,9 @@ def main() -> int:
     FOLDER.mkdir(exist_ok=True)
     for name, text in generated().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
+    documents.FOLDER.mkdir(exist_ok=True)
+    for name, text in documents.generated().items():
+        (documents.FOLDER / name).write_text(text, encoding="utf-8")
     signals.README.write_text(
         signals.with_table(signals.README.read_text(encoding="utf-8")), encoding="utf-8"
     )

@@ -20,7 +20,15 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter as HttpLogExporter
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpSpanExporter
-from opentelemetry.metrics import Counter, Meter, NoOpMeter, NoOpMeterProvider
+from opentelemetry.metrics import (
+    CallbackT,
+    Counter,
+    Meter,
+    NoOpMeter,
+    NoOpMeterProvider,
+    ObservableUpDownCounter,
+    UpDownCounter,
+)
 from opentelemetry.sdk._logs import LoggerProvider, ReadableLogRecord
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, LogRecordExporter, LogRecordExportResult
 from opentelemetry.sdk.metrics import MeterProvider
@@ -36,8 +44,13 @@ from opentelemetry.sdk.trace.sampling import (
     Sampler,
     SamplingResult,
 )
-from opentelemetry.semconv._incubating.attributes import deployment_attributes, service_attributes
+from opentelemetry.semconv._incubating.attributes import (
+    deployment_attributes,
+    process_attributes,
+    service_attributes,
+)
 from opentelemetry.semconv._incubating.metrics.http_metrics import HTTP_SERVER_RESPONSE_BODY_SIZE
+from opentelemetry.semconv._incubating.metrics.otel_metrics import OTEL_SDK_PROCESSOR_LOG_QUEUE_SIZE
 from opentelemetry.semconv.attributes.url_attributes import URL_PATH
 from opentelemetry.semconv.metrics.http_metrics import (
     HTTP_CLIENT_REQUEST_DURATION,
@@ -64,6 +77,17 @@ RANDOM_BITS = 53
 """Random bits for one decision of the sampler."""
 
 IDENTITY_PREFIXES = ("service.", "deployment.")
+
+VOLATILE = frozenset(
+    {
+        process_attributes.PROCESS_COMMAND_ARGS,
+        process_attributes.PROCESS_COMMAND_LINE,
+        process_attributes.PROCESS_RUNTIME_DESCRIPTION,
+    }
+)
+"""Attributes that a detector finds and that are left out of the resource."""
+
+LOG_RECORDS = "{log_record}"
 
 PROBES = frozenset({"/health", "/health/detailed"})
 """Paths of the health routes."""
@@ -336,6 +360,23 @@ class _TracerMeter(WrappedMeter):
         return TallyCounter(self._inner, name, unit, description)
 
 
+class _LogQueueMeter(_TracerMeter):
+    """The log processor's meter: the conventions' unit for the queue's size, where the SDK has another."""
+
+    def create_up_down_counter(self, name: str, unit: str = "", description: str = "") -> UpDownCounter:
+        return self._inner.create_up_down_counter(name, unit, description)
+
+    def create_observable_up_down_counter(
+        self,
+        name: str,
+        callbacks: Sequence[CallbackT] | None = None,
+        unit: str = "",
+        description: str = "",
+    ) -> ObservableUpDownCounter:
+        unit = LOG_RECORDS if name == OTEL_SDK_PROCESSOR_LOG_QUEUE_SIZE else unit
+        return self._inner.create_observable_up_down_counter(name, callbacks, unit, description)
+
+
 def _span_limits() -> SpanLimits:
     from_environment = SpanLimits()
     if from_environment.max_span_attribute_length is not None:
@@ -354,13 +395,18 @@ def _logger_provider(
     provider.add_log_record_processor(SpanEventProcessor())
     if exporters.logs is not None:
         provider.add_log_record_processor(
-            BatchLogRecordProcessor(exporters.logs, meter_provider=meter_provider)
+            BatchLogRecordProcessor(
+                exporters.logs, meter_provider=WrappedMeterProvider(meter_provider, _LogQueueMeter)
+            )
         )
     return provider
 
 
 def _resource(settings: Settings) -> Resource:
-    """Create the resource; ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_SERVICE_NAME`` take precedence."""
+    """Create the resource; ``OTEL_RESOURCE_ATTRIBUTES`` and ``OTEL_SERVICE_NAME`` take precedence.
+
+    It is without what would make a new series of each metric at a restart, or may hold a secret.
+    """
     own = Resource(
         {
             service_attributes.SERVICE_NAME: settings.otel_service_name,
@@ -370,7 +416,8 @@ def _resource(settings: Settings) -> Resource:
             deployment_attributes.DEPLOYMENT_ENVIRONMENT_NAME: settings.environment,
         }
     )
-    detected = ProcessResourceDetector().detect().merge(own)
+    process = ProcessResourceDetector().detect().attributes
+    detected = Resource({key: value for key, value in process.items() if key not in VOLATILE}).merge(own)
     sdk = Resource(
         {
             "telemetry.sdk.language": "python",

@@ -12,11 +12,11 @@ from typing import Any, Final, TypeVar, cast
 import cachetools
 import httpx2
 from openai import APIError, APIStatusError, AsyncOpenAI, AsyncStream
-from opentelemetry.instrumentation.httpx import HTTPX2ClientInstrumentor
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
 from service.config.settings import Settings
 from service.errors import Cause, ServiceError, UpstreamError
+from service.telemetry.client import instrument_client
 from service.telemetry.names import OTHER_MODEL
 from service.telemetry.providers import Telemetry
 from service.upstream.errors import cause_of, timed_out, translate
@@ -84,11 +84,7 @@ async def open_llm(settings: Settings, telemetry: Telemetry) -> AsyncIterator["L
     max_connections = settings.max_in_flight + SPARE_CONNECTIONS
     # Without redirects and without proxies from the environment: the key goes to the configured proxy only.
     http = UpstreamClient(UpstreamTransport(max_connections, settings.llm_max_answer_bytes))
-    HTTPX2ClientInstrumentor.instrument_client(
-        cast("Any", http),  # annotated for httpx, and made for httpx2 too
-        tracer_provider=telemetry.tracer_provider,
-        meter_provider=telemetry.meter_provider,
-    )
+    instrument_client(http, telemetry)
     load_rules()
     root = settings.litellm_url.rstrip("/").removesuffix("/v1")
     sdk = AsyncOpenAI(

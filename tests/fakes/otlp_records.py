@@ -87,6 +87,8 @@ class Point:
     resource: dict[str, Any]
     time_ns: int
     temporality: str = ""
+    monotonic: bool = False
+    description: str = ""
     count: int = 0
     bounds: list[float] = field(default_factory=list)
     bucket_counts: list[int] = field(default_factory=list)
@@ -193,6 +195,8 @@ def _points(metric: metrics_pb2.Metric, scope: str, resource: dict[str, Any]) ->
             resource=resource,
             time_ns=point.time_unix_nano,
             temporality=_temporality(data),
+            monotonic=getattr(data, "is_monotonic", False),
+            description=metric.description,
             count=getattr(point, "count", 0),
             bounds=list(getattr(point, "explicit_bounds", ())),
             bucket_counts=list(getattr(point, "bucket_counts", ())),

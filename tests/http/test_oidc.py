@@ -60,7 +60,8 @@ def test_a_token_of_the_issuer_opens_the_routes_of_a_user(app: AppUnderTest, iss
     answer = app.call("POST", "/v1/chat/completions", body=CHAT, token=token)
     assert answer.status == 200
     span = attributes(server_span(app, answer.request_id))
-    assert (span["enduser.id"], span["enduser.role"], span["llmops.team"]) == (name, "user", "red")
+    assert (span["enduser.id"], span["user.roles"], span["llmops.team"]) == (name, ("user",), "red")
+    assert span["enduser.role"] == "user"
     assert completed_line(app, answer.request_id)["user"] == name
     assert me(app, token).json["username"] == name
     assert me(app, token).json["role"] == "user"
@@ -73,7 +74,7 @@ def test_the_configured_claim_makes_an_administrator(app: AppUnderTest, issuer: 
     assert me(app, token).json["role"] == "admin"
     answer = app.call("DELETE", "/llm/cache", token=token)
     assert answer.status == 200
-    assert attributes(server_span(app, answer.request_id))["enduser.role"] == "admin"
+    assert attributes(server_span(app, answer.request_id))["user.roles"] == ("admin",)
 
 
 @pytest.mark.parametrize("field", ["x-api-key", "api-key"])
