@@ -97,6 +97,29 @@ def trace_page(port: int, experiment: str, request_id: str) -> str:
     return f"http://{HOST}:{port}/#/experiments/{experiment}/traces?selectedEvaluationId=tr-{request_id}"
 
 
+def request_page(port: int, token: str, request_id: str) -> bytes:
+    """Return the page about a request."""
+    path = f"/requests/{request_id}"
+    connection = HTTPConnection(HOST, port, timeout=_TIMEOUT_S)
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}", "Accept": "text/html"})
+        response = connection.getresponse()
+        page = response.read()
+    except (HTTPException, OSError) as error:
+        raise DemoError(f"GET {path} failed: {error}") from error
+    finally:
+        connection.close()
+    if response.status != HTTPStatus.OK:
+        raise DemoError(f"GET {path} was answered with {response.status}")
+    return page
+
+
+def explain_line(port: int, token: str, request_id: str) -> str:
+    """Return the shell command that prints what became of a request."""
+    variables = f"LLMOPS_URL=http://{HOST}:{port} LLMOPS_TOKEN={token}"
+    return f"{variables} .venv/bin/python -m service explain {request_id}"
+
+
 def _post(port: int, path: str, body: object, token: str | None = None) -> Answer:
     headers = {"Content-Type": "application/json"}
     if token:

@@ -82,7 +82,7 @@ def run(
     litellm_port = free_port(4000)
     settings["LITELLM_URL"] = f"http://{HOST}:{litellm_port}"
     mlflow_port = free_port(5000)
-    settings["MLFLOW_TRACKING_URI"] = f"http://{HOST}:{mlflow_port}"
+    settings["MLFLOW_TRACKING_URI"] = settings["MLFLOW_UI_URL"] = f"http://{HOST}:{mlflow_port}"
     LOGS.mkdir(exist_ok=True)
 
     with ExitStack() as stack:
@@ -97,8 +97,11 @@ def run(
         _wait_until_up(service, int(settings["PORT"]), "/health", children)
         _wait_until_up(litellm, litellm_port, "/health/readiness", children)
         _wait_until_up(mlflow, mlflow_port, "/health", children)
-        request_id = _show_one_call(int(settings["PORT"]), settings["AUTH_USER_PASSWORD"], service.log)
+        port = int(settings["PORT"])
+        token = api.sign_in(port, "user", settings["AUTH_USER_PASSWORD"])
+        request_id = _show_one_call(port, token, service.log)
         _show_record(mlflow_port, request_id)
+        _show_page(port, token, request_id)
         show_more(request_id)
         if not once:
             _say(f"\nAll routes: http://{HOST}:{settings['PORT']}/docs (passwords: .env)")
@@ -143,7 +146,7 @@ def _mlflow(settings: Mapping[str, str], port: int) -> Child:
 
 
 def _service(settings: Mapping[str, str], telemetry: Mapping[str, str]) -> Child:
-    decided = {*env_file.REQUIRED, "LITELLM_URL", "MLFLOW_TRACKING_URI", "PORT"}
+    decided = {*env_file.REQUIRED, "LITELLM_URL", "MLFLOW_TRACKING_URI", "MLFLOW_UI_URL", "PORT"}
     return Child(
         "The service",
         [sys.executable, "-m", "service"],
@@ -206,9 +209,8 @@ def _look_at(children: Sequence[Child]) -> None:
         child.raise_if_ended()
 
 
-def _show_one_call(port: int, password: str, log: Path) -> str:
+def _show_one_call(port: int, token: str, log: Path) -> str:
     """Make the call, show it, and return its request id."""
-    token = api.sign_in(port, "user", password)
     _say(f"\nA call that you can make, signed in as `user`:\n\n{api.curl_line(port, token)}")
     key = api.make_key(port, token)
     _say(f"\nAn API key of `user`, and OpenAI's client library with it:\n\n{api.openai_lines(port, key)}")
@@ -226,7 +228,16 @@ def _show_record(port: int, request_id: str) -> None:
         if time.monotonic() > limit:
             raise DemoError(f"MLflow does not have the call {request_id} after {_TRACE_LIMIT_S} s.")
         time.sleep(_POLL_S)
-    _say(f"\nIts record in MLflow:\n\n{api.trace_page(port, experiment, request_id)}")
+    page = api.trace_page(port, experiment, request_id)
+    _say(f"\nIts record in MLflow, a tree of its cache look-up and its attempts:\n\n{page}")
+
+
+def _show_page(port: int, token: str, request_id: str) -> None:
+    """Write the page about the call to a file, and show where it is, and the command that prints the same."""
+    page = LOGS / "request.html"
+    page.write_bytes(api.request_page(port, token, request_id))
+    _say(f"\nWhat became of it, on one page with a time line:\n\n{page.as_uri()}")
+    _say(f"\nThe same in a terminal, for any id:\n\n{api.explain_line(port, token, request_id)}")
 
 
 def _settled_log_lines(log: Path, request_id: str) -> list[str]:

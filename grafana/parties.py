@@ -5,20 +5,15 @@ from typing import Final
 from service import errors
 
 
-def _names(*classes: type[errors.ServiceError]) -> tuple[str, ...]:
-    """Return the public error names below these branches of the error tree."""
-    public = [error for error in errors.PUBLIC_ERRORS if issubclass(error, classes)]
-    return tuple(error.__name__ for error in public)
+def _names(*faults: errors.Fault) -> tuple[str, ...]:
+    """Return the public error names that are these parties' to act on."""
+    return tuple(error.__name__ for error in errors.PUBLIC_ERRORS if error.at_fault in faults)
 
 
 PARTIES: Final = {
-    "callers": _names(errors.CallerError),
-    "the upstream": _names(errors.UpstreamFailure, errors.CircuitOpenError),
-    "us": tuple(
-        error.__name__
-        for error in errors.PUBLIC_ERRORS
-        if not issubclass(error, (errors.CallerError, errors.UpstreamFailure, errors.CircuitOpenError))
-    ),
+    "callers": _names(errors.Fault.CALLER),
+    "the upstream": _names(errors.Fault.UPSTREAM),
+    "us": _names(errors.Fault.SERVICE, errors.Fault.CACHE),
 }
 """The errors of each party; a new error counts as ours unless its class is below another branch."""
 

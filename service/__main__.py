@@ -1,4 +1,7 @@
-"""``python -m service``: ``serve`` (the default), ``check``, ``migrate``, ``replay``, ``keys``, ``usage``."""
+"""``python -m service``: ``serve`` (the default) and other commands.
+
+They are ``check``, ``migrate``, ``replay``, ``keys``, ``usage`` and ``explain``.
+"""
 
 import argparse
 import gc
@@ -13,6 +16,9 @@ from types import TracebackType
 from typing import NoReturn, TextIO
 
 IDENTITY_COMMANDS = frozenset({"keys", "usage"})
+EXPLAIN = "explain"
+PRINTING = IDENTITY_COMMANDS | {EXPLAIN}
+"""Commands that print for people and programs; their log lines go to stderr, out of the way."""
 
 logger = logging.getLogger("service")
 
@@ -25,8 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Before any file is created: the store and the spool hold prompts and answers, for this user only.
     os.umask(0o077)
     named = (sys.argv[1:] if arguments is None else arguments)[:1]
-    # What these commands print is for people and programs; their log lines go where they are in nobody's way.
-    log_stream = sys.stdout if IDENTITY_COMMANDS.isdisjoint(named) else sys.stderr
+    log_stream = sys.stdout if PRINTING.isdisjoint(named) else sys.stderr
     # Before any other import, so that a failing import is logged as JSON too.
     configure_early_logging(log_stream)
     parser = JsonParser(prog="python -m service", description=__doc__)
@@ -45,6 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         commands.add_parser("keys", help="make, list, revoke and rotate API keys", add_help=False)
         commands.add_parser("usage", help="show calls, tokens and cost", add_help=False)
+    if EXPLAIN in named:
+        from service.explain import command as explain  # noqa: PLC0415 - as above
+
+        explain.add_parser(commands)
+        return explain.run(parser.parse_args(arguments))
+    commands.add_parser(EXPLAIN, help="say what became of a request, by one of its ids", add_help=False)
     given = parser.parse_args(arguments)
     command = given.command or "serve"
 

@@ -18,7 +18,19 @@ from service.middleware.request_id import RequestIdMiddleware, sanitize_scope
 from service.middleware.request_limits import RequestLimitsMiddleware
 from service.middleware.security_headers import SecurityHeadersMiddleware
 from service.middleware.shutdown import ShutdownMiddleware
-from service.routers import accounts, anthropic, auth, cache, keys, llm, openai, responses, system, usage
+from service.routers import (
+    accounts,
+    anthropic,
+    auth,
+    cache,
+    keys,
+    llm,
+    openai,
+    requests,
+    responses,
+    system,
+    usage,
+)
 from service.telemetry.providers import Telemetry
 from service.telemetry.server import instrument_server
 
@@ -74,7 +86,7 @@ def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
     )
     app.trust_traceparent = settings.trust_traceparent == "all"
     # Model calls first: a path is compared with one route after the other, for the answer and for the span.
-    for module in (llm, openai, anthropic, responses, auth, keys, accounts, usage, cache, system):
+    for module in (llm, openai, anthropic, responses, auth, keys, accounts, usage, requests, cache, system):
         app.include_router(module.router)
     app.router.routes.append(system.docs_assets())
     instrument_server(app, telemetry)

@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final
 
+from service.errors import ErrorFacts
+
 DEPLOYMENT: Final = "llmops.deployment"
 """Key in the ASGI scope: the model that an Azure client names in the path."""
 
@@ -68,7 +70,7 @@ class RequestContext:
         user: The caller's name, once known; the same holds for the next two.
         team: The team that the call belongs to.
         key_id: The id of the caller's API key.
-        error: Name of the error that the request was answered with.
+        failure: What is known of the error that the request was answered with.
         auth_s: Seconds spent on authentication.
         rate: The caller's rate limit, once the call was counted.
         call: The model call behind the answer, once its head can be written.
@@ -83,10 +85,15 @@ class RequestContext:
     user: str | None = None
     team: str | None = None
     key_id: str | None = None
-    error: str | None = None
+    failure: ErrorFacts | None = None
     auth_s: float = 0.0
     rate: RateFacts | None = None
     call: CallFacts | None = None
+
+    @property
+    def error(self) -> str | None:
+        """Name of the error that the request was answered with."""
+        return None if self.failure is None else self.failure.name
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("current_request", default=None)

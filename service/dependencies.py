@@ -19,6 +19,7 @@ from service.cache.control import CacheControl, parse_cache_control
 from service.cache.response_cache import CacheAdmin, NoCacheAdmin
 from service.context import DEPLOYMENT, current_request
 from service.errors import AuthenticationError, PermissionDeniedError, ValidationError
+from service.explain.explainer import Explainer
 from service.identity.accounts import Accounts
 from service.identity.callers import Callers
 from service.identity.keys import ApiKeys
@@ -80,6 +81,7 @@ class AppServices:
         stream_times: The time limits of the caller's side of a stream.
         pass_litellm_fields: Fields of LiteLLM's own that callers may send.
         responses: The owners of stored responses.
+        explainer: Says what became of a request.
     """
 
     auth: Authenticator
@@ -96,6 +98,7 @@ class AppServices:
     stream_times: StreamTimes
     pass_litellm_fields: frozenset[str]
     responses: ResponseOwners
+    explainer: Explainer
 
 
 def services_of(scope: Scope) -> AppServices:
@@ -140,10 +143,13 @@ async def identify(scope: Scope) -> Principal | None:
     except AuthenticationError as error:
         found = error
     scope[CALLER] = found
+    caller = found if isinstance(found, Principal) else None
     context = current_request.get()
     if context is not None:
         context.auth_s = time.monotonic() - started
-    return found if isinstance(found, Principal) else None
+        if caller is not None:
+            context.user, context.team, context.key_id = caller.username, caller.team, caller.key_id
+    return caller
 
 
 class SignedIn(SecurityBase):
@@ -154,7 +160,7 @@ class SignedIn(SecurityBase):
         self.scheme_name = "HTTPBearer"
 
     async def __call__(self, request: Request) -> Principal:
-        """The caller, who becomes known to the log context and the server span.
+        """The caller, who becomes known to the server span.
 
         Raises:
             AuthenticationError: Nothing was sent that proves who is calling.
@@ -166,7 +172,6 @@ class SignedIn(SecurityBase):
             raise user
         context = current_request.get()
         if context is not None:
-            context.user, context.team, context.key_id = user.username, user.team, user.key_id
             context.route = getattr(request.scope.get("route"), "path", None)
         attributes: dict[str, str | tuple[str]] = {
             ENDUSER_ID: user.username,

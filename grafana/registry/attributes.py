@@ -14,7 +14,7 @@ from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as ge
 from grafana.registry import signals as at
 from grafana.registry.signals import Place
 from grafana.standard import ATTEMPT_ERRORS, REQUEST_ERRORS, STANDARD
-from service.errors import Cause
+from service.errors import Cause, Fault
 from service.telemetry import names
 
 Type = Literal["string", "int", "double", "boolean", "string[]"]
@@ -427,6 +427,55 @@ OWN: Final = (
         "incident_id", "string", "The request's own id", ("inc_00f067aa0ba902b7",), required=(at.REQUEST,)
     ),
     Attribute("user", "string", "Who is calling", ("alice",), recommended=(at.REQUEST, at.LOG_LINE)),
+    # Of lines about failed requests, which say what the body says.
+    Attribute(
+        names.ATTR_ERROR_MESSAGE,
+        "string",
+        "The message of the error's body, without what the caller has written",
+        ("The request body is not valid.",),
+        recommended=(at.LOG_LINE,),
+    ),
+    Attribute(
+        names.ATTR_ERROR_FAULT,
+        "string",
+        "Who can do something about the error",
+        values=tuple(fault.value for fault in Fault),
+        recommended=(at.LOG_LINE,),
+    ),
+    Attribute(
+        names.ATTR_ERROR_RETRY,
+        "boolean",
+        "Whether the caller was told to try again",
+        recommended=(at.LOG_LINE,),
+    ),
+    Attribute(
+        names.ATTR_ERROR_RETRY_AFTER,
+        "int",
+        "After how many seconds the caller was told to try again",
+        (5,),
+        recommended=(at.LOG_LINE,),
+    ),
+    Attribute(
+        names.ATTR_ERROR_CODE,
+        "string",
+        "OpenAI's code for the error, as the body has it",
+        ("context_length_exceeded", "rate_limit_exceeded"),
+        recommended=(at.LOG_LINE,),
+    ),
+    Attribute(
+        names.ATTR_ERROR_PARAM,
+        "string",
+        "The field at fault, as the body has it",
+        ("messages",),
+        recommended=(at.LOG_LINE,),
+    ),
+    Attribute(
+        names.ATTR_ERROR_FIELDS,
+        "string[]",
+        "Each field at fault and the rule that it breaks, without its value",
+        (["body.prompt: string_type"],),
+        recommended=(at.LOG_LINE,),
+    ),
     # Of the GenAI conventions, and not so in the version that the registry depends on.
     Attribute(
         gen_ai.GEN_AI_REQUEST_TOP_K,

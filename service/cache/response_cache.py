@@ -35,7 +35,7 @@ from service.cache.store import (
 from service.cache.sweeper import CacheSweeper
 from service.cache.writer import CacheWriter, Write
 from service.config.settings import Settings
-from service.errors import UpstreamError, ValidationError
+from service.errors import Fault, UpstreamError, ValidationError
 from service.telemetry import names
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
@@ -644,7 +644,9 @@ class CacheAdmin:
                 cleared = await self._clear_store(equal)
         except StoreError as error:
             raise UpstreamError(
-                f"The cache's store did not do it ({error.reason}). Try again.", label=error.reason
+                f"The cache's store did not do it ({error.reason}). Try again.",
+                label=error.reason,
+                fault=Fault.CACHE,
             ) from None
         # Look-ups that read the store while it was being cleared do not put what they read into memory.
         cache.forget(tenant, model)

@@ -180,6 +180,8 @@ def problems(settings: Settings) -> Iterator[tuple[str, str]]:
         ("LITELLM_URL", settings.litellm_url),
         ("QDRANT_URL", settings.qdrant_url),
         ("MLFLOW_TRACKING_URI", settings.mlflow_tracking_uri),
+        ("MLFLOW_UI_URL", settings.mlflow_ui_url),
+        ("GRAFANA_URL", settings.grafana_url),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", settings.otel_exporter_otlp_endpoint),
         ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", settings.otel_exporter_otlp_traces_endpoint),
         ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", settings.otel_exporter_otlp_metrics_endpoint),

@@ -20,6 +20,7 @@ from service.cache.store import Guard
 from service.config.logging import detach_bridge, drain_lines
 from service.config.settings import Settings
 from service.dependencies import AppServices, StreamTimes
+from service.explain.explainer import open_explainer
 from service.identity.accounts import Accounts
 from service.identity.callers import Callers
 from service.identity.changes import ChangeFeed
@@ -29,6 +30,7 @@ from service.identity.ledger import open_ledger, records_kept_s
 from service.identity.oidc import open_oidc
 from service.identity.response_owners import open_response_owners
 from service.identity.tokens import Authenticator
+from service.recording.recent import RecentRequests
 from service.recording.recorder import open_recorder
 from service.services.circuit_breaker import CircuitBreaker
 from service.services.drain import Drain, drain_on_signal
@@ -106,8 +108,9 @@ async def _open_services(
     ledger = await closing.enter(
         open_ledger(database, instruments, known=llm.known, records_kept_s=records_kept_s(settings))
     )
+    recent = RecentRequests()
     recorder = await closing.enter(
-        open_recorder(settings, telemetry, ledger), "Finalizing MLflow run...", FINALIZING_TIMEOUT_S
+        open_recorder(settings, telemetry, ledger, recent), "Finalizing MLflow run...", FINALIZING_TIMEOUT_S
     )
     store = await closing.enter(open_store(settings), "Closing Qdrant connections...")
     cache = await closing.enter(
@@ -201,6 +204,7 @@ async def _open_services(
         stream_times=StreamTimes(keep_alive_s(settings), settings.stream_write_timeout_s),
         pass_litellm_fields=frozenset(settings.pass_litellm_fields),
         responses=responses,
+        explainer=open_explainer(settings, telemetry.identity, recent),
     )
 
 

@@ -170,6 +170,7 @@ class Settings(BaseSettings):
     mlflow_tracking_uri: str = ""
     mlflow_experiment_name: str = Field("llmops-api", min_length=1, max_length=256)
     mlflow_timeout_s: int = Field(5, ge=1, le=300)
+    mlflow_ui_url: str = ""
     spool_path: str = Field("data/spool", min_length=1)
     spool_max_bytes: int = Field(268_435_456, ge=65_536, le=1_099_511_627_776)
     spool_max_age_s: float = Field(604_800.0, ge=1, le=31_536_000)
@@ -178,6 +179,7 @@ class Settings(BaseSettings):
     # Telemetry
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     trust_traceparent: Literal["all", "none"] = "all"
+    grafana_url: str = ""
     telemetry_flush_timeout_s: float = Field(2.0, gt=0, le=60)
     otel_sdk_disabled: bool = False
     otel_service_name: str = "llmops-api"
@@ -237,6 +239,17 @@ class Settings(BaseSettings):
     @classmethod
     def _upper(cls, value: object) -> object:
         return {"WARN": "WARNING"}.get(value.upper(), value.upper()) if isinstance(value, str) else value
+
+
+class ClientSettings(BaseSettings):
+    """What the command ``explain`` needs to ask a running service; not a part of that service's settings."""
+
+    model_config = SettingsConfigDict(
+        env_file=ENV_FILE, env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
+    )
+
+    llmops_url: str = ""
+    llmops_token: SecretStr = SecretStr("")
 
 
 def processors(cgroups: Path = CGROUPS) -> int:

@@ -5,14 +5,14 @@ Both end in ``error_response``. No other module writes an error body or an error
 """
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from opentelemetry import trace
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,9 +31,15 @@ from service.errors import (
     ServiceError,
     ValidationError,
 )
+from service.explain.page import POLICY, error_page
+from service.recording.request_key import FORMS
 from service.upstream.operations import OPERATIONS
+from service.utils.accept import preferred
 
 OPENAI_PREFIX: Final = "/v1"
+REQUESTS_PREFIX: Final = "/requests/"
+JSON: Final = "application/json"
+HTML: Final = "text/html"
 MESSAGES: Final = f"{OPENAI_PREFIX}/messages"
 UNKNOWN_PATH: Final = (
     "There is nothing at this path. There are: "
@@ -111,29 +117,49 @@ class ErrorMiddleware:
                 _mark(span, request.error)
 
 
-async def handle_error(request: Request, error: Exception) -> JSONResponse:
+async def handle_error(request: Request, error: Exception) -> Response:
     """Answer an error that a route, a dependency or the routing raised; FastAPI's exception handler."""
     return error_response(error, request.scope)
 
 
-def error_response(error: Exception, scope: Scope) -> JSONResponse:
+def error_response(error: Exception, scope: Scope) -> Response:
     """Return the answer to an error, in the format of the path's protocol, and record the error."""
-    found = record_error(error)
+    found = as_service_error(error)
+    if is_openai_path(scope) and isinstance(error, HTTPException) and isinstance(found, NotFoundError):
+        found = NotFoundError(UNKNOWN_PATH)
+    record_error(found, error)
     headers = dict(found.headers)
-    wait_s = found.retry_after_s
-    if wait_s is None and found.retryable:
-        wait_s = found.default_retry_after_s
-    if wait_s is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
+    if found.wait_s is not None:
+        headers["Retry-After"] = str(found.wait_s)
     if not found.retryable:
         # OpenAI's client libraries retry 408, 409, 429 and every 5xx unless this field tells them not to.
         headers["X-Should-Retry"] = "false"
     if isinstance(found, MethodNotAllowedError):
         route = getattr(scope.get("route"), "path", "")
         headers.update({"Allow": ALLOWED[route]} if route in ALLOWED else {})
-    if is_openai_path(scope) and isinstance(error, HTTPException) and isinstance(found, NotFoundError):
-        found = NotFoundError(UNKNOWN_PATH)
+    if wants_page(scope):
+        headers |= {"Content-Security-Policy": POLICY, "Vary": "Accept"}
+        return HTMLResponse(_page(found, scope), status_code=found.status, headers=headers)
     return JSONResponse(_body_for(scope)(found), status_code=found.status, headers=headers)
+
+
+def wants_page(scope: Scope) -> bool:
+    """Whether a request for what became of another one prefers a page to JSON."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    if not path.startswith(REQUESTS_PREFIX):
+        return False
+    return preferred(Headers(scope=scope).get("accept", ""), JSON, HTML) == HTML
+
+
+def _page(found: ServiceError, scope: Scope) -> str:
+    request, path = current_request.get(), str(scope["path"])
+    asked = path.rpartition("/")[2]
+    return error_page(
+        found.facts(),
+        type(found),
+        request.incident_id if request is not None else "",
+        asked if FORMS.fullmatch(asked) else None,
+    )
 
 
 def _body_for(scope: Scope) -> Callable[[ServiceError], dict[str, Any]]:
@@ -143,15 +169,13 @@ def _body_for(scope: Scope) -> Callable[[ServiceError], dict[str, Any]]:
     return openai_error_body if is_openai_path(scope) else error_body
 
 
-def record_error(error: Exception) -> ServiceError:
-    """Return the error of our tree and record its name on the request; log a bug with its stack trace."""
-    found = as_service_error(error)
+def record_error(found: ServiceError, error: Exception) -> None:
+    """Record what an error's body says on the request; log a bug with the stack trace of its exception."""
     if isinstance(found, InternalError):
         logger.error("Unhandled exception", exc_info=error, extra={"error": found.name})
     request = current_request.get()
     if request is not None:
-        request.error = found.name
-    return found
+        request.failure = found.facts()
 
 
 def record_late_error(error: Exception) -> ServiceError:
@@ -159,7 +183,8 @@ def record_late_error(error: Exception) -> ServiceError:
 
     The span is marked at once, because the instrumentation ends it with the last byte of the answer.
     """
-    found = record_error(error)
+    found = as_service_error(error)
+    record_error(found, error)
     span = trace.get_current_span()
     span.set_status(trace.StatusCode.ERROR)
     span.set_attribute(ERROR_TYPE, found.name)

@@ -20,13 +20,19 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.context import CallFacts, RequestContext, current_request
+from service.dependencies import services_of
+from service.errors import ErrorFacts
 from service.middleware.errors import is_anthropic_path
+from service.recording.recent import FailedRequest
+from service.telemetry.events import error_fields
 from service.telemetry.names import ATTR_CLIENT_REQUEST_ID, ATTR_INCIDENT_ID, ATTR_KEY_ID, ATTR_TEAM
 from service.telemetry.providers import PROBES
 
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 """Accepted values of a caller's ``X-Request-ID``. They appear in logs, from where people copy them into
 shells, so other values are ignored."""
+
+MAX_METHOD_CHARS = 32
 
 TRACE_HEADERS = frozenset({b"traceparent", b"tracestate", b"baggage"})
 
@@ -93,7 +99,10 @@ class RequestIdMiddleware:
         try:
             await self._app(scope, receive, send_with_headers)
         finally:
-            _log_completed(scope, request, status, self._clock() - request.entered_s)
+            duration_s = self._clock() - request.entered_s
+            _log_completed(scope, request, status, duration_s)
+            if request.failure is not None:
+                _remember(scope, request, request.failure, status, duration_s)
 
 
 def _is_continued(scope: Scope, ids: trace.SpanContext) -> bool:
@@ -150,10 +159,36 @@ def _log_completed(scope: Scope, request: RequestContext, status: int | None, du
             fields[ATTR_TEAM] = request.team
         if request.key_id is not None:
             fields[ATTR_KEY_ID] = request.key_id
-    if request.error is not None:
-        fields["error"] = request.error
+    if request.failure is not None:
+        # This line says everything that the error's body says.
+        fields |= {"error": request.failure.name, **error_fields(request.failure)}
     level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
     logger.log(level, "http_request_completed", extra=fields)
+
+
+def _remember(
+    scope: Scope, request: RequestContext, failure: ErrorFacts, status: int | None, duration_s: float
+) -> None:
+    """Keep a failed request for who asks what became of it."""
+    route = scope.get("route")
+    services_of(scope).explainer.recent.keep_failed(
+        FailedRequest(
+            request_id=request.request_id,
+            incident_id=request.incident_id,
+            continued=request.continued,
+            started_ns=time.time_ns() - int(duration_s * 1e9),
+            duration_s=round(duration_s, 6),
+            method=scope["method"][:MAX_METHOD_CHARS],
+            route=route.path if isinstance(route, (Route, Mount)) else None,
+            status=status,
+            error=failure,
+            auth_s=round(request.auth_s, 6),
+            called=request.call is not None,
+            user=request.user,
+            team=request.team,
+            key_id=request.key_id,
+        )
+    )
 
 
 def sanitize_scope(scope: Scope, *, trust_traceparent: bool) -> None:

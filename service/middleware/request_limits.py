@@ -9,6 +9,7 @@ it could use up the capacity.
 
 import asyncio
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv6Address, ip_address
@@ -115,6 +116,10 @@ class RequestLimitsMiddleware:
             await exchange.arrive()
         except ServiceError as error:
             exchange.leave()
+            if isinstance(error, PayloadTooLargeError):
+                # Refused for what it announces; its caller may ask later what became of it.
+                with suppress(ServiceError):
+                    await identify(scope)
             await error_response(error, scope)(scope, receive, exchange.send)
             return
         try:

@@ -310,6 +310,12 @@ _importing = threading.Lock()
 
 API_PING = "/api/2.0/mlflow/experiments/search"
 TRACES = "/v1/traces"
+EXPERIMENT = "/api/2.0/mlflow/experiments/get-by-name"
+SEARCH_TRACES = "/api/3.0/mlflow/traces/search"
+GET_TRACES = "/api/3.0/mlflow/traces/batchGet"
+TRACES_AT_ONCE = 10
+"""How many traces are fetched at once: with captured content they are large."""
+
 EXPERIMENT_HEADER = "x-mlflow-experiment-id"
 RUN_HEADER = "x-mlflow-run-id"
 MAX_TRACES = 100
@@ -475,6 +481,50 @@ class Tracker:
         body = encode(records, self._resource)
         self._request("POST", TRACES, PROTOBUF, extra_headers=headers, data=body)
 
+    def experiment_id(self) -> str:
+        """The experiment's id.
+
+        Raises:
+            GoneError: There is no such experiment yet.
+            TrackerError: As for ``start_run``.
+        """
+        response = self._request("GET", EXPERIMENT, JSON, params={"experiment_name": self._experiment})
+        found = _member(_decoded(response), "experiment", "experiment_id")
+        if not isinstance(found, str):
+            raise TrackerError(NOT_MLFLOW)
+        return found
+
+    def traces(self, trace_id: str | None, query: str, limit: int) -> list[Any]:
+        """The traces of the experiment that are asked for, as the server has them in JSON.
+
+        Args:
+            trace_id: The id of the one that is wanted; None for those that the query finds.
+            query: A filter of MLflow's.
+            limit: The most that are wanted; the latest ones are.
+
+        Raises:
+            GoneError: There is no such experiment, or no such trace.
+            TrackerError: As for ``send``.
+        """
+        experiment = self.experiment_id()
+        ids = [trace_id]
+        if trace_id is None:
+            place = {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": experiment}}
+            asked = {
+                "locations": [place],
+                "filter": query,
+                "max_results": limit,
+                "order_by": ["timestamp_ms DESC"],
+            }
+            found = _listed(self._request("POST", SEARCH_TRACES, JSON, json=asked), "traces")
+            ids = [_member(trace, "trace_id") for trace in found]
+        traces: list[Any] = []
+        for at in range(0, len(ids), TRACES_AT_ONCE):
+            part = ids[at : at + TRACES_AT_ONCE]
+            traces += _listed(self._request("GET", GET_TRACES, JSON, params={"trace_ids": part}), "traces")
+        inside = "trace_info", "trace_location", "mlflow_experiment", "experiment_id"
+        return [trace for trace in traces if _member(trace, *inside) == experiment]
+
     def check(self) -> None:
         """Call the server's API, which queries its database; raises as ``send`` does."""
         self._request("GET", API_PING, JSON, params={"max_results": 1})
@@ -486,7 +536,7 @@ class Tracker:
         except TrackerError as error:
             raise UpstreamError(label=error.reason) from None
 
-    def _request(self, method: str, path: str, content_type: str, **options: Any) -> None:  # noqa: ANN401
+    def _request(self, method: str, path: str, content_type: str, **options: Any) -> Any:  # noqa: ANN401 - of requests
         _import_sdk()
         from mlflow.utils.credentials import get_default_host_creds  # noqa: PLC0415 - see _import_sdk
         from mlflow.utils.rest_utils import http_request  # noqa: PLC0415 - see _import_sdk
@@ -514,6 +564,7 @@ class Tracker:
         if not response.headers.get("Content-Type", "").startswith(content_type):
             # Another server, like a proxy's login page, may answer 200 to everything.
             raise TrackerError(NOT_MLFLOW)
+        return response
 
     @property
     def _client(self) -> "MlflowClient":
@@ -522,6 +573,26 @@ class Tracker:
 
             self._sdk_client = MlflowClient(self._uri)
         return self._sdk_client
+
+
+def _listed(response: Any, name: str) -> list[Any]:  # noqa: ANN401 - an answer of requests
+    """The list of this name in an answer of JSON; empty where there is none."""
+    found = _member(_decoded(response), name)
+    return found if isinstance(found, list) else []
+
+
+def _decoded(response: Any) -> Any:  # noqa: ANN401 - an answer of requests
+    try:
+        return response.json()
+    except ValueError:
+        raise TrackerError(NOT_MLFLOW) from None
+
+
+def _member(value: Any, *path: str) -> Any:  # noqa: ANN401 - JSON
+    """What is at a path of an object; None where there is nothing."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def _import_sdk() -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from service.config.logging import configure_logging, detach_bridge, drain_lines
 from service.config.settings import Settings
 from service.recording.delivery import CallLedger, Delivery, RecordCounts
 from service.recording.mlflow import MAX_TRACES, GoneError, NoTracker, Run, Tracker, TrackerError, in_thread
+from service.recording.recent import RecentRequests
 from service.recording.record import CallRecord
 from service.recording.run import ProcessRun, Totals, params_of
 from service.recording.spool import Spool, run_file
@@ -52,7 +54,7 @@ class CallRecorder(Protocol):
 
 @asynccontextmanager
 async def open_recorder(
-    settings: Settings, telemetry: Telemetry, ledger: CallLedger
+    settings: Settings, telemetry: Telemetry, ledger: CallLedger, recent: RecentRequests
 ) -> AsyncIterator[CallRecorder]:
     """A recorder that delivers in the background; on exit it delivers the rest and ends its MLflow run."""
     tracker: Tracker | NoTracker = NoTracker()
@@ -61,7 +63,9 @@ async def open_recorder(
     else:
         logger.info("MLFLOW_TRACKING_URI is not set: calls are not recorded in MLflow")
     # In a thread, as it creates files.
-    recorder = await anyio.to_thread.run_sync(Recorder, tracker, settings, telemetry, ledger)
+    recorder = await anyio.to_thread.run_sync(
+        partial(Recorder, tracker, settings, telemetry, ledger, recent=recent)
+    )
     recorder.start()
     await anyio.to_thread.run_sync(recorder.wait_caught_up, abandon_on_cancel=True)
     try:
@@ -161,21 +165,25 @@ class Recorder:
         telemetry: Counts the records, and has a span for each export.
         ledger: Counts each call at once, and keeps it.
         pace: When records are delivered.
+        recent: Remembers the latest calls.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it works with
         self,
         tracker: Tracker | NoTracker,
         settings: Settings,
         telemetry: Telemetry,
         ledger: CallLedger,
         pace: Pace | None = None,
+        *,
+        recent: RecentRequests | None = None,
     ) -> None:
         pace = pace or Pace()
         clock = pace.clock
         self._tracker = tracker
         self._settings = settings
         self._ledger = ledger
+        self._recent = RecentRequests() if recent is None else recent
         self._interval_s = pace.interval_s
         self._counts = RecordCounts(telemetry.instruments, clock)
         self._totals = Totals()
@@ -237,6 +245,7 @@ class Recorder:
             self._totals.add(record)
             self._writer.put(entry)
             self._ledger.take(record)
+            self._recent.keep_call(record, entry.line)
         except Exception:
             # A bug here must not fail the call.
             logger.exception("A record could not be taken")

@@ -1,6 +1,5 @@
 """What was used: calls, tokens and cost, as JSON or CSV; one's own, or, for administrators, all."""
 
-import re
 import time
 from collections.abc import Iterable
 from datetime import UTC, date, datetime
@@ -15,11 +14,11 @@ from service.identity.ledger import DIMENSIONS, Dimension, UsageQuery, UsageRow
 from service.routers.bodies import refuse
 from service.routers.keys import UNAVAILABLE
 from service.routers.schemas import UsageBody, errors
+from service.utils.accept import preferred
 
 CSV: Final = "text/csv"
 VARY: Final = {"Vary": "Accept"}
 JSON: Final = "application/json"
-QUALITY: Final = re.compile(r"q=([01](?:\.[0-9]{0,3})?)")
 FORMULAS: Final = ("=", "+", "-", "@", "\t", "\r")
 """How a text begins that a spreadsheet takes for a formula (OWASP, CSV injection)."""
 
@@ -57,7 +56,7 @@ async def usage(
     if query.since > query.until:
         refuse("query.from", "must not be after query.to")
     rows, total = await services.ledger.usage(query)
-    if _wants_csv(request):
+    if preferred(request.headers.get("accept", ""), JSON, CSV) == CSV:
         return PlainTextResponse(_as_csv(rows, total, query.by), media_type=CSV, headers=VARY)
     return JSONResponse(
         {"from": query.since.isoformat(), "to": query.until.isoformat(), "rows": rows, "total": total},
@@ -71,18 +70,6 @@ def _dimensions(text: str) -> tuple[Dimension, ...]:
         if part not in DIMENSIONS:
             refuse("query.by", f"must be some of {', '.join(DIMENSIONS)}, separated by commas")
     return tuple(dict.fromkeys(cast("list[Dimension]", asked)))
-
-
-def _wants_csv(request: Request) -> bool:
-    """Whether ``Accept`` prefers CSV to JSON."""
-    quality = dict.fromkeys((CSV, JSON), 0.0)
-    for part in request.headers.get("accept", "").split(","):
-        name, *parameters = (piece.strip().lower() for piece in part.split(";"))
-        found = next((QUALITY.fullmatch(one) for one in parameters if one.startswith("q=")), None)
-        for media_type in quality:
-            if name in {media_type, media_type.partition("/")[0] + "/*"}:
-                quality[media_type] = max(quality[media_type], float(found[1]) if found else 1.0)
-    return quality[CSV] > quality[JSON]
 
 
 def _as_csv(rows: Iterable[UsageRow], total: UsageRow, by: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.trace import Span, Status, StatusCode, format_span_id, format_trace_id
+from opentelemetry.util.types import AttributeValue
 
 from service.cache.control import NO_DIRECTIVES, CacheControl
 from service.cache.response_cache import Lookup
@@ -79,7 +80,7 @@ class CallOutcome:
         first_chunk_s: Seconds until the first piece of a streamed answer.
         started_ns: Unix time in nanoseconds.
         duration_s: Seconds from the call's start until now.
-        upstream: What the upstream said or did where the call failed, as fields of the log line.
+        failure: What the error's body says, and what the upstream said or did, as fields of the log line.
         upstream_status: The upstream's HTTP status where the call failed.
         upstream_code: The upstream's error code where the call failed, one of a closed set.
     """
@@ -100,7 +101,7 @@ class CallOutcome:
     first_chunk_s: float | None
     started_ns: int
     duration_s: float
-    upstream: Mapping[str, str | int] = field(default_factory=dict)
+    failure: Mapping[str, AttributeValue] = field(default_factory=dict)
     upstream_status: int | None = None
     upstream_code: str | None = None
 
@@ -272,7 +273,7 @@ def _write_line(spec: CallSpec, outcome: CallOutcome, record_id: str) -> None:
         "streamed": spec.streamed or None,
         "first_chunk_s": outcome.first_chunk_s,
         "duration_s": outcome.duration_s,
-        **outcome.upstream,
+        **outcome.failure,
     }
     succeeded = outcome.outcome in SUCCESSFUL
     logger.log(

@@ -28,7 +28,7 @@ from service.services.circuit_breaker import ConnectionBreaker
 from service.services.circuits import Circuits, Passage
 from service.shared.leases import Leases, LeaseTimeoutError
 from service.telemetry import names
-from service.telemetry.events import upstream_fields
+from service.telemetry.events import failure_fields
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
 from service.upstream.errors import timed_out
@@ -159,7 +159,7 @@ class _Call:
             first_chunk_s=self.first_chunk_s,
             started_ns=self.started_ns,
             duration_s=round(now_s - self.started_s, 6),
-            upstream=upstream_fields(error),
+            failure=failure_fields(error),
             upstream_status=status,
             upstream_code=code,
         )

@@ -11,7 +11,7 @@ from opentelemetry.sdk._logs import LogRecordProcessor, ReadWriteLogRecord
 from opentelemetry.util.types import AttributeValue
 
 from service.config.logging import CONTEXT_FIELDS, EVENT_NAME
-from service.errors import ServiceError
+from service.errors import ErrorFacts, InternalError, ServiceError
 from service.telemetry import names
 
 
@@ -45,6 +45,30 @@ def upstream_fields(error: BaseException | None) -> dict[str, str | int]:
         names.ATTR_UPSTREAM_CODE: error.upstream_code,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def error_fields(facts: ErrorFacts) -> dict[str, AttributeValue]:
+    """What an error's body says, as fields of a log line; ``error``, its name, is not among them."""
+    fields: dict[str, AttributeValue | None] = {
+        names.ATTR_ERROR_MESSAGE: facts.message,
+        names.ATTR_ERROR_FAULT: facts.fault.value,
+        names.ATTR_ERROR_RETRY: facts.retry,
+        names.ATTR_ERROR_RETRY_AFTER: facts.retry_after_s,
+        names.ATTR_ERROR_CODE: facts.code,
+        names.ATTR_ERROR_PARAM: facts.param,
+        names.ATTR_ERROR_FIELDS: facts.fields or None,
+        names.ATTR_UPSTREAM_CAUSE: facts.cause,
+        names.ATTR_UPSTREAM_STATUS: facts.upstream_status,
+        names.ATTR_UPSTREAM_CODE: facts.upstream_code,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def failure_fields(error: BaseException | None) -> dict[str, AttributeValue]:
+    """The same of what ended a call; of a caller who left, or without an error, nothing."""
+    if isinstance(error, ServiceError):
+        return error_fields(error.facts())
+    return error_fields(InternalError().facts()) if isinstance(error, Exception) else {}
 
 
 class SpanEventProcessor(LogRecordProcessor):

@@ -40,6 +40,8 @@ FIXED = {
     "VALKEY_URL": "the service beside it",
     "MLFLOW_TRACKING_URI": "the service beside it",
     "SPOOL_PATH": "on the volume",
+    "MLFLOW_UI_URL": "the published port",
+    "GRAFANA_URL": "the published port",
 }
 LONGEST_START_S = 180
 EXACT_TAG = re.compile(r"(:v?\d+\.\d+\.\d+|postgres:\d+\.\d+)(@sha256:[0-9a-f]{64})?$")

@@ -16,6 +16,8 @@ MADE = re.compile(r"\.demo/|\.venv|\.env$|data/")
 """What a command makes, and git ignores."""
 
 NOT_SETTINGS = {
+    "LLMOPS_URL": "which service the command explain asks",
+    "LLMOPS_TOKEN": "with what it proves who is asking",
     "LITELLM_BIN": "a program, for the benches",
     "MALLOC_ARENA_MAX": "the C library's",
     "MALLOC_TRIM_THRESHOLD": "the C library's, with an underscore at its end",
