@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check faults attack money bench clients lock clean env dashboards stack-test stack-programs demo-stack compose-test chart-schema helm-test chart-test
+.PHONY: help demo test check faults attack money replicas bench clients lock clean env dashboards stack-test stack-programs demo-stack compose-test chart-schema helm-test chart-test
 
 COVERAGE_FLOOR := 97
 UV_VERSION := 0.13.9
@@ -79,6 +79,9 @@ attack: $(VENV) ## Attack a real process for under three minutes, while a second
 
 money: $(VENV) $(MLFLOW) ## Compare callers, MLflow and the ledger over 2,000 calls and five kills; ARGS=--postgresql
 	$(RUN) MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" python -m tests.bench.money $(ARGS)
+
+replicas: $(VENV) $(MLFLOW) ## Prove that three replicas behind a balancer act as one; ARGS=--write keeps it
+	$(RUN) MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" python -m tests.bench.replicas $(ARGS)
 
 # Not a part of `test`: Go, Rust and Java build for minutes, and two coding agents are 700 MB. What this machine has
 # no toolchain for is left out, and named; in CI nothing may be. The environment is the caller's: cargo's, npm's and

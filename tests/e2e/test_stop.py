@@ -120,7 +120,7 @@ def test_in_the_grace_new_requests_are_still_taken(upstream: FakeUpstream) -> No
 def test_in_the_grace_each_answer_ends_its_connection(upstream: FakeUpstream) -> None:
     """Behind a balancer that passes connections on, a client's next request then goes to another process."""
     fields = {"Content-Type": "application/json"}
-    bodies = [{"prompt": "x"}, {"prompt": "x", "stream": True}]
+    bodies: list[dict[str, Any]] = [{"prompt": "x"}, {"prompt": "x", "stream": True}]
     with (
         ServiceProcess({"LITELLM_URL": upstream.url, "SHUTDOWN_GRACE_S": "5"}) as process,
         ExitStack() as stack,
@@ -128,7 +128,7 @@ def test_in_the_grace_each_answer_ends_its_connection(upstream: FakeUpstream) ->
         process.wait_ready()
         fields["Authorization"] = f"Bearer {process.token()}"
 
-        def ask_on(connection: HTTPConnection, body: dict[str, object]) -> tuple[int, str]:
+        def ask_on(connection: HTTPConnection, body: dict[str, Any]) -> tuple[int, str]:
             connection.request("POST", "/llm/generate", json.dumps(body), fields)
             answer = connection.getresponse()
             answer.read()
