@@ -314,6 +314,7 @@ def dependencies() -> dashboard.Dashboard:
     database_time = by(names.IDENTITY_STORE_DURATION, "operation")
     shared = by(names.SHARED_OPERATION_DURATION, "operation", "outcome")
     news = by(names.SHARED_NEWS, "topic", "outcome")
+    leases = by(names.SHARED_LEASES, "outcome")
     behind += [
         graph(
             PanelText(
@@ -384,15 +385,35 @@ def dependencies() -> dashboard.Dashboard:
         graph(
             PanelText(
                 "News between replicas",
-                "Sign-outs, clearings of the cache and circuits that processes told each other over Valkey, "
-                "and what was dropped because too much waited. Always 0 without `VALKEY_URL`.",
+                "Sign-outs, clearings of the cache, circuits and what calls have spent of budgets, which "
+                "processes told each other over Valkey, and what was dropped because too much waited. Always "
+                "0 without `VALKEY_URL`.",
                 "“heard” is “told” times the other processes; less for long: one of them does not read. "
-                "“dropped”: Valkey was away for too long, and the others do not know of it.",
+                "“dropped”: Valkey was away for too long, and the others do not know of it; what was spent "
+                "they read in the database. “unusable”: somebody else writes to Valkey, or two versions run.",
             ),
             [
                 Query(
                     zeroed(f"sum by ({news}) ({rate(value(names.SHARED_NEWS))})"),
                     "{{topic}} {{outcome}}",
+                )
+            ],
+            unit="ops",
+            links=[SERVICE_PAGE],
+        ),
+        graph(
+            PanelText(
+                "Equal calls over replicas",
+                "Calls that replicas may share, by what the lease came to: made here (leader), made here "
+                "after another replica gave no answer (taken_over), answered by another one (follower), or "
+                "made here as Valkey did not say (none). Always 0 without `VALKEY_URL`.",
+                "“taken_over” for long: replicas are killed in their calls, or their calls fail. “none”: "
+                "Valkey is away or slow, and each replica asks the model itself.",
+            ),
+            [
+                Query(
+                    zeroed(f"sum by ({leases}) ({rate(value(names.SHARED_LEASES))})"),
+                    "{{outcome}}",
                 )
             ],
             unit="ops",

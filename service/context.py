@@ -64,6 +64,7 @@ class RequestContext:
         continued: Whether the trace is the caller's; then other requests may have the same ``request_id``.
         entered_s: Arrival time on the monotonic clock.
         client_request_id: The caller's own ``X-Request-ID``, when it has a permitted form.
+        route: The route's path, with its parameters' names, of a request that needs a caller.
         user: The caller's name, once known; the same holds for the next two.
         team: The team that the call belongs to.
         key_id: The id of the caller's API key.
@@ -78,6 +79,7 @@ class RequestContext:
     continued: bool = False
     entered_s: float = 0.0
     client_request_id: str | None = None
+    route: str | None = None
     user: str | None = None
     team: str | None = None
     key_id: str | None = None

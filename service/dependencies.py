@@ -166,6 +166,7 @@ class SignedIn(SecurityBase):
         context = current_request.get()
         if context is not None:
             context.user, context.team, context.key_id = user.username, user.team, user.key_id
+            context.route = getattr(request.scope.get("route"), "path", None)
         attributes = {ENDUSER_ID: user.username, ENDUSER_ROLE: user.role}
         if user.team is not None:
             attributes[ATTR_TEAM] = user.team

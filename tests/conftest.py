@@ -8,11 +8,16 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings as hypothesis_settings
 
 from service.config.settings import PASSED_THROUGH, Settings, prepare_environment
 from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import FakeUpstream
 from tests.harness import AppUnderTest, running_app
+
+# How long an example takes depends on the machine.
+hypothesis_settings.register_profile("tests", deadline=None)
+hypothesis_settings.load_profile("tests")
 
 MAX_RERUN = 5
 """Tests of a run that may pass at a second try; more of them are a fault, and not the machine's."""

@@ -21,7 +21,8 @@ from service.utils.deadline import Deadline
 from service.utils.retry import Progress
 
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
-Work = Callable[[], Awaitable[Reply]]
+Work = Callable[[], Awaitable[tuple[Reply, bool]]]
+"""Gives the answer to a call, and whether it is billed here: not where another process made the call."""
 
 CANCEL_TIMEOUT_S = 0.2
 """How long the last caller who leaves waits for the cancelled work to end."""
@@ -39,7 +40,7 @@ class _SharedCall:
         task: Runs the leader's work.
         waiting: How many callers wait.
         leader_left: Whether the leader was cancelled before the answer was there.
-        billed: Whether a caller was billed for the answer.
+        billed: Whether a caller was billed for the answer, here or at another process.
     """
 
     answer: asyncio.Future[Reply]
@@ -97,6 +98,7 @@ class Coalescing:
             else:
                 if billed:
                     progress.attempts = call.progress.attempts
+                    progress.tried, progress.waits_s = call.progress.tried, call.progress.waits_s
                 return reply, billed
         answer = asyncio.get_running_loop().create_future()
         call = self._calls[digest] = _SharedCall(answer, span.get_span_context(), deadline, progress)
@@ -106,8 +108,8 @@ class Coalescing:
         except asyncio.CancelledError:
             call.leader_left = True
             raise
-        call.billed = True
-        return reply, True
+        billed, call.billed = not call.billed, True
+        return reply, billed
 
     async def _follow(self, digest: str, call: _SharedCall, deadline: Deadline) -> tuple[Reply, bool]:
         try:
@@ -137,7 +139,7 @@ class Coalescing:
     async def _lead(self, digest: str, call: _SharedCall, work: Work) -> None:
         """Run the leader's work, and hand its answer or error to all who wait."""
         try:
-            reply = await work()
+            reply, billed_here = await work()
         except asyncio.CancelledError:
             call.answer.cancel()
             raise
@@ -148,6 +150,7 @@ class Coalescing:
             if not isinstance(error, Exception):
                 raise
         else:
+            call.billed = not billed_here
             call.answer.set_result(reply)
         finally:
             self._remove(digest, call)
@@ -172,4 +175,4 @@ class NoCoalescing:
         work: Work,
     ) -> tuple[Reply, bool]:
         """Make the call; the caller is billed for it."""
-        return await work(), True
+        return await work()

@@ -107,6 +107,21 @@ class Entry:
         )
         return cls(key, model, created_at, expires_at, content, completion, layout)
 
+    def as_json(self) -> bytes:
+        """The payload of its point, for another process."""
+        return json.dumps(self.point().payload, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, key: CacheKey, content: bytes) -> Self:
+        """The entry in a payload as JSON; raises ``DamagedEntryError`` as ``from_payload`` does."""
+        try:
+            payload = json.loads(content)
+        except (ValueError, RecursionError):
+            raise DamagedEntryError("not JSON") from None
+        if not isinstance(payload, dict):
+            raise DamagedEntryError("not an object")
+        return cls.from_payload(key, payload)
+
     def reply(self) -> Reply:
         """The answer for a caller who is not billed for it."""
         return Reply(self.content, replace(self.completion, cost=0.0))

@@ -5,6 +5,7 @@
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -46,6 +47,9 @@ FRESH_S = 10.0
 """How long an entry in memory is returned without asking a server: other processes may clear the cache."""
 
 VECTOR_BYTES = 8
+
+LEFT_S = 6.0
+"""For how long after a clearing no answer is taken that another process has left: it is left for less."""
 
 MAX_CLEARINGS = 1_000
 """Clearings that are remembered; a call that is older than all of them is taken to be affected."""
@@ -99,15 +103,23 @@ class Lookup:
 
 
 class Clearings:
-    """Remembers what was cleared, so that calls under way at that time do not store it again."""
+    """Remembers what was cleared, so that calls under way at that time do not store it again.
 
-    def __init__(self) -> None:
+    Args:
+        clock: Monotonic, in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.number = 0
+        self.last_s = -math.inf
+        """When the last one was noted."""
+        self._clock = clock
         self._last: deque[tuple[str | None, str | None]] = deque(maxlen=MAX_CLEARINGS)
 
     def add(self, tenant: str | None, model: str | None) -> None:
         """Note that the answers of this tenant and this model were cleared; None stands for every one."""
         self.number += 1
+        self.last_s = self._clock()
         self._last.append((tenant, model))
 
     def affected(self, tenant: str, model: str, *, since: int) -> bool:
@@ -147,7 +159,7 @@ class AnswerCache(Protocol):
         """What puts a streamed answer together so that it can be stored."""
         ...
 
-    def store(self, lookup: Lookup, reply: Reply, model: str, origin: SpanContext) -> None:
+    def store(self, lookup: Lookup, reply: Reply, model: str, origin: SpanContext) -> Entry | None:
         """Store the answer if the look-up and the answer allow it; does not wait for the store.
 
         Args:
@@ -155,6 +167,19 @@ class AnswerCache(Protocol):
             reply: The answer.
             model: The model that was asked.
             origin: The call's span, linked from the span of the write.
+
+        Returns:
+            What is stored; None where nothing is.
+        """
+        ...
+
+    def accept(self, slot: Slot, answer: bytes, *, followed: bool) -> Entry | None:
+        """The answer that another process made, if it is an answer to this call and still valid.
+
+        Args:
+            slot: The place of the call's answer.
+            answer: The answer, as ``Entry.as_json`` has it.
+            followed: Whether it was made while the call waited for it, so that it is new whatever its age.
         """
         ...
 
@@ -194,6 +219,9 @@ class NoCache:
     def store(self, lookup: Lookup, reply: Reply, model: str, origin: SpanContext) -> None:
         """Store nothing."""
 
+    def accept(self, slot: Slot, answer: bytes, *, followed: bool) -> None:
+        """Nothing is shared."""
+
     def store_streamed(
         self, lookup: Lookup, assembler: Assembler, completion: Completion, model: str, origin: SpanContext
     ) -> None:
@@ -227,7 +255,7 @@ class ResponseCache:
             store, telemetry, settings.cache_queue_bytes, on_written=self.sweeper.count_written
         )
         self.memory = EntryMemory(settings.cache_memory_bytes, FRESH_S if store.shared else None)
-        self.clearings = Clearings()
+        self.clearings = Clearings(clock)
         self.results: dict[Result, int] = {"hit": 0, "miss": 0, "bypass": 0, "error": 0}
         self._settings = settings
         self._instruments = instruments
@@ -346,10 +374,27 @@ class ResponseCache:
         wanted = lookup.slot is not None and lookup.slot.control.store
         return Assembler(self._settings.cache_max_entry_bytes if wanted else 0)
 
-    def store(self, lookup: Lookup, reply: Reply, model: str, origin: SpanContext) -> None:
+    def store(self, lookup: Lookup, reply: Reply, model: str, origin: SpanContext) -> Entry | None:
         """Put the answer into memory and into the writer's queue, if it may be stored."""
-        if lookup.slot is not None and lookup.slot.control.store:
-            self._store(lookup.slot, reply, b"", model, origin)
+        if lookup.slot is None or not lookup.slot.control.store:
+            return None
+        return self._store(lookup.slot, reply, b"", model, origin)
+
+    def accept(self, slot: Slot, answer: bytes, *, followed: bool) -> Entry | None:
+        """The answer that another process made, which goes into memory; None where it is of no use."""
+        if not followed and self._clock() < self.clearings.last_s + LEFT_S:
+            # It may be older than the clearing.
+            return None
+        try:
+            entry = Entry.from_json(slot.key, answer)
+        except DamagedEntryError:
+            return None
+        now = self._now()
+        if entry.expires_at <= now or not (followed or slot.control.permits(now - entry.created_at)):
+            return None
+        if not self.clearings.affected(slot.key.tenant, entry.model, since=slot.epoch):
+            self.memory.put(entry)
+        return entry
 
     def store_streamed(
         self, lookup: Lookup, assembler: Assembler, completion: Completion, model: str, origin: SpanContext
@@ -364,14 +409,16 @@ class ResponseCache:
             reply, layout = assembled
             self._store(lookup.slot, reply, layout, model, origin)
 
-    def _store(self, slot: Slot, reply: Reply, layout: bytes, model: str, origin: SpanContext) -> None:
+    def _store(
+        self, slot: Slot, reply: Reply, layout: bytes, model: str, origin: SpanContext
+    ) -> Entry | None:
         settings, tenant = self._settings, slot.key.tenant
         if self.clearings.affected(tenant, model, since=slot.epoch):
-            return
+            return None
         size_bytes = len(reply.content) + len(layout)
         if size_bytes > settings.cache_max_entry_bytes or not is_complete(reply):
             self._instruments.cache_writes.add(1, {"outcome": "skipped"})
-            return
+            return None
         now = self._now()
         expires_at = now + settings.cache_ttl_s
         entry = Entry(slot.key, model, now, expires_at, reply.content, reply.completion, layout)
@@ -385,6 +432,7 @@ class ResponseCache:
             self.writer.put(
                 Write(slot.question.collection, point, size_bytes, entry.expires_at, origin, tenant, model)
             )
+        return entry
 
 
 class SemanticCache(ResponseCache):

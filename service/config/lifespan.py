@@ -35,9 +35,10 @@ from service.services.drain import Drain, drain_on_signal
 from service.services.generation import Generation
 from service.services.health_checker import HealthChecker, HealthSchedule
 from service.services.rate_limit import RateLimiter
-from service.services.replicas import connect_replicas
-from service.shared import counts as shared
-from service.shared.news import open_news
+from service.services.replicas import connect_budgets, connect_replicas
+from service.shared import exchange
+from service.shared.news import SPENT, open_news
+from service.shared.state import open_shared
 from service.telemetry.events import emit
 from service.telemetry.names import EVENT_SHUTDOWN_COMPLETED, EVENT_SHUTDOWN_STEP
 from service.telemetry.providers import SCOPE, Telemetry
@@ -122,16 +123,17 @@ async def _open_services(
         ),
         "Flushing cache...",
     )
-    counts = await closing.enter(
-        shared.open_counts(
+    shared = await closing.enter(
+        open_shared(
             settings,
             instruments,
-            lambda name: CircuitBreaker(name, shared.BREAKER_FAILURES, shared.BREAKER_S, instruments),
-            lambda: health.check_now(shared.DEPENDENCY),
+            lambda name: CircuitBreaker(name, exchange.BREAKER_FAILURES, exchange.BREAKER_S, instruments),
+            lambda: health.check_now(exchange.DEPENDENCY),
         ),
         "Closing Valkey connections..." if settings.valkey_url.get_secret_value() else "",
     )
     news = await closing.enter(open_news(settings, instruments))
+    spendings = await closing.enter(open_news(settings, instruments, SPENT))
     feed = ChangeFeed(database, settings.identity_stale_s)
     keys = ApiKeys(database, key_secret(settings), feed)
     accounts = Accounts(database, feed)
@@ -142,13 +144,13 @@ async def _open_services(
         Authenticator,
         settings,
         instruments,
-        counts=counts,
+        counts=shared.counts,
         is_disabled=lambda name: accounts.user(name).disabled,
     )
     auth = await anyio.to_thread.run_sync(make_auth)
     oidc = await closing.enter(open_oidc(settings))
     health = HealthChecker(
-        {"qdrant": store.ping, "litellm": llm.ping, **recorder.pings, **oidc.pings, **counts.pings},
+        {"qdrant": store.ping, "litellm": llm.ping, **recorder.pings, **oidc.pings, **shared.pings},
         HealthSchedule(settings.health_interval_s, settings.health_timeout_s, settings.health_ttl_s),
         instruments,
         telemetry.tracer_provider.get_tracer(SCOPE),
@@ -160,12 +162,14 @@ async def _open_services(
         settings,
         cache=cache.answers,
         coalescing=Coalescing(tasks.create_task) if settings.cache_enabled else NoCoalescing(),
+        leases=shared.leases,
         recorder=recorder,
         on_unreachable=lambda: health.check_now("litellm"),
     )
     callers = Callers(auth, keys, oidc, accounts, instruments.auth_attempts)
     connect_replicas(news, callers, cache.admin, generation)
-    await news.catch_up()
+    connect_budgets(spendings, ledger.budgets)
+    await asyncio.gather(news.catch_up(), spendings.catch_up())
     for work in (
         measure_lag(instruments.event_loop_lag),
         _keep_models_known(llm, settings.models_ttl_s),
@@ -175,9 +179,9 @@ async def _open_services(
         keys.run(),
         ledger.run(),
         oidc.run(),
-        counts.run(),
         news.run(),
-        *(start() for start in cache.background),
+        spendings.run(),
+        *(start() for start in (*cache.background, *shared.background)),
     ):
         stack.callback(tasks.create_task(work).cancel)
     return AppServices(
@@ -188,7 +192,7 @@ async def _open_services(
         ledger=ledger,
         generation=generation,
         cache=cache.admin,
-        rate_limiter=RateLimiter(settings.rate_limit, instruments, counts),
+        rate_limiter=RateLimiter(settings.rate_limit, instruments, shared.counts),
         drain=drain,
         health=health,
         # With several issuers, each of them is required.

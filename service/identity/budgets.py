@@ -1,13 +1,14 @@
 """Decides whether a caller's budgets are spent, from what is in memory.
 
-What is spent is what the ledger has, and what is on its way there. A call is counted when it has ended, so
-calls in flight may go beyond a budget by what they cost themselves.
+What is spent is what the ledger had when it was read, and each call that it did not have then, of this
+process and of others, which tell of theirs. A call is counted when it has ended, so calls in flight may go
+beyond a budget by what they cost themselves.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -39,6 +40,17 @@ NEAR_PERCENT: Final = 80
 MAX_KNOWN: Final = 50_000
 """How many keys, users and teams with budgets a process remembers."""
 
+MAX_HEARD: Final = 10_000
+"""Calls of other processes that the ledger does not have yet; of more, the oldest are dropped, and count when
+the ledger has them."""
+
+MAX_READINGS: Final = 450
+"""Readings of the ledger, one each 2 s, that may be without a call of another process. After them it counts
+no more: its process was killed, and its spool is lost. While the database fails, nothing expires."""
+
+EXPIRY_S: Final = 900.0
+"""How long ago a call that is told of may have ended. That is as long as ``MAX_READINGS`` take."""
+
 logger = logging.getLogger(__name__)
 
 Subject = tuple[Scope, str]
@@ -69,6 +81,43 @@ class Spent:
 
 
 NOTHING: Final = Spent()
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """What one call has spent.
+
+    Args:
+        record_id: The id of its record.
+        ended_s: When it has ended, as Unix time.
+        spent: How much.
+        subjects: Whose budgets it counts for.
+    """
+
+    record_id: str
+    ended_s: int
+    spent: Spent
+    subjects: tuple[Subject, ...]
+
+    @property
+    def periods(self) -> Periods:
+        """The day on which the call has ended, and its month."""
+        return periods_of(self.ended_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the ledger has at one moment.
+
+    Args:
+        totals: What was spent in all, by subject and period.
+        booked: Which of the records that were asked about it has.
+        latest: The ids of the records that were booked last.
+    """
+
+    totals: Mapping[tuple[Subject, str], Spent]
+    booked: Collection[str] = frozenset()
+    latest: Collection[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,29 +154,71 @@ class BudgetState:
 class SpentSource(Protocol):
     """Where it is written what was spent."""
 
-    async def spent(self, subject: Subject, periods: Periods) -> Mapping[str, Spent]:
-        """What was spent by a subject, by period; raises ``DependencyUnavailableError``."""
+    async def spent(self, subject: Subject, periods: Periods, record_ids: Collection[str]) -> Reading:
+        """What was spent by a subject, and which of these records are in it.
+
+        Raises:
+            DependencyUnavailableError: It cannot be read.
+        """
+        ...
 
 
 @dataclass(slots=True)
 class _Known:
-    """What is known of a subject, by period: what the ledger has, what it has not yet, what was announced."""
+    """What is known of a subject, by period: what was read, what is not in it, and what was announced."""
 
     written: dict[str, Spent]
-    open: dict[str, Spent]
     budget: Budget | None = None
     announced: dict[str, int] = field(default_factory=dict)
     unpriced_in: str = ""
     """The period in which it was last said that a call has no price."""
+    open: dict[str, Spending] = field(default_factory=dict)
+    """Calls that are not in ``written``, by the id of the record."""
+    sums: dict[str, Spent] = field(default_factory=dict)
+    """What these have spent."""
 
     def spent(self, period: str) -> Spent:
         """What was spent in a period."""
-        return self.written.get(period, NOTHING) + self.open.get(period, NOTHING)
+        return self.written.get(period, NOTHING) + self.sums.get(period, NOTHING)
 
-    def add(self, spent: Spent, periods: Periods) -> None:
-        """Add to what the ledger does not have yet."""
-        for period in periods:
-            self.open[period] = self.open.get(period, NOTHING) + spent
+    def add(self, spending: Spending) -> None:
+        """Add a call that was not in what was read; once, whoever tells of it how often."""
+        if spending.record_id not in self.open and spending.spent != NOTHING:
+            self.open[spending.record_id] = spending
+            _add(self.sums, spending.periods, spending.spent)
+
+    def remove(self, record_id: str) -> Spending | None:
+        """Remove a call, which is in what was read now."""
+        spending = self.open.pop(record_id, None)
+        if spending is not None:
+            _add(self.sums, spending.periods, NOTHING - spending.spent)
+        if not self.open:
+            # Sums of past periods are not kept for ever.
+            self.sums.clear()
+        return spending
+
+    def move(self, record_id: str) -> None:
+        """Add a call to what was read, as this process has booked it since."""
+        spending = self.remove(record_id)
+        if spending is not None:
+            _add(
+                self.written,
+                [period for period in spending.periods if period in self.written],
+                spending.spent,
+            )
+
+
+def _add(sums: dict[str, Spent], periods: Collection[str], spent: Spent) -> None:
+    for period in periods:
+        sums[period] = sums.get(period, NOTHING) + spent
+
+
+@dataclass(slots=True)
+class _Heard:
+    """A call of another process, or one that another process has booked, and how often it was not found."""
+
+    spending: Spending
+    readings: int = 0
 
 
 # ---- What a record counts for ----------------------------------------------------------------------------
@@ -143,10 +234,18 @@ def spent_by(record: CallRecord) -> Spent:
     return Spent(nano(record.cost), tokens)
 
 
+def spending_of(record: CallRecord) -> Spending:
+    """What a record counts for."""
+    return Spending(record.record_id, int(_ended_s(record)), spent_by(record), tuple(subjects_of(record)))
+
+
 def periods_by(record: CallRecord) -> Periods:
     """The day on which a call has ended, and its month."""
-    ended_s = record.started_ns / 1e9 + _number(record.duration_s, MAX_SECONDS)
-    return periods_of(min(ended_s, MAX_SECONDS))
+    return periods_of(_ended_s(record))
+
+
+def _ended_s(record: CallRecord) -> float:
+    return min(record.started_ns / 1e9 + _number(record.duration_s, MAX_SECONDS), MAX_SECONDS)
 
 
 def subjects_of(record: CallRecord) -> list[Subject]:
@@ -250,8 +349,20 @@ class Budgets:
         self._unpriced = instruments.budget_unpriced
         self._now = now
         self._known: cachetools.LRUCache[Subject, _Known] = cachetools.LRUCache(MAX_KNOWN)
-        # What the ledger does not have yet, by the id of the record, oldest first.
+        # This process's calls that are not booked yet, by the id of the record, oldest first.
         self._open: dict[str, CallRecord] = {}
+        # Those of others, likewise.
+        self._heard: dict[str, _Heard] = {}
+        self._latest: Collection[str] = frozenset()
+        # What this process has booked counts already, whoever tells of it afterwards.
+        self._booked: cachetools.FIFOCache[str, bool] = cachetools.FIFOCache(MAX_HEARD)
+        self._tell: Callable[[Spending], None] = lambda _spending: None
+        self.is_shared = False
+        """Whether other processes tell of their calls."""
+
+    def share(self, tell: Callable[[Spending], None]) -> None:
+        """Tell other processes of each call that counts for a budget; ``hear`` takes what they tell."""
+        self._tell, self.is_shared = tell, True
 
     async def check(self, caller: Principal) -> None:
         """Refuse a call of a caller with a spent budget.
@@ -309,67 +420,132 @@ class Budgets:
         Where the database fails as a period begins, what is known of the period before goes on: nothing of
         the new one can be written either, but by processes that have another way to the database.
         """
+        asked = {spending.record_id for spending in self._open_of(subject)}
         try:
-            written = await self._source.spent(subject, periods)
+            reading = await self._source.spent(subject, periods, asked)
         except DependencyUnavailableError:
             if before is None:
                 raise
-            written = before.written
-        known = _Known({period: written.get(period, NOTHING) for period in periods}, {})
+            reading = Reading({(subject, period): spent for period, spent in before.written.items()})
+        known = _Known({period: reading.totals.get((subject, period), NOTHING) for period in periods})
         known.unpriced_in = "" if before is None else before.unpriced_in
-        for record in self._open.values():
-            if subject in subjects_of(record):
-                known.add(spent_by(record), periods_by(record))
+        for spending in self._open_of(subject):
+            if spending.record_id not in reading.booked:
+                known.add(spending)
         self._known[subject] = known
         return known
 
-    # ---- What the ledger tells -----------------------------------------------------------------------------
+    def _open_of(self, subject: Subject) -> Iterator[Spending]:
+        """The calls of a subject that the ledger did not have when it was last read."""
+        for record in self._open.values():
+            if subject in subjects_of(record):
+                yield spending_of(record)
+        for heard in self._heard.values():
+            if subject in heard.spending.subjects:
+                yield heard.spending
+
+    # ---- What the ledger and other processes tell ----------------------------------------------------------
 
     def add(self, record: CallRecord) -> None:
-        """Count a call that the ledger does not have yet."""
+        """Count a call of this process, which the ledger does not have yet."""
         if record.record_id in self._open:
             return
         self._open[record.record_id] = record
         if not self._known:
             return
-        unpriced, spent, periods = is_unpriced(record), spent_by(record), periods_by(record)
-        for subject in subjects_of(record):
+        unpriced, spending, is_limited = is_unpriced(record), spending_of(record), False
+        for subject in spending.subjects:
             known = self._known.get(subject)
             if known is None:
                 continue
-            known.add(spent, periods)
+            is_limited = True
+            known.add(spending)
             self._announce(subject, known)
             if unpriced:
                 self._note_unpriced(subject, known, record.model)
+        if is_limited and spending.spent != NOTHING:
+            self._tell(spending)
 
-    def written(self, record_ids: Iterable[str], spent: Mapping[tuple[Subject, str], Spent]) -> None:
-        """Take over what the ledger has: the calls in it, and what each subject has spent in a period."""
-        for record_id in record_ids:
-            if (record := self._open.pop(record_id, None)) is not None:
-                self._forget(record)
-        for (subject, period), total in spent.items():
+    def hear(self, spending: Spending) -> None:
+        """Count a call of another process, until the ledger has it."""
+        name = spending.record_id
+        if any(name in counted for counted in (self._open, self._heard, self._latest, self._booked)):
+            return
+        if self._now() - spending.ended_s > EXPIRY_S:
+            return
+        self._keep(spending)
+        for subject in spending.subjects:
+            known = self._known.get(subject)
+            if known is not None:
+                known.add(spending)
+                self._announce(subject, known)
+
+    def _keep(self, spending: Spending) -> None:
+        if len(self._heard) >= MAX_HEARD:
+            self._forget(self._heard.pop(next(iter(self._heard))).spending)
+        self._heard[spending.record_id] = _Heard(spending)
+
+    def booked(self, records: Collection[CallRecord], inserted: Collection[str]) -> None:
+        """Take over what this process has booked.
+
+        Args:
+            records: The calls that the ledger has now.
+            inserted: The ids of those that it did not have before.
+        """
+        for record in records:
+            name = record.record_id
+            is_own = self._open.pop(name, None) is not None
+            if name in inserted:
+                self._booked[name] = True
+                self._heard.pop(name, None)
+                for subject in subjects_of(record) if self._known else ():
+                    if (known := self._known.get(subject)) is not None:
+                        known.move(name)
+            elif is_own and self._known:
+                # Somebody else has booked it, or this process beyond the time limit: the last reading may be
+                # with it or without it, and the next one tells.
+                self._keep(spending_of(record))
+
+    def read(self, reading: Reading) -> None:
+        """Take over what the ledger has, after what it had before."""
+        # Some may have been told while it was read.
+        for name in {*reading.booked, *(name for name in self._heard if name in reading.latest)}:
+            record, heard = self._open.pop(name, None), self._heard.pop(name, None)
+            if record is not None:
+                self._forget(spending_of(record))
+            elif heard is not None:
+                self._forget(heard.spending)
+        self._latest = reading.latest
+        for (subject, period), total in reading.totals.items():
             known = self._known.get(subject)
             if known is not None and period in known.written:
                 known.written[period] = total
                 self._announce(subject, known)
+        for heard in list(self._heard.values()):
+            heard.readings += 1
+            if heard.readings > MAX_READINGS:
+                del self._heard[heard.spending.record_id]
+                self._forget(heard.spending)
 
     def drop_oldest(self) -> None:
-        """Forget the oldest call that the ledger does not have."""
-        self._forget(self._open.pop(next(iter(self._open))))
+        """Forget the oldest call of this process that is not booked."""
+        self._forget(spending_of(self._open.pop(next(iter(self._open)))))
 
     @property
     def waiting(self) -> Mapping[str, CallRecord]:
-        """The calls that the ledger does not have, by the id of the record, oldest first."""
+        """The calls of this process that are not booked, by the id of the record, oldest first."""
         return self._open
 
-    def _forget(self, record: CallRecord) -> None:
-        if not self._known:
-            return
-        spent, periods = NOTHING - spent_by(record), periods_by(record)
-        for subject in subjects_of(record):
+    @property
+    def open(self) -> list[str]:
+        """The ids of all records that the ledger did not have when it was last read."""
+        return [*self._open, *self._heard]
+
+    def _forget(self, spending: Spending) -> None:
+        for subject in spending.subjects if self._known else ():
             known = self._known.get(subject)
             if known is not None:
-                known.add(spent, periods)
+                known.remove(spending.record_id)
 
     def _note_unpriced(self, subject: Subject, known: _Known, model: str) -> None:
         """Count a call without a price for a budget in US dollars; emit an event once in each period."""

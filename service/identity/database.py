@@ -274,6 +274,13 @@ def _reason(error: Exception) -> str:
     return type(origin).__name__
 
 
+def see_one_moment(connection: sa.Connection) -> None:
+    """Let all statements of a transaction that only reads see the same moment; before the first of them."""
+    # SQLite's do so by themselves.
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+
+
 # ---- Transactions --------------------------------------------------------------------------------------
 
 

@@ -9,13 +9,13 @@ is inserted in the same transaction.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 import cachetools
 import sqlalchemy as sa
@@ -27,6 +27,7 @@ from service.identity.budgets import (
     NANO,
     Budgets,
     Periods,
+    Reading,
     Spent,
     Subject,
     as_name,
@@ -36,7 +37,7 @@ from service.identity.budgets import (
     periods_by,
     spent_by,
 )
-from service.identity.database import TIMEOUT_S, Database, DatabaseFailedError, metadata
+from service.identity.database import TIMEOUT_S, Database, DatabaseFailedError, metadata, see_one_moment
 from service.identity.keys import ID_CHARS
 from service.identity.principal import MAX_NAME_CHARS, Scope
 from service.recording.delivery import NotBookedError
@@ -51,7 +52,11 @@ CHANGED_S: Final = 60
 """How far back it is read: the clocks of the machines may differ by so much."""
 
 BATCH: Final = 500
-"""Records of one transaction."""
+"""Records of one transaction, and ids of one question."""
+
+LATEST: Final = 2_000
+"""How many of the records booked last are read with what was spent: calls of which other processes may tell
+later, or have told while it was read."""
 
 MAX_WAITING: Final = 50_000
 """Records that wait in memory while the database fails; more of them come from the spool only."""
@@ -122,6 +127,7 @@ MONEY: Final = {"cost": "cost_nano", "saved_cost": "saved_cost_nano"}
 Totals = Mapping[tuple[Subject, str], Spent]
 Insert = Callable[[sa.Table], Any]
 Known = Callable[[str], str]
+Item = TypeVar("Item")
 
 logger = logging.getLogger(__name__)
 
@@ -148,24 +154,21 @@ UsageRow = Mapping[str, str | int | float | None]
 
 def write_records(
     connection: sa.Connection, insert: Insert, records: Sequence[CallRecord], known: Known, now_s: float
-) -> Totals:
+) -> Collection[str]:
     """Add calls to the ledger in the connection's transaction; those that it has change nothing.
 
-    Returns what was spent in all by each subject and period of these calls.
+    Returns the ids of those that it did not have.
     """
     by_id = {record.record_id: record for record in records}
     # Rows as parameters, not as values of one statement, which SQLAlchemy would compile each time.
     rows = [{"record_id": name, "taken_at": int(now_s)} for name in sorted(by_id)]
-    inserted = connection.execute(
-        insert(RECORDS).on_conflict_do_nothing().returning(RECORDS.c.record_id), rows
-    )
-    sums = _summed([by_id.pop(record_id) for record_id in inserted.scalars()], known)
-    # Those of a transaction that was committed after its time limit are here again, and were not told yet.
-    totals = _select_spent(connection, _summed(by_id.values(), known)) if by_id else {}
-    if not sums:
-        return totals
-    _add_usage(connection, insert, sums)
-    return {**totals, **_add_spent(connection, insert, sums, int(now_s))}
+    adding = insert(RECORDS).on_conflict_do_nothing().returning(RECORDS.c.record_id)
+    inserted = frozenset(connection.execute(adding, rows).scalars())
+    if inserted:
+        sums = _summed([by_id[record_id] for record_id in sorted(inserted)], known)
+        _add_usage(connection, insert, sums)
+        _add_spent(connection, insert, sums, int(now_s))
+    return inserted
 
 
 Place = tuple[Periods, str, str, str, str]
@@ -234,15 +237,18 @@ def _places_of(sums: Mapping[Place, Sequence[int]]) -> dict[tuple[Scope, str, st
     return spent
 
 
-def _select_spent(connection: sa.Connection, sums: Mapping[Place, Sequence[int]]) -> Totals:
-    columns = sa.tuple_(SPENT.c.scope, SPENT.c.name, SPENT.c.period)
-    query = sa.select(SPENT).where(columns.in_(sorted(_places_of(sums))))
-    return _totals_of(connection.execute(query))
+def _select_booked(connection: sa.Connection, record_ids: Collection[str]) -> frozenset[str]:
+    """Which of these records the ledger has."""
+    found: set[str] = set()
+    for batch in _batches(sorted(record_ids)):
+        query = sa.select(RECORDS.c.record_id).where(RECORDS.c.record_id.in_(batch))
+        found.update(connection.execute(query).scalars())
+    return frozenset(found)
 
 
 def _add_spent(
     connection: sa.Connection, insert: Insert, sums: Mapping[Place, Sequence[int]], now_s: int
-) -> Totals:
+) -> None:
     spent = _places_of(sums)
     rows = [
         {
@@ -263,8 +269,8 @@ def _add_spent(
             "tokens": SPENT.c.tokens + added.excluded.tokens,
             "changed_at": added.excluded.changed_at,
         },
-    ).returning(SPENT)
-    return _totals_of(connection.execute(added, rows))
+    )
+    connection.execute(added, rows)
 
 
 def _totals_of(rows: Iterable[Any]) -> Totals:
@@ -345,9 +351,10 @@ class Ledger:
         self._records_kept_s = records_kept_s
         self._now = now
         self._loop = asyncio.get_running_loop()
-        # Totals are taken over in the order in which they were read.
+        # What was booked and what was read is taken over in the order in which that was done.
         self._order = asyncio.Lock()
-        self._bookings = 0
+        self._changes = 0
+        self._polled_at_s = now()
         self._booked: cachetools.FIFOCache[str, bool] = cachetools.FIFOCache(MAX_BOOKED)
         self.budgets = Budgets(self, instruments, now)
 
@@ -381,40 +388,49 @@ class Ledger:
             await self._write(batch)
 
     async def _write(self, records: Sequence[CallRecord]) -> None:
-        def write(connection: sa.Connection) -> Totals:
+        def write(connection: sa.Connection) -> Collection[str]:
             return write_records(connection, self._database.insert, records, self._known, self._now())
 
         async with self._order:
-            totals = await self._database.run("book", write, writes=True)
-            ids = [record.record_id for record in records]
-            self._booked.update(dict.fromkeys(ids, True))
-            self._bookings += 1
-            self.budgets.written(ids, totals)
+            inserted = await self._database.run("book", write, writes=True)
+            self._booked.update((record.record_id, True) for record in records)
+            self._changes += 1
+            self.budgets.booked(records, inserted)
 
-    async def spent(self, subject: Subject, periods: Periods) -> Mapping[str, Spent]:
-        """What was spent by a subject, by period; raises ``DependencyUnavailableError``."""
+    async def spent(self, subject: Subject, periods: Periods, record_ids: Collection[str]) -> Reading:
+        """What was spent by a subject, and which of these records are in it.
+
+        Raises:
+            DependencyUnavailableError: The database does not answer.
+        """
         scope, name = subject
         query = sa.select(SPENT).where(
             SPENT.c.scope == scope, SPENT.c.name == name, SPENT.c.period.in_(periods)
         )
+
+        def select(connection: sa.Connection) -> Reading:
+            if record_ids:
+                see_one_moment(connection)
+            booked = _select_booked(connection, record_ids)
+            return Reading(_totals_of(connection.execute(query)), booked)
+
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                found = await self._select_undisturbed(query)
+                return await self._find_undisturbed(select)
         except TimeoutError:
             raise DependencyUnavailableError from None
-        return {period: spent for (_subject, period), spent in found.items()}
 
-    async def _select_undisturbed(self, query: sa.Select[Any]) -> Totals:
-        """Read what was spent, again if calls were booked meanwhile.
+    async def _find_undisturbed(self, select: Callable[[sa.Connection], Reading]) -> Reading:
+        """Read what was spent, again if something else was booked or read meanwhile.
 
-        Those would be neither in what was read nor among those that wait. Callers who ask for the first time
-        after a start do not wait for one another, nor for a write that waits for another program's lock. What
-        is being booked may count twice until that is told: for a moment a budget has less, and never more.
+        Those calls would be neither in what was read nor among those that are open. Callers who ask for the
+        first time after a start do not wait for one another, nor for a write that waits for another program's
+        lock.
         """
         while True:
-            bookings = self._bookings
-            found: Totals = await self._find(lambda connection: _totals_of(connection.execute(query)))
-            if bookings == self._bookings:
+            changes = self._changes
+            found: Reading = await self._find(select)
+            if changes == self._changes:
                 return found
 
     async def usage(self, query: UsageQuery) -> tuple[list[UsageRow], UsageRow]:
@@ -476,13 +492,29 @@ class Ledger:
 
     async def poll(self) -> None:
         """Read what other processes have booked of late; raises ``DatabaseFailedError``."""
-        since = int(self._now()) - CHANGED_S
-        query = sa.select(SPENT).where(SPENT.c.changed_at >= since)
         async with self._order:
-            totals = await self._database.run(
-                "poll", lambda connection: _totals_of(connection.execute(query)), writes=False
+            now_s, record_ids, is_shared = self._now(), self.budgets.open, self.budgets.is_shared
+            since = int(min(now_s, self._polled_at_s)) - CHANGED_S
+            changed = sa.select(SPENT).where(SPENT.c.changed_at >= since)
+            latest = (
+                sa.select(RECORDS.c.record_id)
+                .where(RECORDS.c.taken_at >= since)
+                .order_by(RECORDS.c.taken_at.desc())
+                .limit(LATEST)
             )
-            self.budgets.written((), totals)
+
+            def read(connection: sa.Connection) -> Reading:
+                see_one_moment(connection)
+                return Reading(
+                    _totals_of(connection.execute(changed)),
+                    _select_booked(connection, record_ids),
+                    frozenset(connection.execute(latest).scalars()) if is_shared else frozenset(),
+                )
+
+            reading = await self._database.run("poll", read, writes=False)
+            self._polled_at_s = now_s
+            self._changes += 1
+            self.budgets.read(reading)
 
     async def purge(self) -> None:
         """Delete what is too old; raises ``DatabaseFailedError``."""
@@ -504,8 +536,8 @@ class Ledger:
         await self._database.run("purge", delete, writes=True)
 
 
-def _batches(records: Sequence[CallRecord]) -> Iterable[Sequence[CallRecord]]:
-    return (records[start : start + BATCH] for start in range(0, len(records), BATCH))
+def _batches(items: Sequence[Item]) -> Iterable[Sequence[Item]]:
+    return (items[start : start + BATCH] for start in range(0, len(items), BATCH))
 
 
 def _shown(row: Any, by: Sequence[Dimension]) -> UsageRow:  # noqa: ANN401 - a row

@@ -21,7 +21,8 @@ from service.config.settings import Settings
 from service.context import current_request
 from service.errors import AuthenticationError, OverloadedError, RateLimitError
 from service.identity.principal import Principal, Role, SignedOut
-from service.shared.counts import Counts, How, Limit, LocalCounts, Waited
+from service.shared.counts import Counts, How, Limit, LocalCounts
+from service.shared.exchange import Waited
 from service.telemetry.instruments import Instruments
 from service.utils.rates import Rate, Window
 

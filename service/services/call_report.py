@@ -17,7 +17,7 @@ from opentelemetry.trace import Span, Status, StatusCode, format_span_id, format
 from service.cache.control import NO_DIRECTIVES, CacheControl
 from service.cache.response_cache import Lookup
 from service.context import CallFacts, current_request
-from service.recording.record import CallRecord
+from service.recording.record import AttemptRecord, CallRecord
 from service.telemetry import names
 from service.telemetry.instruments import Instruments
 from service.upstream.messages import MAX_CONTENT_CHARS, Completion, LlmRequest
@@ -72,6 +72,7 @@ class CallOutcome:
         saved_tokens: Tokens that a cached answer did not cost.
         saved_cost: US dollars that a cached answer did not cost; None where its price is not known.
         attempts: Requests sent to the upstream.
+        tries: What became of each of them.
         retry_ended: Why there was no further attempt; empty where there was none at all.
         retry_s: Seconds spent waiting between attempts.
         llm_s: Seconds spent waiting for the upstream.
@@ -79,6 +80,8 @@ class CallOutcome:
         started_ns: Unix time in nanoseconds.
         duration_s: Seconds from the call's start until now.
         upstream: What the upstream said or did where the call failed, as fields of the log line.
+        upstream_status: The upstream's HTTP status where the call failed.
+        upstream_code: The upstream's error code where the call failed, one of a closed set.
     """
 
     outcome: Outcome
@@ -90,6 +93,7 @@ class CallOutcome:
     saved_tokens: int
     saved_cost: float | None
     attempts: int
+    tries: tuple[AttemptRecord, ...]
     retry_ended: str
     retry_s: float
     llm_s: float
@@ -97,6 +101,8 @@ class CallOutcome:
     started_ns: int
     duration_s: float
     upstream: Mapping[str, str | int] = field(default_factory=dict)
+    upstream_status: int | None = None
+    upstream_code: str | None = None
 
 
 class CallReport:
@@ -172,9 +178,10 @@ class CallReport:
 
     def _record_of(self, span: Span, spec: CallSpec, outcome: CallOutcome) -> CallRecord:
         context, request = span.get_span_context(), current_request.get()
-        completion = outcome.completion
+        completion, lookup = outcome.completion, outcome.lookup
+        hit = outcome.cache == "hit"
         # The tokens of a cached answer stand in the record of the call that paid for it.
-        paid = None if outcome.cache == "hit" else completion
+        paid = None if hit else completion
         asked = answer = None
         if self._capture:
             body = spec.request.body
@@ -210,6 +217,20 @@ class CallReport:
             answer=answer,
             continued=request is not None and request.continued,
             incident_id=request.incident_id if request is not None else None,
+            route=request.route if request is not None else None,
+            tries=outcome.tries,
+            lookup_s=round(lookup.lookup_s, 6) if lookup.result != "bypass" else None,
+            lookup_failed=lookup.result == "error",
+            cache_kind=lookup.kind if hit and lookup.entry is not None else None,
+            similarity=lookup.similarity if hit else None,
+            age_s=round(lookup.age_s, 3) if hit and lookup.entry is not None else None,
+            shared=hit and lookup.entry is None,
+            cached_tokens=paid.cache_read_tokens if paid else None,
+            reasoning_tokens=paid.reasoning_tokens if paid else None,
+            error_reason=outcome.reason,
+            retry_ended=(outcome.retry_ended or None) if outcome.error is not None else None,
+            upstream_status=outcome.upstream_status,
+            upstream_code=outcome.upstream_code,
         )
 
 

@@ -18,22 +18,25 @@ from service.cache.assembly import Assembler
 from service.cache.coalescing import Coalescing, NoCoalescing
 from service.cache.control import applied
 from service.cache.entries import Entry, tokens_of
-from service.cache.response_cache import AnswerCache, Lookup
+from service.cache.response_cache import AnswerCache, Lookup, Slot
 from service.config.settings import Settings
 from service.errors import UNREACHABLE, CallerLeftError, Cause, ServiceError, UpstreamTimeoutError
+from service.recording.record import MAX_TRIES, AttemptRecord
 from service.recording.recorder import CallRecorder
 from service.services.call_report import CallOutcome, CallReport, CallSpec, Outcome
 from service.services.circuit_breaker import ConnectionBreaker
 from service.services.circuits import Circuits, Passage
+from service.shared.leases import Leases, LeaseTimeoutError
 from service.telemetry import names
 from service.telemetry.events import upstream_fields
 from service.telemetry.providers import SCOPE, Telemetry
 from service.upstream.client import LlmClient
+from service.upstream.errors import timed_out
 from service.upstream.messages import Completion, ModelList, Reply
 from service.upstream.operations import OPERATIONS, OperationName
 from service.upstream.stream import ALIVE, EVENT_STREAM, AnswerEvents, StreamEvent
 from service.utils.deadline import Deadline
-from service.utils.retry import Attempt, Progress, RetryBudget, RetryPolicy, retrying
+from service.utils.retry import Attempt, Progress, RetryBudget, RetryPolicy, Tried, retrying
 
 BREAKER: Final = "litellm"
 
@@ -117,24 +120,28 @@ class _Call:
     completion: Completion | None = None
     llm_s: float = 0.0
     first_chunk_s: float | None = None
+    streams: bool = False
 
     def outcome(self, error: BaseException | None = None) -> CallOutcome:
         """Freeze the call as it is now."""
         cached = self.cached_from
         outcome: Outcome = "success" if cached is None else "cached"
-        name = reason = None
+        name = reason = code = None
+        status: int | None = None
         if isinstance(error, (asyncio.CancelledError, CallerLeftError)):
             outcome = "cancelled"
         elif error is not None:
             outcome, name, reason = "error", "InternalError", "Bug"
             if isinstance(error, ServiceError):
                 name, reason = error.name, error.label
+                status, code = error.upstream_status, error.upstream_code
         seen = self.lookup.seen
         if cached is not None:
             seen = "hit"
         elif seen == "hit":
             # An equal call was under way, and its answer is not there, or was left for this call to pay.
             seen = "miss"
+        now_s = self.clock()
         return CallOutcome(
             outcome=outcome,
             error=name,
@@ -145,13 +152,37 @@ class _Call:
             saved_tokens=0 if cached is None else tokens_of(cached),
             saved_cost=None if cached is None else cached.cost,
             attempts=self.progress.attempts,
+            tries=self._tries(now_s, error),
             retry_ended=self.progress.ended,
             retry_s=self.progress.waited_s,
             llm_s=self.llm_s,
             first_chunk_s=self.first_chunk_s,
             started_ns=self.started_ns,
-            duration_s=round(self.clock() - self.started_s, 6),
+            duration_s=round(now_s - self.started_s, 6),
             upstream=upstream_fields(error),
+            upstream_status=status,
+            upstream_code=code,
+        )
+
+    def _tries(self, now_s: float, error: BaseException | None) -> tuple[AttemptRecord, ...]:
+        """The attempts until now, the first ones where there are too many."""
+        tried, waits_s = self.progress.tried[:MAX_TRIES], self.progress.waits_s
+        if self.streams and tried:
+            # The attempt goes on after its first piece, and ends as the stream does.
+            started_s = tried[-1].started_s
+            tried[-1] = Tried(started_s, now_s) if error is None else Tried.failed(started_s, now_s, error)
+        # One that was taken over from an equal call began before this call did.
+        began_s = self.started_s
+        return tuple(
+            AttemptRecord(
+                started_s=round(max(each.started_s - began_s, 0.0), 6),
+                duration_s=round(max(each.ended_s - max(each.started_s, began_s), 0.0), 6),
+                error=each.error,
+                cause=each.cause,
+                status=each.status,
+                wait_s=round(waits_s[number], 6) if number < len(waits_s) else 0.0,
+            )
+            for number, each in enumerate(tried)
         )
 
 
@@ -162,6 +193,7 @@ class Generation:
         llm: The client of the models' side.
         cache: Finds stored answers and takes new ones.
         coalescing: Lets equal calls at the same time share one upstream call.
+        leases: Let them share one with those of other processes.
         recorder: Takes the record of each call that has ended, before the last byte of its answer is sent.
         telemetry: Where spans and counts go.
         settings: The default model, and the numbers of retry, breaker and streams.
@@ -177,6 +209,7 @@ class Generation:
         *,
         cache: AnswerCache,
         coalescing: Coalescing | NoCoalescing,
+        leases: Leases,
         recorder: CallRecorder,
         on_unreachable: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
@@ -188,6 +221,7 @@ class Generation:
         self._cache = cache
         self._cache_sampled = settings.cache_sampled
         self._coalescing = coalescing
+        self._leases = leases
         self._on_unreachable = on_unreachable
         self._clock = clock
         self._recorder = recorder
@@ -233,13 +267,13 @@ class Generation:
                 reply, call.cached_from = entry.reply(), entry.completion
             elif slot is not None and slot.control.shares:
                 reply, pays = await self._coalescing.share(
-                    slot.key.digest, spec.deadline, call.progress, partial(self._ask, call, span)
+                    slot.key.digest, spec.deadline, call.progress, partial(self._ask_once, call, slot, span)
                 )
                 if not pays:
                     call.cached_from = reply.completion
                     reply = Reply(reply.content, replace(reply.completion, cost=0.0))
             else:
-                reply = await self._ask(call, span)
+                reply, _stored = await self._ask(call, span)
             call.completion = reply.completion
         return Answer(reply, call.outcome())
 
@@ -267,6 +301,7 @@ class Generation:
                 passage = call.passage = held.enter_context(self.circuits.call(spec.request.model, spec.user))
                 events = await self._open[spec.request.operation](call.progress, spec.deadline, call, held)
                 passage.answered()
+                call.streams = True
             call.first_chunk_s = round(self._clock() - call.started_s, 6)
             self._report.answering(spec, call.outcome())
             end_s = asyncio.get_running_loop().time() + self._stream_s - (self._clock() - call.started_s)
@@ -338,14 +373,31 @@ class Generation:
             self._report.ended(span, spec, call.outcome())
             await self._recorder.written()
 
-    async def _ask(self, call: _Call, span: Span) -> Reply:
-        """Ask the model for a whole answer, with retries, and store it."""
+    async def _ask_once(self, call: _Call, slot: Slot, span: Span) -> tuple[Reply, bool]:
+        """Ask the model, or take the answer of another process that asks the same; whether it is billed."""
+        deadline = call.spec.deadline
+        try:
+            async with self._leases.lease(slot.key.digest, deadline, span.get_span_context()) as lease:
+                if lease.answer is not None and lease.origin is not None:
+                    entry = self._cache.accept(slot, lease.answer, followed=lease.followed)
+                    if entry is not None:
+                        span.add_link(lease.origin)
+                        span.set_attribute(names.ATTR_CACHE_SHARED, True)  # noqa: FBT003 - an attribute's value
+                        return Reply(entry.content, entry.completion), False
+                reply, stored = await self._ask(call, span)
+                if stored is not None:
+                    lease.made = stored.as_json
+                return reply, True
+        except LeaseTimeoutError:
+            raise timed_out(deadline.limit_s) from None
+
+    async def _ask(self, call: _Call, span: Span) -> tuple[Reply, Entry | None]:
+        """Ask the model for a whole answer, with retries, and store it; the answer, and what is stored."""
         spec = call.spec
         await self._llm.check_model(spec.request, spec.deadline)
         with self.circuits.call(spec.request.model, spec.user) as call.passage:
             reply = await self._whole[spec.request.operation](call.progress, spec.deadline, call)
-        self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())
-        return reply
+        return reply, self._cache.store(call.lookup, reply, spec.request.model, span.get_span_context())
 
     async def _attempt(self, progress: Progress, deadline: Deadline, call: _Call) -> Reply:
         """Make one attempt at a whole answer."""
@@ -369,12 +421,17 @@ class Generation:
         started_s = self._clock()
         try:
             yield
-        except ServiceError as error:
-            if error.cause in UNREACHABLE:
+        except BaseException as error:
+            ended_s = self._clock()
+            progress.tried.append(Tried.failed(started_s, ended_s, error))
+            if isinstance(error, ServiceError) and error.cause in UNREACHABLE:
                 self._on_unreachable()
             raise
+        else:
+            ended_s = self._clock()
+            progress.tried.append(Tried(started_s, ended_s))
         finally:
-            call.llm_s += self._clock() - started_s
+            call.llm_s += ended_s - started_s
 
 
 class _StoredStream:

@@ -1,6 +1,6 @@
-"""What the replicas of the service count together, in a Valkey server, so that they act as one.
+"""What replicas share in a Valkey server, so that they act as one: counts, leases on calls, news.
 
-``counts.open_counts`` is the entry point. A count never fails a request and never delays one beyond
-``VALKEY_TIMEOUT_S``: without the server each process goes on by its own counts. It never stores a name: keys
-are hashes.
+``state.open_shared`` and ``news.open_news`` are the entry points. Nothing here fails a request, or delays one
+beyond ``VALKEY_TIMEOUT_S`` for each question: without the server each process goes on by itself. Keys are
+hashes: no name is stored. An answer is left for some seconds, for other processes whose callers wait for it.
 """

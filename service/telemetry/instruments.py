@@ -36,6 +36,7 @@ class Instruments:
         self.budget_unpriced = _counter(meter, names.BUDGET_UNPRICED)
         self.identity_store_duration = _histogram(meter, names.IDENTITY_STORE_DURATION)
         self.shared_news = _counter(meter, names.SHARED_NEWS)
+        self.shared_leases = _counter(meter, names.SHARED_LEASES)
         self.shared_operation_duration = _histogram(meter, names.SHARED_OPERATION_DURATION)
         self.health_check_duration = _histogram(meter, names.HEALTH_CHECK_DURATION)
         self.recorder_spooled = _counter(meter, names.RECORDER_SPOOLED)
@@ -59,6 +60,7 @@ class Instruments:
             (self.recorder_replayed, names.RECORDER_REPLAYED),
             (self.recorder_lost, names.RECORDER_LOST),
             (self.shared_news, names.SHARED_NEWS),
+            (self.shared_leases, names.SHARED_LEASES),
         ):
             _start_at_zero(counter, metric)
         self.requests_in_flight.add(0)

@@ -214,16 +214,28 @@ SHARED_OPERATION_DURATION: Final = Metric(
     "llmops.shared.operation.duration",
     "histogram",
     "s",
-    "Time that a request waited for Valkey; with outcome error, until it was counted in this process",
-    {"operation": ("count", "look"), "outcome": ("success", "error")},
+    "Time that a request waited for Valkey; with outcome error, until this process went on without it",
+    {"operation": ("count", "look", "lease"), "outcome": ("success", "error")},
     buckets=STORE_BUCKETS,
 )
 SHARED_NEWS: Final = Metric(
     "llmops.shared.news",
     "counter",
     "{message}",
-    "Messages between replicas: told to the others, heard from another one, or dropped as too many waited",
-    {"topic": ("signed_out", "cache_cleared", "circuit"), "outcome": ("told", "heard", "dropped")},
+    "Messages between replicas: told to the others, heard from another one, of no use (not understood, or "
+    "more than this process can hold), or dropped as too many waited",
+    {
+        "topic": ("signed_out", "cache_cleared", "circuit", "spent"),
+        "outcome": ("told", "heard", "dropped", "unusable"),
+    },
+)
+SHARED_LEASES: Final = Metric(
+    "llmops.shared.leases",
+    "counter",
+    "{call}",
+    "Calls that other processes may share: made here as the first, or taken over from a process that gave no "
+    "answer; answered by another process; or made here, as Valkey did not say",
+    {"outcome": ("leader", "taken_over", "follower", "none")},
 )
 SHARED_FALLBACK: Final = Metric(
     "llmops.shared.fallback",
@@ -316,6 +328,7 @@ METRICS: Final = (
     IDENTITY_STORE_DURATION,
     SHARED_OPERATION_DURATION,
     SHARED_NEWS,
+    SHARED_LEASES,
     SHARED_FALLBACK,
     HEALTH_STATUS,
     HEALTH_AGE,
@@ -347,6 +360,8 @@ ATTR_LLM_COST: Final = "llmops.llm.cost"
 ATTR_LLM_DEADLINE: Final = "llmops.llm.deadline"
 ATTR_LLM_DEADLINE_LEFT: Final = "llmops.llm.deadline_left"
 ATTR_RETRY_OUTCOME: Final = "llmops.retry.outcome"
+ATTR_RETRY_DELAY: Final = "llmops.retry.delay"
+"""The back-off after an attempt, in seconds; in MLflow's records only."""
 ATTR_LLM_OUTCOME: Final = "llmops.llm.outcome"
 ATTR_LLM_STREAMED: Final = "llmops.llm.streamed"
 ATTR_LLM_FIRST_CHUNK: Final = "llmops.llm.time_to_first_chunk"

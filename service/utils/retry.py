@@ -12,14 +12,14 @@ import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from tenacity import AsyncRetrying, RetryCallState
 from tenacity.stop import stop_never
 
-from service.errors import CircuitOpenError, RateLimitError, ServiceError, UpstreamFailure
+from service.errors import CallerLeftError, CircuitOpenError, RateLimitError, ServiceError, UpstreamFailure
 from service.telemetry import names
 from service.telemetry.events import emit, upstream_fields
 from service.telemetry.instruments import Instruments
@@ -59,23 +59,63 @@ class RetryPolicy:
     random_fraction: Callable[[], float] = random.random
 
 
+CANCELLED = "cancelled"
+"""The error of an attempt that ended because nobody waits for it any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """An attempt that has ended.
+
+    Args:
+        started_s: When it began, in seconds on the clock of the call.
+        ended_s: When it ended.
+        error: The error's name; None where it succeeded.
+        cause: Why the exchange failed below HTTP; a value of ``Cause``.
+        status: The upstream's HTTP status; of a failure only.
+    """
+
+    started_s: float
+    ended_s: float
+    error: str | None = None
+    cause: str | None = None
+    status: int | None = None
+
+    @classmethod
+    def failed(cls, started_s: float, ended_s: float, error: BaseException) -> Self:
+        """An attempt that ended with an error, of which the facts are kept: it holds on to much else."""
+        if isinstance(error, (asyncio.CancelledError, CallerLeftError)):
+            return cls(started_s, ended_s, CANCELLED)
+        if not isinstance(error, ServiceError):
+            return cls(started_s, ended_s, "InternalError")
+        cause = None if error.cause is None else error.cause.value
+        return cls(started_s, ended_s, error.name, cause, error.upstream_status)
+
+
 @dataclass
 class Progress:
     """The progress of one call through its attempts.
 
     Args:
         attempts: Attempts sent to the upstream; counted by the attempt itself.
-        waited_s: Time spent between attempts, in seconds.
+        tried: The attempts that have ended, in their order; noted by the attempt itself.
+        waits_s: The back-off after each attempt that was followed by one, in seconds.
         ended: Why there was no further attempt: an outcome of ``llmops.retry.attempts``.
         delay_s: The latest back-off, in seconds.
         error: The latest attempt's error.
     """
 
     attempts: int = 0
-    waited_s: float = 0.0
+    tried: list[Tried] = field(default_factory=list)
+    waits_s: list[float] = field(default_factory=list)
     ended: str = ""
     delay_s: float = 0.0
     error: Exception | None = None
+
+    @property
+    def waited_s(self) -> float:
+        """Time spent between attempts, in seconds."""
+        return sum(self.waits_s)
 
 
 Attempt = Callable[Concatenate[Progress, Deadline, P], Coroutine[Any, Any, T]]
@@ -307,7 +347,7 @@ class _Decider:
             return "deadline", "the deadline comes first"
         if not self._budget.take():
             return "budget", "the retry budget is spent"
-        progress.waited_s += progress.delay_s
+        progress.waits_s.append(progress.delay_s)
         return "retried", "retry"
 
     def _report_end(self, number: int, error: Exception, ended: str, reason: str, deadline: Deadline) -> None:

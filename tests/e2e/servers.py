@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -134,6 +135,19 @@ def litellm_server(
     return proxy, {"LITELLM_URL": proxy.url, "LITELLM_API_KEY": key}
 
 
+@dataclass(frozen=True)
+class StoredSpan:
+    """A span as MLflow returns it; the parent's id is empty on a root."""
+
+    name: str
+    span_id: str
+    parent: str
+    start_ns: int
+    end_ns: int
+    status: str
+    attributes: dict[str, Any]
+
+
 class MlflowServer(Server):
     """A real MLflow server on a database of its own, and what its API says."""
 
@@ -193,3 +207,25 @@ class MlflowServer(Server):
             if not page.get("next_page_token"):
                 return found
             asked["page_token"] = page["next_page_token"]
+
+    def tree(self, record_id: str) -> list[StoredSpan]:
+        """The spans of a record, by their start; the root is the first one."""
+        found = self.api("GET", f"3.0/mlflow/traces/get?trace_id=tr-{record_id}")["trace"]["spans"]
+        spans = [
+            StoredSpan(
+                span["name"],
+                span["span_id"],
+                span.get("parent_span_id", ""),
+                int(span["start_time_unix_nano"]),
+                int(span["end_time_unix_nano"]),
+                span["status"]["code"],
+                {entry["key"]: _plain(entry["value"]) for entry in span["attributes"]},
+            )
+            for span in found
+        ]
+        return sorted(spans, key=lambda span: (bool(span.parent), span.start_ns, -span.end_ns))
+
+
+def _plain(value: dict[str, Any]) -> Any:
+    (found,) = value.values()
+    return found

@@ -103,6 +103,7 @@ def test_calls_with_one_traceparent_have_a_record_each(
     assert first in traces
     assert first["trace_metadata"]["mlflow.trace.user"] == "admin"
     assert first["state"] == "OK"
+    assert {trace["tags"]["record_id"] for trace in traces} == set(ids_of(traces))
     (other,) = server.traces("shared", f"tags.incident_id = '{refused.json['incident_id']}'")
     assert other["trace_metadata"]["mlflow.trace.user"] == "user"
     assert server.traces("shared", f"tags.span_id = '{other['tags']['span_id']}'") == [other]

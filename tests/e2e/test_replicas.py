@@ -1,16 +1,21 @@
 """Replicas that share a Valkey server tell each other what each of them sees."""
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException
 
 import pytest
 
 from tests.e2e.recording import until
 from tests.e2e.support import generate
 from tests.fakes.qdrant import FakeQdrant
+from tests.fakes.upstream import Answer as UpstreamAnswer
 from tests.fakes.upstream import FakeUpstream, Status
-from tests.harness import ServiceProcess, new_secrets
+from tests.harness import Answer, ServiceProcess, new_secrets
 from tests.valkey import Valkey
 
 pytestmark = pytest.mark.e2e
@@ -75,13 +80,48 @@ def running(number: int, **more: str) -> Iterator[Replicas]:
         yield Replicas(variables, valkey, upstream, processes)
 
 
+@dataclass
+class Asked:
+    """Calls that are made at the same time, each in a thread."""
+
+    answers: list[Future[Answer]]
+
+    def results(self) -> Counter[str]:
+        """What the callers saw of the cache; each must have an answer, and the same one."""
+        answers = [answer.result() for answer in self.answers]
+        assert {answer.status for answer in answers} == {200}, [answer.body for answer in answers][:3]
+        assert len({answer.json["response"] for answer in answers}) == 1
+        # Who made the call pays for it, and nobody else.
+        costs = [answer.json["cost"] for answer in answers]
+        assert [bool(cost) for cost in costs] == [
+            answer.headers["x-cache"] == "MISS" for answer in answers
+        ], costs
+        return Counter(answer.headers["x-cache"] for answer in answers)
+
+
+@contextmanager
+def asking(replicas: Replicas, threads: int = 60) -> Iterator[Callable[[int, int], Asked]]:
+    """Lets equal calls be made at one replica at the same time."""
+    with ThreadPoolExecutor(threads) as pool:
+        token = replicas.token()
+
+        def ask(number: int, times: int) -> Asked:
+            body = {"prompt": "the same"}
+            calls = [
+                pool.submit(generate, replicas.processes[number], token, body=body) for _ in range(times)
+            ]
+            return Asked(calls)
+
+        yield ask
+
+
 def is_refused(process: ServiceProcess, token: str) -> bool:
     return process.call("GET", "/auth/me", token=token).status == 401
 
 
 @pytest.fixture(scope="module")
 def replicas() -> Iterator[Replicas]:
-    with running(REPLICAS) as found:
+    with running(REPLICAS, RATE_LIMIT="1000/minute") as found:
         yield found
 
 
@@ -155,3 +195,47 @@ def test_without_the_server_each_goes_on_by_itself_and_tells_the_others_when_it_
         assert replicas.transitions(1) == []
         replicas.valkey.start()
         until(lambda: is_refused(second, token), "the token to be refused")
+
+
+def test_equal_calls_over_all_replicas_are_one_call_to_the_model(replicas: Replicas) -> None:
+    with asking(replicas) as ask:
+        before = len(replicas.upstream.chat_requests)
+        asked = [ask(number % REPLICAS, 1) for number in range(300)]
+        assert sum((one.results() for one in asked), Counter()) == {"MISS": 1, "HIT": 299}
+        assert len(replicas.upstream.chat_requests) == before + 1
+
+
+def test_another_replica_takes_over_from_one_that_was_killed() -> None:
+    with running(REPLICAS, RATE_LIMIT="1000/minute") as replicas, asking(replicas) as ask:
+        before = len(replicas.upstream.chat_requests)
+        replicas.upstream.script(UpstreamAnswer(delay_s=60))
+        leading = ask(0, 1)
+        replicas.upstream.wait_for(lambda upstream: len(upstream.chat_requests) == before + 1, 20)
+        following = [ask(number, 20) for number in (1, 2)]
+        killed = replicas.processes[0].process
+        assert killed is not None
+        killed.kill()
+        assert sum((one.results() for one in following), Counter()) == {"MISS": 1, "HIT": 39}
+        assert len(replicas.upstream.chat_requests) == before + 2
+        assert isinstance(leading.answers[0].exception(20), OSError | HTTPException)
+
+
+def test_those_who_wait_ask_the_model_themselves_when_the_server_is_killed() -> None:
+    with running(REPLICAS, RATE_LIMIT="1000/minute") as replicas, asking(replicas) as ask:
+        before = len(replicas.upstream.chat_requests)
+        replicas.upstream.script(UpstreamAnswer(delay_s=5))
+        leading = ask(0, 1)
+        replicas.upstream.wait_for(lambda upstream: len(upstream.chat_requests) == before + 1, 20)
+        following = [ask(number, 5) for number in (1, 2)]
+        # They ask for the lease, and again while they wait.
+        until(lambda: int(told(replicas.valkey, "evalsha")) > 20, "the others to wait")
+        replicas.valkey.kill()
+        assert [one.results() for one in following] == [{"MISS": 1, "HIT": 4}] * 2
+        assert leading.results() == {"MISS": 1}
+        assert len(replicas.upstream.chat_requests) == before + REPLICAS
+
+
+def told(valkey: Valkey, command: str) -> str:
+    """How often a server was given a command."""
+    found = re.search(rb"cmdstat_%b:calls=(\d+)" % command.encode(), valkey.ask("INFO", "commandstats"))
+    return found[1].decode() if found else "0"

@@ -86,7 +86,7 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
         for process in processes:
             assert process.stop() == 0
             lines = process.lines()
-            assert [line for line in lines if line["logger"] == "service.shared.counts"] == []
+            assert [line for line in lines if line["logger"] == "service.shared.exchange"] == []
             assert "Closing Valkey connections..." in [line["message"] for line in lines]
             assert valkey.url not in process.text()
 
@@ -195,7 +195,7 @@ def test_the_process_goes_on_without_the_server_and_comes_back(
             told = [
                 (line["level"], line["event"])
                 for line in process.lines()
-                if line["logger"] == "service.shared.counts"
+                if line["logger"] == "service.shared.exchange"
             ]
         assert told == [
             ("WARNING", "llmops.shared.fallback.started"),

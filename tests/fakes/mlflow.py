@@ -101,6 +101,7 @@ class FakeMlflow(Watched):
         self._experiments: dict[str, str] = {}
         self._runs: dict[str, KeptRun] = {}
         self._kept: dict[tuple[str, str], Kept] = {}
+        self._below: dict[str, dict[str, Span]] = {}
         self._sent: Counter[tuple[str, str]] = Counter()
         self._requests: list[str] = []
         self._raw: list[bytes] = []
@@ -159,7 +160,7 @@ class FakeMlflow(Watched):
 
     @property
     def kept(self) -> list[Kept]:
-        """The spans that were taken, each once, in the order of their arrival."""
+        """The roots that were taken, each once, in the order of their arrival: one for each record."""
         with self._changed:
             return list(self._kept.values())
 
@@ -170,7 +171,7 @@ class FakeMlflow(Watched):
 
     @property
     def repeats(self) -> int:
-        """How many of the spans taken had been taken before."""
+        """How many of the roots taken had been taken before."""
         with self._changed:
             return self._sent.total() - len(self._sent)
 
@@ -193,6 +194,12 @@ class FakeMlflow(Watched):
         (found,) = [kept.span for kept in self.kept if kept.request_id == request_id]
         return found
 
+    def tree(self, request_id: str) -> list[Span]:
+        """The spans below the one record of a request, by their start."""
+        with self._changed:
+            below = list(self._below.get(self.span(request_id).trace_id, {}).values())
+        return sorted(below, key=lambda span: (span.start_ns, -span.end_ns))
+
     def arrived(self, method: str, path: str, body: bytes) -> None:
         """Note a request, whatever becomes of it."""
         with self._changed:
@@ -208,9 +215,13 @@ class FakeMlflow(Watched):
         with self._changed:
             if not spans or experiment_id not in self._experiments.values():
                 return 400
-            if any(self.refuses(span) for span in spans):
+            roots = [span for span in spans if not span.parent_id]
+            if any(self.refuses(span) for span in roots):
                 return 422
             for span in spans:
+                if span.parent_id:
+                    self._below.setdefault(span.trace_id, {})[span.span_id] = span
+            for span in roots:
                 key = span.trace_id, span.span_id
                 self._sent[key] += 1
                 self._kept.setdefault(key, Kept(span, run_id, experiment_id))

@@ -1,18 +1,31 @@
-"""No secret and no prompt in any span, metric, log record, log line or error body, however a request ends."""
+"""No secret and no prompt in any span, metric, log record, log line, error body or record of a call."""
 
 import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
 
 from service.dependencies import CurrentUser
+from service.recording.mlflow import encode
+from service.recording.record import read_records
 from service.routers.schemas import GenerateRequest
 from tests.fakes.streams import DONE, RawStream, chunk, usage
 from tests.fakes.upstream import Answer as Completion
-from tests.fakes.upstream import Behaviour, Drip, FakeUpstream, Garbage, NotJson, Reset, Silent, Status
+from tests.fakes.upstream import (
+    Behaviour,
+    Drip,
+    FakeUpstream,
+    Garbage,
+    NotJson,
+    Reset,
+    Silent,
+    Status,
+    refusing_port,
+)
 from tests.harness import AppUnderTest
 from tests.http.support import (
     RawAnswer,
@@ -104,16 +117,20 @@ def new_canary(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def planted() -> Iterator[Planted]:
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planted]:
     key = new_canary("key")
     values = {
         "litellm_api_key": key,
         "llm_timeout_s": 0.3,
         "llm_connect_timeout_s": 0.2,
         "log_level": "DEBUG",
+        "spool_path": str(tmp_path_factory.mktemp("spool")),
     }
-    with FakeUpstream() as upstream, module_app(add_routes, litellm_url=upstream.url, **values) as app:
-        yield Planted(app, upstream, app.token(), key)
+    # Nobody listens there: the records stay in the spool.
+    with refusing_port() as port, FakeUpstream() as upstream:
+        values["mlflow_tracking_uri"] = f"http://127.0.0.1:{port}"
+        with module_app(add_routes, litellm_url=upstream.url, **values) as app:
+            yield Planted(app, upstream, app.token(), key)
 
 
 def _upstream(behaviour: Callable[[Planted], Behaviour]) -> Callable[[Planted], RawAnswer]:
@@ -253,6 +270,9 @@ def test_the_search_would_find_a_canary(planted: Planted) -> None:
     assert "llm_request_failed" in places["stdout"]
     assert "llm_request_failed" in places["the records"]
     assert "llmops.llm.calls" in places["the metrics"]
+    assert '"error_reason":"' in places["the spool"]
+    assert "attempt 1" in places["MLflow"]
+    assert "BadRequestError" in places["MLflow"]
 
 
 def _forget(app: AppUnderTest) -> None:
@@ -267,7 +287,11 @@ def _forget(app: AppUnderTest) -> None:
 
 def _telemetry(app: AppUnderTest) -> dict[str, str]:
     data = app.metrics_out.get_metrics_data()
+    files = list(Path(app.settings.spool_path).glob("*.jsonl"))
+    records = [record for path in files for record in read_records(path)[0]]
     return {
+        "the spool": "\n".join(path.read_text() for path in files),
+        "MLflow": encode(records, {}).decode(errors="replace"),
         "the spans": "\n".join(span.to_json() for span in app.spans()),
         "the metrics": data.to_json() if data else "",
         "the records": "\n".join(record.to_json() for record in app.records()),

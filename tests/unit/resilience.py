@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoint
+from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader, NumberDataPoint
 
 from service.telemetry.instruments import Instruments
 
@@ -18,17 +18,21 @@ class Readable:
         self.instruments = Instruments(self._provider.get_meter("test"))
 
     def value(self, name: str, **attributes: str) -> float:
-        """The sum over the points with these attributes (two underscores stand for a dot)."""
+        """The sum over the points with these attributes (two underscores stand for a dot).
+
+        Of a histogram it is the number of measurements.
+        """
         wanted = {key.replace("__", "."): value for key, value in attributes.items()}
         data = self._reader.get_metrics_data()
         return sum(
-            point.value
+            point.value if isinstance(point, NumberDataPoint) else point.count
             for resource in (data.resource_metrics if data else ())
             for scope in resource.scope_metrics
             for metric in scope.metrics
             if metric.name == name
             for point in metric.data.data_points
-            if isinstance(point, NumberDataPoint) and wanted.items() <= dict(point.attributes or {}).items()
+            if isinstance(point, NumberDataPoint | HistogramDataPoint)
+            and wanted.items() <= dict(point.attributes or {}).items()
         )
 
     def close(self) -> None:

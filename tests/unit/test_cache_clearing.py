@@ -3,16 +3,19 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 
 import pytest
 from opentelemetry.trace import INVALID_SPAN_CONTEXT
 
 from service.cache.control import CacheControl
 from service.cache.embedded import EmbeddedStore
-from service.cache.response_cache import CacheAdmin, Clearings, Lookup, ResponseCache
+from service.cache.response_cache import LEFT_S, CacheAdmin, Clearings, Lookup, ResponseCache
 from service.cache.store import Point
+from service.shared.leases import ANSWER_S
 from service.upstream.messages import Completion, LlmRequest, Reply
 from service.utils.deadline import Deadline
+from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
 from tests.unit.test_cache_parts import Rig, in_loop
 
@@ -134,3 +137,90 @@ def test_a_call_older_than_all_remembered_clearings_counts_as_affected() -> None
         clearings.add("bob", None)
     assert clearings.affected("carol", "demo", since=1)
     assert not clearings.affected("carol", "demo", since=10)
+
+
+async def other(store: EmbeddedStore, clock: FakeClock) -> tuple[ResponseCache, Lookup]:
+    """The cache of another process, and a call that is equal to the first one's."""
+    made = Rig(store)
+    settings = make_settings(cache_enabled=True)
+    cache = ResponseCache(made.store, settings, made.telemetry, now=clock, clock=clock)
+    body = {"model": "demo", "messages": [{"role": "user", "content": "x"}]}
+    request = LlmRequest("chat", "demo", body, b"")
+    lookup = await cache.lookup(
+        request, "anna", CacheControl(), Deadline.after(5, clock=clock), lambda _digest: False
+    )
+    return cache, lookup
+
+
+@dataclass(frozen=True)
+class Left:
+    """An answer that another process has left, whether it was cleared since, and whether it may be taken."""
+
+    cleared: bool
+    waited_s: float
+    followed: bool
+    taken: bool
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        Left(cleared=False, waited_s=0.0, followed=False, taken=True),
+        Left(cleared=True, waited_s=0.0, followed=False, taken=False),
+        Left(cleared=True, waited_s=LEFT_S - 0.1, followed=False, taken=False),
+        Left(cleared=True, waited_s=LEFT_S, followed=False, taken=True),
+        Left(cleared=True, waited_s=0.0, followed=True, taken=True),
+    ],
+)
+@in_loop
+async def test_an_answer_that_was_left_before_a_clearing_is_not_taken_after_it(left: Left) -> None:
+    clock = FakeClock(1_800_000_000.0)
+    store = EmbeddedStore(":memory:")
+    await store.open()
+    cache, lookup = await other(store, clock)
+    entry = cache.store(lookup, REPLY, "demo", INVALID_SPAN_CONTEXT)
+    assert entry is not None
+    assert lookup.slot is not None
+    assert ANSWER_S < LEFT_S
+    if left.cleared:
+        cache.forget(None, None)
+    clock.advance(left.waited_s)
+    found = cache.accept(lookup.slot, entry.as_json(), followed=left.followed)
+    assert (found is not None) is left.taken
+    # What is older than a clearing never comes into memory.
+    assert len(cache.memory) == (0 if left.cleared else 1)
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"{", b"[]", b"null", b"{}", b"[" * 100_000, b'{"key": "x", "tenant": "y"}', b"\xff\xfe"],
+)
+@in_loop
+async def test_an_answer_of_another_process_that_is_none_is_not_taken(answer: bytes) -> None:
+    store = EmbeddedStore(":memory:")
+    await store.open()
+    cache, lookup = await other(store, FakeClock(1_800_000_000.0))
+    assert lookup.slot is not None
+    assert cache.accept(lookup.slot, answer, followed=True) is None
+    await store.close()
+
+
+@in_loop
+async def test_an_answer_to_another_call_or_one_that_is_too_old_is_not_taken() -> None:
+    clock = FakeClock(1_800_000_000.0)
+    store = EmbeddedStore(":memory:")
+    await store.open()
+    cache, lookup = await other(store, clock)
+    assert lookup.slot is not None
+    entry = cache.store(lookup, REPLY, "demo", INVALID_SPAN_CONTEXT)
+    assert entry is not None
+    of_another = replace(lookup.slot, key=replace(lookup.slot.key, tenant="another"))
+    assert cache.accept(of_another, entry.as_json(), followed=True) is None
+    clock.advance(3)
+    recent = replace(lookup.slot, control=CacheControl(max_age_s=2))
+    assert cache.accept(recent, entry.as_json(), followed=False) is None
+    assert cache.accept(recent, entry.as_json(), followed=True) == entry
+    clock.advance(make_settings().cache_ttl_s)
+    assert cache.accept(lookup.slot, entry.as_json(), followed=True) is None
+    await store.close()

@@ -27,8 +27,9 @@ class Bench:
         self.started = 0
         self.stopped = 0
         self.errors: list[Exception] = []
+        self.billed_here = True
 
-    async def work(self) -> Reply:
+    async def work(self) -> tuple[Reply, bool]:
         self.started += 1
         try:
             await self.gate.wait()
@@ -37,7 +38,7 @@ class Bench:
             raise
         if self.errors:
             raise self.errors.pop()
-        return REPLY
+        return REPLY, self.billed_here
 
     def join(self, limit_s: float = 30.0) -> asyncio.Task[tuple[Reply, bool]]:
         deadline = Deadline.after(limit_s, clock=self.clock)
@@ -152,6 +153,19 @@ def test_a_follower_with_less_time_than_the_leader_leaves_at_its_own_deadline() 
             await late
         bench.gate.set()
         assert (await first)[0] == REPLY
+
+    run(scene)
+
+
+def test_nobody_is_billed_for_what_another_process_made() -> None:
+    async def scene(bench: Bench) -> None:
+        bench.billed_here = False
+        joined = [bench.join() for _ in range(3)]
+        await turns()
+        joined[0].cancel()
+        await turns()
+        bench.gate.set()
+        assert [billed for _, billed in await asyncio.gather(*joined[1:])] == [False, False]
 
     run(scene)
 

@@ -12,7 +12,7 @@ from service.errors import AuthenticationError, OverloadedError
 from service.identity.changes import CHANGES, MAX_CHANGES, note_change
 from service.identity.keys import KEYS, MAX_LOOKUPS, MAX_UNKNOWN, SECRETS, ApiKey, new_id, new_key
 from service.identity.principal import Limits
-from tests.unit import test_ledger as ledgers
+from tests.unit import ledgers
 from tests.unit.databases import run
 from tests.unit.resilience import Readable
 from tests.unit.test_api_keys import NOW_S, Process, process

@@ -2,8 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from service.errors import BudgetExceededError, DependencyUnavailableError, ValidationError
 from service.identity.budgets import MAX_COST, NANO, Spent, periods_by, periods_of, renewal_s
-from service.identity.database import Database, DatabaseFailedError, make_engine, open_database
+from service.identity.database import Database, DatabaseFailedError, make_engine
 from service.identity.ledger import (
     DIMENSIONS,
     RECORDS,
@@ -24,86 +23,17 @@ from service.identity.ledger import (
     USAGE,
     DirectLedger,
     Ledger,
-    UsageQuery,
-    UsageRow,
 )
-from service.identity.principal import Budget, Limited, Limits, Principal
 from service.recording.delivery import NotBookedError
-from service.recording.record import CallRecord
-from tests.fakes.clock import FakeClock
 from tests.harness import make_settings
 from tests.unit.databases import run
+from tests.unit.ledgers import DAY, KEPT_S, NOON_S, caller, process, record
 from tests.unit.resilience import Readable
-
-NOON_S = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
-KEPT_S = 86_400.0
-DAY = UsageQuery(date(2026, 1, 31), date(2026, 1, 31), ())
 
 
 @pytest.fixture
 def metrics() -> Readable:
     return Readable()
-
-
-def record(number: int = 1, **changes: Any) -> CallRecord:
-    """The record of a call that cost a cent and 30 tokens."""
-    made = CallRecord(
-        trace_id=f"{number:032x}",
-        span_id=f"{number:016x}",
-        operation="chat",
-        started_ns=int(NOON_S * 1e9),
-        duration_s=0.5,
-        user="alice",
-        model="demo",
-        outcome="success",
-        attempts=1,
-        prompt_tokens=10,
-        completion_tokens=20,
-        total_tokens=30,
-        cost=0.01,
-        team="blue",
-        key_id="key1",
-    )
-    return replace(made, **changes)
-
-
-def caller(amount: float, unit: Any = "usd", period: Any = "day", scope: Any = "key") -> Principal:
-    """A caller whose key, user or team has a budget."""
-    limits = Limits(budget=Budget(amount, unit, period))
-    name = {"key": "key1", "user": "alice", "team": "blue"}[scope]
-    return Principal("alice", "user", "key", "blue", "key1", (Limited(scope, name, limits),))
-
-
-class Process:
-    """The ledger of one process, and its clock."""
-
-    def __init__(self, database: Database, metrics: Readable) -> None:
-        self.database, self.metrics = database, metrics
-        self.time = FakeClock(NOON_S)
-        self.ledger = Ledger(
-            database,
-            metrics.instruments,
-            known=lambda model: model if model == "demo" else "other",
-            records_kept_s=KEPT_S,
-            now=self.time,
-        )
-
-    async def total(self) -> UsageRow:
-        """The sum of all usage of the day."""
-        return (await self.ledger.usage(DAY))[1]
-
-    async def is_spent(self, who: Principal) -> bool:
-        try:
-            await self.ledger.budgets.check(who)
-        except BudgetExceededError:
-            return True
-        return False
-
-
-@asynccontextmanager
-async def process(url: str, metrics: Readable) -> AsyncIterator[Process]:
-    async with open_database(make_settings(database_url=url), metrics.instruments) as database:
-        yield Process(database, metrics)
 
 
 def test_a_record_counts_once_whichever_way_it_comes(url: str, metrics: Readable) -> None:
@@ -124,8 +54,9 @@ def test_a_record_counts_once_whichever_way_it_comes(url: str, metrics: Readable
             for single in (one, two):
                 total = await single.total()
                 assert (total["calls"], total["cost"], total["completion_tokens"]) == (1_200, 12.0, 24_000)
-            spent = await two.ledger.spent(("team", "blue"), ("2026-01-31", "2026-01"))
-            assert spent == dict.fromkeys(("2026-01-31", "2026-01"), Spent(12 * NANO, 36_000))
+            reading = await two.ledger.spent(("team", "blue"), ("2026-01-31", "2026-01"), ())
+            periods = [(("team", "blue"), period) for period in ("2026-01-31", "2026-01")]
+            assert reading.totals == dict.fromkeys(periods, Spent(12 * NANO, 36_000))
 
     run(scenario)
 
@@ -275,8 +206,8 @@ def test_a_failing_database_loses_nothing_and_opens_nothing(url: str, metrics: R
             await one.database.run("purge", _rename("_gone", ""), writes=True)
             await one.ledger.flush()
             assert (await one.total())["calls"] == 2
-            spent = await one.ledger.spent(("team", "blue"), ("2026-01-31", "2026-01"))
-            assert {found.tokens for found in spent.values()} == {60}
+            reading = await one.ledger.spent(("team", "blue"), ("2026-01-31", "2026-01"), ())
+            assert {found.tokens for found in reading.totals.values()} == {60}
 
     run(scenario)
 

@@ -1,7 +1,6 @@
 """Counting in a Valkey server: as in memory, together or not at all, and never an error of a caller's."""
 
 import asyncio
-import contextlib
 import logging
 import ssl
 import subprocess
@@ -15,23 +14,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opentelemetry.trace import INVALID_SPAN_CONTEXT
 from valkey.asyncio import Valkey as Client
 
 from service.errors import UpstreamError
 from service.services.circuit_breaker import CircuitBreaker
-from service.shared.counts import (
-    BREAKER_FAILURES,
-    BREAKER_S,
-    Counted,
-    Counts,
-    How,
-    Limit,
-    LocalCounts,
-    SharedCounts,
-    Waited,
-    open_counts,
-)
+from service.shared.counts import Count, Counted, How, Limit, LocalCounts
+from service.shared.exchange import BREAKER_FAILURES, BREAKER_S, Waited
+from service.shared.state import SharedState, open_shared
 from service.shared.valkey import PREFIX, SCRIPT, ValkeyServer, key_of, open_valkey
+from service.utils.deadline import Deadline
 from service.utils.rates import MAX_EXACT_EVENTS, Rate
 from tests.fakes.clock import FakeClock
 from tests.fakes.tls import PrivateAuthority
@@ -70,7 +62,8 @@ class Desk:
         moments = (int(seconds), round(seconds % 1 * 1_000_000))
         await self.plain.delete(CLOCK)
         await self.plain.rpush(CLOCK, *moments)
-        (counted,) = await self._server.exchange([limits])
+        (counted,) = await self._server.exchange([Count(limits)])
+        assert isinstance(counted, Counted)
         return counted
 
 
@@ -142,7 +135,7 @@ def test_a_call_is_counted_against_all_of_its_limits_or_none(valkey: Valkey) -> 
         async with open_valkey(valkey.url) as server:
             of_user = Limit(Rate("5/minute"), "user all or none")
             of_team = Limit(Rate("2/minute"), "team all or none")
-            found = [(await server.exchange([[of_user, of_team]]))[0] for _ in range(4)]
+            found = [(await server.exchange([Count([of_user, of_team])]))[0] for _ in range(4)]
         assert [counted.allowed for counted in found] == [True, True, False, False]
         assert [counted.windows[0].remaining for counted in found] == [4, 3, 3, 3]
         assert [counted.windows[1].remaining for counted in found] == [1, 0, 0, 0]
@@ -191,9 +184,9 @@ def test_the_script_is_sent_again_when_the_server_has_forgotten_it(valkey: Valke
         limit = Limit(Rate("3/minute"), "forgotten")
         plain = Client(host="127.0.0.1", port=valkey.port, decode_responses=True)
         async with open_valkey(valkey.url) as server:
-            (first,) = await server.exchange([[limit]])
+            (first,) = await server.exchange([Count([limit])])
             await plain.script_flush()
-            batch = await server.exchange([[limit], [limit], [limit]])
+            batch = await server.exchange([Count([limit])] * 3)
         await plain.aclose()
         assert [counted.allowed for counted in (first, *batch)] == [True, True, True, False]
 
@@ -201,10 +194,11 @@ def test_the_script_is_sent_again_when_the_server_has_forgotten_it(valkey: Valke
 
 
 class Instance:
-    """One process's shared counts, with a breaker on a clock of its own."""
+    """What one process shares, with a breaker on a clock of its own."""
 
-    def __init__(self, counts: Counts, breaker: CircuitBreaker, clock: FakeClock) -> None:
-        self.counts = counts
+    def __init__(self, shared: SharedState, breaker: CircuitBreaker, clock: FakeClock) -> None:
+        self.shared = shared
+        self.counts = shared.counts
         self.breaker = breaker
         self.clock = clock
 
@@ -221,14 +215,14 @@ async def opened(
         return breakers[0]
 
     made = make_settings(valkey_url=url, valkey_timeout_s=timeout_s)
-    async with open_counts(made, metrics.instruments, make, on_change) as counts:
-        work = asyncio.create_task(counts.run())
+    async with open_shared(made, metrics.instruments, make, on_change) as shared:
+        background = [asyncio.create_task(work()) for work in shared.background]
         try:
-            yield Instance(counts, breakers[0], clock)
+            yield Instance(shared, breakers[0], clock)
         finally:
-            work.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await work
+            for task in background:
+                task.cancel()
+            await asyncio.wait(background)
 
 
 def test_a_burst_of_calls_takes_one_connection_and_few_exchanges(valkey: Valkey, metrics: Readable) -> None:
@@ -284,7 +278,7 @@ def test_what_the_server_allowed_is_counted_here_too(metrics: Readable, lines: L
 
     run(scenario)
     ours = [
-        (line["level"], line["message"]) for line in lines.all if line["logger"] == "service.shared.counts"
+        (line["level"], line["message"]) for line in lines.all if line["logger"] == "service.shared.exchange"
     ]
     assert ours == [
         ("WARNING", "Valkey fails: unreachable. Each process counts by itself"),
@@ -354,7 +348,7 @@ def test_whatever_a_server_answers_no_caller_sees_an_error(
             assert len(received) == BREAKER_FAILURES
 
     run(scenario)
-    (line,) = [line for line in lines.all if line["logger"] == "service.shared.counts"]
+    (line,) = [line for line in lines.all if line["logger"] == "service.shared.exchange"]
     assert line["reason"] == reason
     assert "secret-of-a-server" not in str(lines.all)
 
@@ -435,7 +429,7 @@ def test_a_server_that_does_not_count_is_seen_by_the_check_and_fails_no_call(
     async def outcome(url: str) -> str:
         async with opened(metrics, url) as here:
             assert (await here.counts.count([Limit(Rate("1/minute"), "user of the check")])).allowed
-            (ping,) = here.counts.pings.values()
+            (ping,) = here.shared.pings.values()
             try:
                 await ping()
             except UpstreamError as error:
@@ -488,10 +482,11 @@ def test_without_a_url_the_memory_counts(metrics: Readable) -> None:
         def never(_name: str) -> CircuitBreaker:
             raise AssertionError
 
-        async with open_counts(make_settings(), metrics.instruments, never) as counts:
-            assert isinstance(counts, LocalCounts)
-            assert counts.pings == {}
-            await counts.run()
+        async with open_shared(make_settings(), metrics.instruments, never) as shared:
+            assert isinstance(shared.counts, LocalCounts)
+            assert (shared.pings, shared.background) == ({}, ())
+            async with shared.leases.lease("x", Deadline.after(1), INVALID_SPAN_CONTEXT) as lease:
+                assert lease.answer is None
 
     run(scenario)
 
@@ -501,7 +496,6 @@ def test_shared_counts_stop_with_their_work(metrics: Readable) -> None:
 
     async def scenario() -> None:
         async with answering(None) as (url, received), opened(metrics, url, timeout_s=10.0) as here:
-            assert isinstance(here.counts, SharedCounts)
             limit = Limit(Rate("9/minute"), "x")
             asked = asyncio.create_task(here.counts.count([limit]))
             while not received:  # noqa: ASYNC110 - a list has no event

@@ -14,6 +14,7 @@ from service.errors import CircuitOpenError, ServiceError, UpstreamError, Upstre
 from service.recording.record import CallRecord
 from service.services.call_report import CallSpec
 from service.services.generation import Generation
+from service.shared.leases import NoLeases
 from service.telemetry.providers import Exporters, build_telemetry
 from service.upstream.client import open_llm
 from service.upstream.messages import LlmRequest, to_json
@@ -89,6 +90,7 @@ async def opened(upstream: FakeUpstream, **values: object) -> AsyncIterator[Benc
             settings,
             cache=NoCache(),
             coalescing=NoCoalescing(),
+            leases=NoLeases(),
             recorder=cast("CallRecorder", KeptRecords(records)),
         )
         yield Bench(generation, records)
