@@ -353,10 +353,10 @@ class ServiceProcess(Client):
             )
         return self
 
-    def wait_ready(self) -> Self:
+    def wait_ready(self, limit_s: float = START_LIMIT_S) -> Self:
         """Wait until ``/health`` answers."""
         # Asked more often, it would have less of the processor for its start.
-        _wait_until(self._answers, "the service to answer /health", poll_s=0.05)
+        _wait_until(self._answers, "the service to answer /health", limit_s, poll_s=0.05)
         return self
 
     def _answers(self) -> bool:

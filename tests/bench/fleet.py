@@ -3,6 +3,7 @@
 import asyncio
 import json
 import multiprocessing
+import secrets
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -25,7 +26,9 @@ READY_LIMIT_S: Final = 120.0
 GRACE_S: Final = 3
 """Longer than the balancer takes to see that a replica is not ready any more, on a busy machine too."""
 
-ANSWER: Final = Answer()
+CALL_TOKENS: Final = 30
+"""Of each answer."""
+
 BROKEN_MODELS: Final = [f"broken-{number}" for number in range(100)]
 """Names of further models, for who wants to see them fail."""
 
@@ -62,7 +65,8 @@ class Order:
             pieces = tuple(f"{number} " for number in range(self.pieces))
             await Stream(pieces, self.every_s).play(exchange)
         else:
-            await ANSWER.play(exchange)
+            # What it says tells each call of the upstream from the others.
+            await Answer(secrets.token_hex(8)).play(exchange)
 
 
 class Obedient:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from tests.bench.balancer import BUILT_IN, HAPROXY, has_haproxy
-from tests.bench.fleet import BROKEN_MODELS, Fleet, Order, fleet
+from tests.bench.fleet import BROKEN_MODELS, CALL_TOKENS, Fleet, Order, fleet
 from tests.bench.http_load import COUNTER, Load, Measured, Plan
 from tests.bench.money import Trace, read_ledger
 from tests.bench.report import write_section
@@ -64,6 +64,8 @@ class Size:
         round_s: How long each of them is.
         p99_ratio: What the 99th percentile may grow to, as the median of the rounds; infinite where only
             failures count.
+        equal: Equal calls at the same time.
+        bursts: How many times.
         clearings: How often the cache is cleared.
         clear_limit_s: When the others must have forgotten what was cleared.
         circuits: How many circuits are opened.
@@ -76,6 +78,8 @@ class Size:
     rounds: int = 3
     round_s: float = 10.0
     p99_ratio: float = 1.2
+    equal: int = 300
+    bursts: int = 3
     clearings: int = 100
     clear_limit_s: float = 1.0
     circuits: int = 20
@@ -223,6 +227,29 @@ def _wait_for_valkey(running: Fleet, key: str) -> None:
         until(lambda replica=replica: is_back(replica), "Valkey to count")  # type: ignore[misc]
 
 
+def one_budget(running: Fleet, size: Size) -> Iterator[Shown]:
+    """A key's budget is one for all replicas, but for the calls in flight."""
+    allowed, attempts = max(1, size.allowed // 5), size.allowed // 5 * 2
+    admin = running.token("admin")
+    budget = {"amount": allowed * CALL_TOKENS, "unit": "tokens", "period": "month"}
+    fields = {"name": "client", "owner": "emma", "budget": budget}
+    made = running.call("POST", "/keys", body=fields, token=admin)
+    assert made.status == 201, made.body
+
+    def ask(_number: int) -> int:
+        body = {"model": "demo", "messages": [{"role": "user", "content": Order().prompt}]}
+        return running.call("POST", CHAT, body=body, token=made.json["key"]).status
+
+    with ThreadPoolExecutor(REPLICAS) as pool:
+        found = Counter(pool.map(ask, range(attempts)))
+    yield Shown(
+        "one budget",
+        allowed <= found[200] <= allowed + REPLICAS and found[200] + found[429] == attempts,
+        f"of {attempts} calls with a budget of {allowed}, {REPLICAS} at a time, {found[200]} passed and "
+        f"{found[429]} got 429",
+    )
+
+
 # ---- News ------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +283,28 @@ def one_cache(running: Fleet, size: Size) -> Iterator[Shown]:
         known == len(taken),
         f"{size.clearings} clearings through one, seen by both others within {size.clear_limit_s:g} s: "
         f"{known} of {len(taken)}; the last one asked after {max(taken) * 1e3:.0f} ms",
+    )
+
+
+def one_call(running: Fleet, size: Size) -> Iterator[Shown]:
+    """Equal calls at the same time, over all replicas, are one call to the upstream."""
+    token = running.token()
+
+    def ask(question: str) -> tuple[int, str]:
+        answer = running.call("POST", "/llm/generate", body={"prompt": question}, token=token)
+        return answer.status, str(answer.json.get("response", answer.json))
+
+    upstream_calls = []
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for number in range(size.bursts):
+            question = Order(delay_s=2.0, question=f"{number}").prompt
+            upstream_calls.append(set(pool.map(ask, [question] * size.equal)))
+    statuses = {status for answers in upstream_calls for status, _ in answers}
+    yield Shown(
+        "one call",
+        statuses == {200} and all(len(answers) == 1 for answers in upstream_calls),
+        f"{size.bursts} times {size.equal} equal calls, {CONNECTIONS} at a time: calls to the upstream "
+        f"{_by_replica([len(answers) for answers in upstream_calls])}; statuses {sorted(statuses)}",
     )
 
 
@@ -403,6 +452,8 @@ Proof = Callable[[Fleet, Size], Iterator[Shown]]
 PROOFS: Final[Mapping[str, Proof]] = {
     "rate": one_rate,
     "sign-ins": one_count_of_sign_ins,
+    "budget": one_budget,
+    "call": one_call,
     "cache": one_cache,
     "circuit": one_circuit,
     "killed": valkey_killed,

@@ -18,6 +18,8 @@ SMALL = Size(
     allowed=60,
     attempts=300,
     pace_s=0.2,
+    equal=30,
+    bursts=1,
     clearings=6,
     # Half of the time for which a process may answer from its memory, when nobody tells it.
     clear_limit_s=5.0,
