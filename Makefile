@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check faults attack money score bench clients lock clean env dashboards stack-test stack-programs demo-stack compose-test chart-schema helm-test chart-test
+.PHONY: help demo test check faults attack money score replicas bench clients lock clean env dashboards stack-test stack-programs demo-stack compose-test chart-schema helm-test chart-test
 
 COVERAGE_FLOOR := 97
 UV_VERSION := 0.13.9
@@ -82,6 +82,9 @@ money: $(VENV) $(MLFLOW) ## Compare callers, MLflow and the ledger over 2,000 ca
 
 score: $(VENV) ## Compare all telemetry with the registry, and compute the Instrumentation Score; about a minute
 	$(RUN) python -m tests.score
+
+replicas: $(VENV) $(MLFLOW) ## Prove that three replicas behind a balancer act as one; ARGS=--write keeps it
+	$(RUN) MLFLOW_BIN="$(CURDIR)/.venv-mlflow/bin/mlflow" python -m tests.bench.replicas $(ARGS)
 
 # Not a part of `test`: Go, Rust and Java build for minutes, and two coding agents are 700 MB. What this machine has
 # no toolchain for is left out, and named; in CI nothing may be. The environment is the caller's: cargo's, npm's and

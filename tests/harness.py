@@ -313,7 +313,7 @@ class ServiceProcess(Client):
     def __init__(
         self, variables: Mapping[str, str] | None = None, arguments: tuple[str, ...] = ("-m", "service")
     ) -> None:
-        self.port = unused_port()
+        self.port = int((variables or {}).get("PORT") or unused_port())
         required = {name.upper(): value for name, value in new_secrets().items()}
         self.environment = {
             "PATH": os.environ["PATH"],

@@ -473,7 +473,7 @@ OWN: Final = (
         names.ATTR_ERROR_FIELDS,
         "string[]",
         "Each field at fault and the rule that it breaks, without its value",
-        (["body.prompt: string_type"],),
+        (("body.prompt: string_type",),),
         recommended=(at.LOG_LINE,),
     ),
     # Of the GenAI conventions, and not so in the version that the registry depends on.

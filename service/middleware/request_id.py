@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 class RequestIdMiddleware:
     """Creates the request's context, and sets ``X-Request-ID`` and ``traceresponse`` on each answer.
 
-    The request id is the trace id. ``traceresponse`` is defined in level 2 of the W3C's trace context.
+    The request id is the trace id. ``traceresponse`` is defined in level 2 of the W3C's trace context. While
+    the process drains, each answer ends its connection: the client's next request goes to another process.
 
     Args:
         app: The next ASGI app.
@@ -91,6 +92,9 @@ class RequestIdMiddleware:
                     # Where Anthropic's libraries look for it.
                     headers["request-id"] = trace_id
                 headers["traceresponse"] = f"00-{trace_id}-{span_id}-{ids.trace_flags:02x}"
+                if services_of(scope).drain.draining:
+                    # A balancer that passes connections on, and not requests, keeps this one here.
+                    headers["Connection"] = "close"
                 _add_fields(headers, request)
                 if self._server_timing and request.call is not None:
                     headers["Server-Timing"] = _timing(request, request.call, self._clock())

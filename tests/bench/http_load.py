@@ -33,6 +33,8 @@ class Plan:
         seconds: For how long.
         calls: After so many requests it ends in any case; 0 for no such end.
         first_number: The first of the numbers.
+        every_s: So long after a request its connection sends the next one, at the earliest.
+        reconnects: Whether a connection that an answer ends is opened anew; otherwise that is a failure.
     """
 
     port: int
@@ -44,6 +46,8 @@ class Plan:
     seconds: float = 1.0
     calls: int = 0
     first_number: int = 0
+    every_s: float = 0.0
+    reconnects: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,10 @@ class _Run:
         self.failures: dict[str, int] = {}
         self.events = 0
         self.last_s = 0.0
+        self.every_s = plan.every_s
+        self.reconnects = plan.reconnects
+        self.port = plan.port
+        self.tasks: set[asyncio.Task[None]] = set()
         self._left = plan.calls or sys.maxsize
         self._number = plan.first_number
         self._heads = [_head(plan, headers) for headers in plan.headers]
@@ -118,6 +126,7 @@ class _Caller(asyncio.Protocol):
     def __init__(self, run: _Run, ended: "asyncio.Future[None]") -> None:
         self._run = run
         self._ended = ended
+        self._left = False
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._sent_s = 0.0
@@ -128,6 +137,8 @@ class _Caller(asyncio.Protocol):
         self._send()
 
     def _send(self) -> None:
+        if self._ended.done():
+            return
         request = self._run.next_request()
         assert self._transport is not None
         if request is None:
@@ -161,14 +172,34 @@ class _Caller(asyncio.Protocol):
             self._run.fail(str(status))
         keeps = self._parser.should_keep_alive()
         self._parser = httptools.HttpResponseParser(self)
-        if keeps:
-            self._send()
-        else:
+        if not keeps and self._run.reconnects:
+            self._left = True
+            task = asyncio.get_running_loop().create_task(self._go_on(self._sent_s + self._run.every_s - now))
+            self._run.tasks.add(task)
+            task.add_done_callback(self._run.tasks.discard)
+        elif not keeps:
             self._run.fail("not kept alive")
             self._end()
+        elif (wait_s := self._sent_s + self._run.every_s - now) > 0:
+            asyncio.get_running_loop().call_later(wait_s, self._send)
+        else:
+            self._send()
+
+    async def _go_on(self, wait_s: float) -> None:
+        """Send the next request on a new connection."""
+        assert self._transport is not None
+        self._transport.close()
+        await asyncio.sleep(wait_s)
+        try:
+            await asyncio.get_running_loop().create_connection(
+                lambda: _Caller(self._run, self._ended), "127.0.0.1", self._run.port
+            )
+        except OSError:
+            self._run.fail("not connected")
+            self._ended.set_result(None)
 
     def connection_lost(self, _error: Exception | None) -> None:
-        if not self._ended.done():
+        if not self._ended.done() and not self._left:
             self._run.fail("closed")
             self._ended.set_result(None)
 

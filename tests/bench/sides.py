@@ -143,9 +143,10 @@ def service(
 ) -> Side:
     """The service with these settings, ready and signed in."""
     own_spool = {"SPOOL_PATH": f"{variables['SPOOL_PATH']}-{secrets.token_hex(4)}"}
-    process = stack.enter_context(ServiceProcess({**variables, **own_spool})).wait_ready()
+    process = stack.enter_context(ServiceProcess({**variables, **own_spool}))
     # Killed, as leaving it does, it would leave its workers behind.
     stack.callback(process.stop)
+    process.wait_ready(START_LIMIT_S)
     assert process.process is not None
     side = Side(name, process.port, process.process.pid, "/llm/generate", body)
     side.headers = [{"Authorization": f"Bearer {secret_of(process)}"}]

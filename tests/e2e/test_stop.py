@@ -1,11 +1,14 @@
 """The stop: who is inside is served to the end, nobody is lost, and it takes no longer than it may."""
 
+import json
 import os
 import re
 import signal
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from http.client import HTTPConnection
 from typing import Any
 
 import pytest
@@ -112,6 +115,35 @@ def test_in_the_grace_new_requests_are_still_taken(upstream: FakeUpstream) -> No
         taken = ask(process, token)
         assert process.process.wait(10) == 0
     assert taken.status == 200
+
+
+def test_in_the_grace_each_answer_ends_its_connection(upstream: FakeUpstream) -> None:
+    """Behind a balancer that passes connections on, a client's next request then goes to another process."""
+    fields = {"Content-Type": "application/json"}
+    bodies: list[dict[str, Any]] = [{"prompt": "x"}, {"prompt": "x", "stream": True}]
+    with (
+        ServiceProcess({"LITELLM_URL": upstream.url, "SHUTDOWN_GRACE_S": "5"}) as process,
+        ExitStack() as stack,
+    ):
+        process.wait_ready()
+        fields["Authorization"] = f"Bearer {process.token()}"
+
+        def ask_on(connection: HTTPConnection, body: dict[str, Any]) -> tuple[int, str]:
+            connection.request("POST", "/llm/generate", json.dumps(body), fields)
+            answer = connection.getresponse()
+            answer.read()
+            return answer.status, answer.getheader("Connection", "")
+
+        connections = [HTTPConnection("127.0.0.1", process.port, timeout=30) for _ in bodies]
+        for connection in connections:
+            stack.callback(connection.close)
+        both = list(zip(connections, bodies, strict=True))
+        assert [ask_on(*one) for one in both] == [(200, "")] * 2
+        assert process.process is not None
+        process.process.send_signal(signal.SIGTERM)
+        _until_draining(process)
+        assert [ask_on(*one) for one in both] == [(200, "close")] * 2
+        assert process.process.wait(10) == 0
 
 
 def test_a_hundred_calls_under_load_are_all_answered(upstream: FakeUpstream) -> None:
