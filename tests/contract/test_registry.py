@@ -159,7 +159,7 @@ def test_an_attribute_keeps_to_the_policies(entry: dict[str, Any]) -> None:
     assert len({member_id(value) for value in values}) == len(values)
     if kind == "string":
         assert entry["examples"]
-    types = {"int": int, "double": float, "string": str}
+    types = {"int": int, "double": float, "string": str, "string[]": list}
     for example in entry.get("examples", []):
         assert isinstance(example, types[kind])
 
