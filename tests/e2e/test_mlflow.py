@@ -122,7 +122,7 @@ def test_killed_under_load_and_started_again_mlflow_counts_as_many_as_were_answe
         process.wait_ready()
         load = Load(process)
         with load.running():
-            load.wait_for(300)
+            load.wait_for(150)
             kill(process)
     on_disk = ids_in_spool(spool)
     assert on_disk
