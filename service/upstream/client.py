@@ -31,6 +31,7 @@ from service.upstream.messages import (
 from service.upstream.offered_models import WILDCARD, OfferedModels
 from service.upstream.operations import OPERATIONS
 from service.upstream.reasons import load_rules
+from service.upstream.sdk import PreparedOpenAI
 from service.upstream.spans import AttemptSpan, AttemptSpans
 from service.upstream.stream import (
     EVENT_STREAM,
@@ -40,7 +41,7 @@ from service.upstream.stream import (
     Reading,
     media_type_of,
 )
-from service.upstream.transport import FORM_TYPE, UpstreamClient, UpstreamTransport
+from service.upstream.transport import UpstreamClient, UpstreamTransport
 from service.utils.deadline import Deadline
 
 MAX_LISTED_MODELS = 200
@@ -87,12 +88,7 @@ async def open_llm(settings: Settings, telemetry: Telemetry) -> AsyncIterator["L
     instrument_client(http, telemetry)
     load_rules()
     root = settings.litellm_url.rstrip("/").removesuffix("/v1")
-    sdk = AsyncOpenAI(
-        api_key=settings.litellm_api_key.get_secret_value() or NO_KEY,
-        base_url=f"{root}/v1",
-        max_retries=0,
-        http_client=http,
-    )
+    sdk = PreparedOpenAI(settings.litellm_api_key.get_secret_value() or NO_KEY, f"{root}/v1", http)
     async with sdk:
         with ThreadPoolExecutor(READERS, "answers") as readers:
             yield LlmClient(sdk, root, telemetry, settings, readers)
@@ -374,8 +370,8 @@ def _headers_of(request: LlmRequest) -> Mapping[str, str]:
     upload = request.upload
     if upload is None:
         return request.headers
-    size = {} if upload.size is None else {"Content-Length": str(upload.size)}
-    return {**request.headers, FORM_TYPE: upload.content_type, **size}
+    size = {} if upload.size is None else {"content-length": str(upload.size)}
+    return {**request.headers, "content-type": upload.content_type, **size}
 
 
 def _after_upload(error: ServiceError, request: LlmRequest) -> ServiceError:

@@ -66,11 +66,13 @@ class Documents:
         Raises:
             DocumentError: The answer is not 200, not JSON, too large or too slow, or there is none.
         """
-        request = self._http.build_request(
+        limits = httpx2.Timeout(self._timeout_s, connect=min(CONNECT_TIMEOUT_S, self._timeout_s))
+        request = httpx2.Request(
             "GET",
             url,
-            headers=[("Accept", "application/json")],
-            timeout=httpx2.Timeout(self._timeout_s, connect=min(CONNECT_TIMEOUT_S, self._timeout_s)),
+            # Compressed answers are not asked for: a small one could expand to a multiple of the limit.
+            headers={"Accept": "application/json", "Accept-Encoding": "identity"},
+            extensions={"timeout": limits.as_dict()},
         )
         try:
             with suppress_instrumentation():

@@ -29,14 +29,13 @@ MAX_HEAD_LINE: Final = 65_536
 NO_AUTO_HEADERS: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 """The header fields that aiohttp would add to a request that lacks them."""
 
-SDK_HEADERS: Final = "x-stainless-"
-"""Prefix of the header fields in which the SDK describes this machine and itself; they are not sent."""
+FIELDS: Final = "llmops_fields"
+"""Extension of a request: header fields that are sent beside those of the request.
+
+They are kept out of the request because the instrumentation around the transport decodes all of those."""
 
 ENCODED: Final = "llmops-content-encoding"
 """Stands for the ``Content-Encoding`` of an answer, which httpx2 would decode."""
-
-FORM_TYPE: Final = "llmops-content-type"
-"""Becomes the ``Content-Type`` of a form that is sent as it is: the SDK would write such a form itself."""
 
 STAYS_INSIDE: Final = frozenset({"baggage", "tracestate"})
 """Header fields of the caller's trace context that the model's provider has no business with; ``traceparent``
@@ -113,7 +112,10 @@ class UpstreamTransport(httpx2.AsyncBaseTransport):
             answer = await session.request(
                 request.method,
                 _yarl_url(str(request.url)),
-                headers=[item for item in request.headers.multi_items() if item[0] not in NOT_SENT],
+                headers=[
+                    *request.extensions.get(FIELDS, {}).items(),
+                    *(item for item in request.headers.multi_items() if item[0] not in NOT_SENT),
+                ],
                 data=_data_of(request),
                 allow_redirects=False,
                 # The limit on connecting includes the resolution of the name.
@@ -244,10 +246,10 @@ class _ConnectionMonitor:
 
 
 class UpstreamClient(httpx2.AsyncClient):
-    """An httpx2 client for requests that the SDK has completed.
+    """An httpx2 client that hands complete requests to its transport.
 
-    httpx2's own client merges a base URL, query, cookies and header fields into each request. Here there are
-    none, so each request is made directly, and the few URLs are parsed once.
+    httpx2's own client merges a base URL, query, cookies and header fields into each request, and follows
+    redirects and challenges to authenticate. Here there are none of these.
 
     Args:
         transport: Sends the requests.
@@ -255,29 +257,19 @@ class UpstreamClient(httpx2.AsyncClient):
 
     def __init__(self, transport: httpx2.AsyncBaseTransport) -> None:
         super().__init__(transport=transport, follow_redirects=False, trust_env=False)
+        self._exchange = transport
 
-    def build_request(self, method: str, url: httpx2.URL | str, **given: Any) -> httpx2.Request:  # noqa: ANN401 - as the base class has it
-        """A request of these parts; the SDK gives ``headers`` and ``timeout`` with each."""
-        timeout = given.pop("timeout")
-        headers = [field for field in given.pop("headers") if not field[0].startswith(SDK_HEADERS)]
-        form = [value for name, value in headers if name == FORM_TYPE]
-        if form:
-            headers = [field for field in headers if field[0] not in {FORM_TYPE, "content-type"}]
-            headers.append(("Content-Type", form[0]))
-        # Compressed answers are not asked for: a small one could expand to a multiple of the limit.
-        headers.append(("Accept-Encoding", "identity"))
-        return httpx2.Request(
-            method,
-            _httpx_url(str(url)),
-            headers=headers,
-            extensions={"timeout": httpx2.Timeout(timeout).as_dict()},
-            **given,
-        )
-
-
-@lru_cache(MAX_CACHED_URLS)
-def _httpx_url(url: str) -> httpx2.URL:
-    return httpx2.URL(url)
+    async def send(self, request: httpx2.Request, *, stream: bool = False, **_given: Any) -> httpx2.Response:  # noqa: ANN401 - as the base class has it
+        """Send a request; the answer's body is read unless it is a stream."""
+        response = await self._exchange.handle_async_request(request)
+        response.request = request
+        if not stream:
+            try:
+                await response.aread()
+            except BaseException:
+                await response.aclose()
+                raise
+        return response
 
 
 @lru_cache(MAX_CACHED_URLS)
@@ -404,7 +396,7 @@ def _data_of(request: httpx2.Request) -> AsyncIterable[bytes] | bytes | None:
     stream = request.stream
     if not isinstance(stream, httpx2.SyncByteStream) and isinstance(stream, httpx2.AsyncByteStream):
         return stream
-    content = request.content
+    content = b"".join(stream)
     return _chunks(content) if len(content) > MAX_UNCHUNKED_BYTES else content or None
 
 

@@ -10,17 +10,17 @@ import re
 import signal
 import socket
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
 import httpx2
+import openai
 import pytest
 import uvicorn
 from fastapi import FastAPI
 from limits.aio.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
-from openai import AsyncOpenAI
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.instrumentation.logging import handler as otel_logging_handler
 from opentelemetry.metrics import Counter, Histogram, NoOpMeter, UpDownCounter
@@ -36,7 +36,8 @@ from uvicorn.supervisors.multiprocess import Process
 
 from service.cache.embedded import set_pragmas
 from service.config.logging import BRIDGE_LOGGER, HEADER_PARSER
-from service.upstream.transport import SDK_HEADERS
+from service.upstream.sdk import PreparedOpenAI
+from service.upstream.transport import FIELDS, UpstreamClient
 
 
 def test_qdrant_local_storage(tmp_path: Path) -> None:
@@ -176,33 +177,44 @@ def test_aiohttp_reads() -> None:
 
 
 def test_openai_requests() -> None:
-    see = f"{TRANSPORT}, UpstreamClient.build_request"
-    seen: dict[str, Any] = {}
+    see = "service/upstream/sdk.py"
+    seen: list[tuple[httpx2.Request, Mapping[str, str]]] = []
 
-    class Client(httpx2.AsyncClient):
-        def build_request(self, method: str, url: httpx2.URL | str, **given: Any) -> httpx2.Request:
-            seen.update(given)
-            return super().build_request(method, url, **given)
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        seen.append((request, request.extensions[FIELDS]))
+        return httpx2.Response(400, json={"error": {"message": "No.", "code": "no"}})
 
     async def main() -> None:
-        http = Client(transport=httpx2.MockTransport(lambda _request: httpx2.Response(200, json={})))
-        async with AsyncOpenAI(api_key="key", base_url="http://upstream/v1", http_client=http) as sdk:
-            answer = await sdk.post("http://upstream/v1/x", cast_to=httpx2.Response, content=b"{}")
-            assert isinstance(answer, httpx2.Response), (
-                "openai changed cast_to; see service/upstream/client.py"
+        http = UpstreamClient(httpx2.MockTransport(answer))
+        async with PreparedOpenAI("key", "http://upstream/v1", http) as sdk:
+            options: Any = {"timeout": httpx2.Timeout(3.0), "headers": {"openai-beta": "x"}}
+            url = "http://upstream/v1/x"
+            with pytest.raises(openai.BadRequestError) as refused:
+                await sdk.post(url, cast_to=httpx2.Response, content=b"{}", options=options)
+            assert refused.value.body == {"message": "No.", "code": "no"}, (
+                f"openai changed what it makes of an error; {see}, _make_status_error_from_response"
             )
+            for send in (sdk.get, sdk.delete):
+                with pytest.raises(openai.BadRequestError):
+                    await send(url, cast_to=httpx2.Response, options=options)
 
     asyncio.run(main())
-    assert isinstance(seen.get("timeout"), httpx2.Timeout), f"openai changed the timeout it passes on; {see}"
-    assert seen.get("content") == b"{}", f"openai changed how content is passed on; {see}"
-    names = [name for name, _ in seen.get("headers", ())]
-    sent = {name for name in names if not name.startswith(SDK_HEADERS)}
-    assert sent == {"authorization", "accept", "content-type", "user-agent"}, (
-        f"openai changed the header fields that it sends; {see} and SDK_HEADERS"
+    assert len(seen) == 3, f"openai changed get, post or delete: they do not end in request; {see}"
+    (request, fields), (_, of_get), _ = seen
+    assert (request.method, str(request.url)) == ("POST", "http://upstream/v1/x"), (
+        f"openai changed the options of a request; {see}"
     )
-    assert len(sent) < len(names), (
-        f"openai changed the names of the fields about itself; {see} and SDK_HEADERS"
-    )
+    assert request.extensions["timeout"]["read"] == 3.0, f"openai changed the timeout it passes on; {see}"
+    version = openai.__version__
+    assert fields == {
+        "authorization": "Bearer key",
+        "accept": "application/json",
+        "accept-encoding": "identity",
+        "content-type": "application/json",
+        "openai-beta": "x",
+        "user-agent": f"AsyncOpenAI/Python {version}",
+    }, f"openai changed the header fields that it sends; {see} and ABOUT_ITSELF"
+    assert "content-type" not in of_get, f"openai changed the names of methods; {see}"
 
 
 class _Recording(aiohttp.TCPConnector):
