@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 
 import cachetools
 import httpx2
-from openai import APIError, APIStatusError, AsyncOpenAI, AsyncStream
+from openai import APIError, APIStatusError
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 
 from service.config.settings import Settings
@@ -42,6 +42,7 @@ from service.upstream.stream import (
     media_type_of,
 )
 from service.upstream.transport import UpstreamClient, UpstreamTransport
+from service.upstream.upload import Upload
 from service.utils.deadline import Deadline
 
 MAX_LISTED_MODELS = 200
@@ -106,7 +107,7 @@ class LlmClient:
     """
 
     def __init__(
-        self, sdk: AsyncOpenAI, root: str, telemetry: Telemetry, settings: Settings, readers: Executor
+        self, sdk: PreparedOpenAI, root: str, telemetry: Telemetry, settings: Settings, readers: Executor
     ) -> None:
         self._sdk = sdk
         self._root = root
@@ -330,26 +331,22 @@ class LlmClient:
             # The limits of the transport apply to each read: a slow trickle would never reach them.
             async with asyncio.timeout(left_s) as limit:
                 if request is None:
-                    return await self._sdk.get(url, cast_to=httpx2.Response, options={"timeout": limits})
-                method = OPERATIONS[request.operation].method
-                if method != "POST":
-                    ask = self._sdk.get if method == "GET" else self._sdk.delete
-                    return await ask(
-                        url,
-                        cast_to=httpx2.Response,
-                        options={"timeout": limits, "headers": request.headers},
-                    )
-                upload = request.upload
-                with nullcontext() if upload is None else upload.pausing(limit, deadline):
-                    answer = await self._sdk.post(
-                        url,
-                        content=request.content if upload is None else upload.content(),
-                        cast_to=httpx2.Response,
-                        options={"timeout": limits, "headers": _headers_of(request)},
-                        stream=stream,
-                        stream_cls=AsyncStream[Any],
-                    )
-                return cast("httpx2.Response", answer)
+                    return await self._sdk.exchange("GET", url, limits)
+                method, upload = OPERATIONS[request.operation].method, request.upload
+                if upload is not None:
+                    with upload.pausing(limit, deadline):
+                        return await self._sdk.exchange(
+                            method,
+                            url,
+                            limits,
+                            content=upload.content(),
+                            fields=_fields_of(request, upload),
+                            stream=stream,
+                        )
+                content = request.content if method == "POST" else None
+                return await self._sdk.exchange(
+                    method, url, limits, content=content, fields=request.headers, stream=stream
+                )
         except TimeoutError as error:
             # The cancellation by the time limit carries a cause where it ended the attempt to connect.
             raise timed_out(deadline.limit_s, cause_of(error.__cause__) or Cause.READ_TIMEOUT) from None
@@ -365,11 +362,8 @@ def _refuses(error: APIStatusError, field: re.Pattern[str]) -> bool:
     return error.status_code in REFUSALS and field.search(error.response.text) is not None
 
 
-def _headers_of(request: LlmRequest) -> Mapping[str, str]:
-    """The header fields that the SDK does not know of itself."""
-    upload = request.upload
-    if upload is None:
-        return request.headers
+def _fields_of(request: LlmRequest, upload: Upload) -> Mapping[str, str]:
+    """The header fields of a request that is passed on as it arrives."""
     size = {} if upload.size is None else {"content-length": str(upload.size)}
     return {**request.headers, "content-type": upload.content_type, **size}
 

@@ -10,7 +10,7 @@ import re
 import signal
 import socket
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -178,43 +178,29 @@ def test_aiohttp_reads() -> None:
 
 def test_openai_requests() -> None:
     see = "service/upstream/sdk.py"
-    seen: list[tuple[httpx2.Request, Mapping[str, str]]] = []
+    seen: dict[str, str] = {}
 
     def answer(request: httpx2.Request) -> httpx2.Response:
-        seen.append((request, request.extensions[FIELDS]))
+        seen.update(request.extensions[FIELDS])
         return httpx2.Response(400, json={"error": {"message": "No.", "code": "no"}})
 
     async def main() -> None:
         http = UpstreamClient(httpx2.MockTransport(answer))
         async with PreparedOpenAI("key", "http://upstream/v1", http) as sdk:
-            options: Any = {"timeout": httpx2.Timeout(3.0), "headers": {"openai-beta": "x"}}
-            url = "http://upstream/v1/x"
             with pytest.raises(openai.BadRequestError) as refused:
-                await sdk.post(url, cast_to=httpx2.Response, content=b"{}", options=options)
+                await sdk.exchange("POST", "http://upstream/v1/x", httpx2.Timeout(3.0), content=b"{}")
             assert refused.value.body == {"message": "No.", "code": "no"}, (
                 f"openai changed what it makes of an error; {see}, _make_status_error_from_response"
             )
-            for send in (sdk.get, sdk.delete):
-                with pytest.raises(openai.BadRequestError):
-                    await send(url, cast_to=httpx2.Response, options=options)
 
     asyncio.run(main())
-    assert len(seen) == 3, f"openai changed get, post or delete: they do not end in request; {see}"
-    (request, fields), (_, of_get), _ = seen
-    assert (request.method, str(request.url)) == ("POST", "http://upstream/v1/x"), (
-        f"openai changed the options of a request; {see}"
-    )
-    assert request.extensions["timeout"]["read"] == 3.0, f"openai changed the timeout it passes on; {see}"
-    version = openai.__version__
-    assert fields == {
+    assert seen == {
         "authorization": "Bearer key",
         "accept": "application/json",
         "accept-encoding": "identity",
         "content-type": "application/json",
-        "openai-beta": "x",
-        "user-agent": f"AsyncOpenAI/Python {version}",
-    }, f"openai changed the header fields that it sends; {see} and ABOUT_ITSELF"
-    assert "content-type" not in of_get, f"openai changed the names of methods; {see}"
+        "user-agent": f"AsyncOpenAI/Python {openai.__version__}",
+    }, f"openai changed the header fields that it sends; {see}, ABOUT_ITSELF"
 
 
 class _Recording(aiohttp.TCPConnector):
