@@ -25,10 +25,11 @@ from tests.bench import sides as make
 from tests.bench.http_load import Load, Measured
 from tests.bench.sides import Side
 from tests.bench.upstream import upstream
-from tests.harness import ServiceProcess
+from tests.harness import ROOT
 
 CONNECTIONS = (1, 16, 64)
 SERVICE = "this service"
+BEFORE = "the tree before"
 HERE = Path(__file__).parent
 BY_HAND = "<!-- by hand -->\n"
 PIECES = 200
@@ -88,7 +89,9 @@ def ratios(values: list[float], others: list[float]) -> list[float]:
     return [value / other for value, other in zip(values, others, strict=True)]
 
 
-def peers(stack: ExitStack, port: int, folder: Path, on: dict[str, str], litellm: Path | None) -> list[Side]:
+def peers(  # noqa: PLR0913, PLR0917 - the programs to compare, and what they have in common
+    stack: ExitStack, port: int, folder: Path, on: dict[str, str], litellm: Path | None, before: Path | None
+) -> list[Side]:
     """Everybody who answers the same question."""
     found = [Side("the upstream itself", port), *make.bare(stack, port, folder)]
     if litellm:
@@ -103,8 +106,13 @@ def peers(stack: ExitStack, port: int, folder: Path, on: dict[str, str], litellm
     several = make.without(off, "QDRANT_PATH", QDRANT_URL=f"http://127.0.0.1:{port}", WORKERS="2")
     workers = make.service(stack, f"{SERVICE}, WORKERS=2", several)
     cached = {**on, "CACHE_ENABLED": "true"}
-    hit = make.service(stack, f"{SERVICE}, exact hit", cached, body=make.ALWAYS_THE_SAME)
-    return [*found, plain, v1, by_key, workers, hit]
+    same = make.ALWAYS_THE_SAME
+    hit = make.service(stack, f"{SERVICE}, exact hit", cached, body=same)
+    ours = [plain, v1, by_key, workers, hit]
+    if before:
+        ours.append(make.service(stack, BEFORE, off, tree=before))
+        ours.append(make.service(stack, f"{BEFORE}, exact hit", cached, body=same, tree=before))
+    return [*found, *ours]
 
 
 def throughput(rows: list[Row]) -> Iterator[str]:
@@ -150,12 +158,13 @@ def streams(rows: list[Row]) -> Iterator[str]:
         )
 
 
-def cold_starts(on: dict[str, str], times: int) -> list[float]:
+def cold_starts(on: dict[str, str], times: int, tree: Path) -> list[float]:
     """Seconds from the process's start to the first answer of /health, each time."""
     taken = []
     for _ in range(times):
         began = time.perf_counter()
-        with ServiceProcess(on) as process:
+        with ExitStack() as stack:
+            process = make.started(stack, on, tree)
             process.wait_ready()
             taken.append(time.perf_counter() - began)
             process.stop()
@@ -203,7 +212,7 @@ def measure(asked: argparse.Namespace) -> tuple[list[str], dict[str, object]]:
             return rows
 
         with ExitStack() as inner:
-            who = peers(inner, port, folder, on, asked.litellm)
+            who = peers(inner, port, folder, on, asked.litellm, asked.before)
             lines += ["## Beside others", ""]
             for connections in CONNECTIONS:
                 lines += [*throughput(turns("beside others", who, connections)), ""]
@@ -220,14 +229,20 @@ def measure(asked: argparse.Namespace) -> tuple[list[str], dict[str, object]]:
                 who.append(make.service(inner, layer, make.without(plain, *left_out, **more)))
             lines += ["## What each layer costs, 16 connections", ""]
             lines += [*layers(turns("layers", who, 16)), ""]
-            memory = long_run(load, who[0], asked.long) if asked.long else []
-        numbers["memory_mib"] = memory
-        starts = numbers["cold_start_s"] = cold_starts(on, asked.rounds)
-    lines += ["## Memory and start", ""]
-    if memory:
-        grown = ", ".join(f"{mib:.0f}" for mib in memory)
-        lines.append(f"- MiB held before, and after each tenth of {asked.long} calls: {grown}.")
-    lines.append(f"- Start to ready, in seconds: {spread(starts)}.")
+        lines += ["## Memory and start", ""]
+        for tree, of in ((ROOT, ""), (asked.before, f" of {BEFORE}")):
+            if tree is None:
+                continue
+            with ExitStack() as inner:
+                # With the cache, whose memory counts too; each question is another one.
+                side = make.service(inner, "memory", {**on, "CACHE_ENABLED": "true"}, tree=tree)
+                memory = long_run(load, side, asked.long) if asked.long else []
+            starts = cold_starts(on, asked.rounds, tree)
+            numbers[f"memory_mib{of}"], numbers[f"cold_start_s{of}"] = memory, starts
+            if memory:
+                grown = ", ".join(f"{mib:.0f}" for mib in memory)
+                lines.append(f"- MiB held{of} before, and after each tenth of {asked.long} calls: {grown}.")
+            lines.append(f"- Start{of} to ready, in seconds: {spread(starts)}.")
     return lines, numbers
 
 
@@ -236,8 +251,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each side's turn")
-    parser.add_argument("--long", type=int, default=100_000, help="calls of the long run; 0 leaves it out")
+    parser.add_argument("--long", type=int, default=20_000, help="calls of the long run; 0 leaves it out")
     parser.add_argument("--litellm", type=Path, help="the proxy's program, in an environment of its own")
+    parser.add_argument("--before", type=Path, help="another checkout, with .venv, measured beside this one")
     parser.add_argument("--write", action="store_true", help="write RESULTS.md and results.json")
     asked = parser.parse_args()
     lines, numbers = measure(asked)

@@ -6,9 +6,7 @@ them.
 """
 
 import argparse
-import sys
 import tempfile
-from collections.abc import Mapping
 from contextlib import ExitStack
 from http import HTTPStatus
 from pathlib import Path
@@ -16,26 +14,9 @@ from pathlib import Path
 from tests.bench import sides as make
 from tests.bench.__main__ import in_turns, ratios, spread
 from tests.bench.http_load import Load
-from tests.bench.sides import Side
 from tests.bench.upstream import upstream
 from tests.harness import ServiceProcess
 from tests.valkey import Valkey
-
-
-def of(stack: ExitStack, tree: Path, python: Path, variables: Mapping[str, str]) -> Side:
-    """The service of a tree, under its own interpreter."""
-    process = ServiceProcess(variables)
-    process.environment["PYTHONPATH"] = str(tree)
-    mine, sys.executable = sys.executable, str(python)
-    try:
-        stack.enter_context(process)
-    finally:
-        sys.executable = mine
-    process.wait_ready()
-    assert process.process is not None
-    side = Side(str(tree), process.port, process.process.pid, "/llm/generate", make.GENERATE)
-    side.headers = [{"Authorization": f"Bearer {secret(process)}"}]
-    return side
 
 
 def secret(process: ServiceProcess) -> str:
@@ -58,15 +39,12 @@ def main() -> None:
     other = asked.other.resolve()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         port, load = stack.enter_context(upstream()), stack.enter_context(Load())
-        sides: list[Side] = []
+        sides = []
         for tree in (other, here):
             on = {**make.everything_on(stack, port, Path(name)), "CACHE_ENABLED": "false"}
-            on["SPOOL_PATH"] = str(Path(name, f"spool-{len(sides)}"))
-            # Its own, as the other tree may know another schema.
-            on["DATABASE_URL"] = f"sqlite:///{name}/{len(sides)}.db"
             if asked.valkey and sides:
                 on["VALKEY_URL"] = stack.enter_context(Valkey()).url
-            sides.append(of(stack, tree, tree / ".venv/bin/python", on))
+            sides.append(make.service(stack, str(tree), on, secret_of=secret, tree=tree))
             sides[-1].ask(load, asked.connections, asked.seconds)
         before, after = in_turns(load, sides, asked.connections, asked.rounds, asked.seconds)
         memory = [side.rss_mib for side in sides]

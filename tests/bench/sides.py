@@ -133,17 +133,17 @@ def _family(pid: int) -> Iterator[int]:
         yield from _family(int(child))
 
 
-def service(
+def service(  # noqa: PLR0913 - what the rows of the tables differ in
     stack: ExitStack,
     name: str,
     variables: Mapping[str, str],
     *,
     body: str = GENERATE,
     secret_of: Callable[[ServiceProcess], str] = ServiceProcess.token,
+    tree: Path = ROOT,
 ) -> Side:
-    """The service with these settings, ready and signed in."""
-    own_spool = {"SPOOL_PATH": f"{variables['SPOOL_PATH']}-{secrets.token_hex(4)}"}
-    process = stack.enter_context(ServiceProcess({**variables, **own_spool}))
+    """The service of a tree, by its own interpreter, with these settings, ready and signed in."""
+    process = started(stack, variables, tree)
     # Killed, as leaving it does, it would leave its workers behind.
     stack.callback(process.stop)
     process.wait_ready(START_LIMIT_S)
@@ -151,6 +151,23 @@ def service(
     side = Side(name, process.port, process.process.pid, "/llm/generate", body)
     side.headers = [{"Authorization": f"Bearer {secret_of(process)}"}]
     return side
+
+
+def started(stack: ExitStack, variables: Mapping[str, str], tree: Path = ROOT) -> ServiceProcess:
+    """The process of a tree's service. Another tree has an environment of its own in ``.venv``."""
+    # Its own, as another tree may know another schema.
+    own = secrets.token_hex(4)
+    folder = Path(variables["SPOOL_PATH"])
+    process = ServiceProcess({**variables, "SPOOL_PATH": f"{folder}-{own}"})
+    process.environment["PYTHONPATH"] = str(tree)
+    mine = sys.executable
+    if tree != ROOT:
+        process.environment["DATABASE_URL"] = f"sqlite:///{folder}-{own}.db"
+        sys.executable = str(tree / ".venv/bin/python")
+    try:
+        return stack.enter_context(process)
+    finally:
+        sys.executable = mine
 
 
 def limited_key(process: ServiceProcess) -> str:
