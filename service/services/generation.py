@@ -121,6 +121,7 @@ class _Call:
     llm_s: float = 0.0
     first_chunk_s: float | None = None
     streams: bool = False
+    ended: CallOutcome = field(init=False)
 
     def outcome(self, error: BaseException | None = None) -> CallOutcome:
         """Freeze the call as it is now."""
@@ -275,7 +276,7 @@ class Generation:
             else:
                 reply, _stored = await self._ask(call, span)
             call.completion = reply.completion
-        return Answer(reply, call.outcome())
+        return Answer(reply, call.ended)
 
     @asynccontextmanager
     async def stream(self, spec: CallSpec) -> AsyncIterator[AnswerStream]:
@@ -319,7 +320,7 @@ class Generation:
             if entry is None:
                 origin = span.get_span_context()
                 self._cache.store_streamed(call.lookup, assembler, completion, spec.request.model, origin)
-        stream.completion, stream.outcome = completion, call.outcome()
+        stream.completion, stream.outcome = completion, call.ended
 
     def _stream_too_long(self) -> UpstreamTimeoutError:
         # The upstream was still sending, so this does not count against it.
@@ -370,7 +371,8 @@ class Generation:
                 if isinstance(error, Exception):
                     await self._recorder.written()
                 raise
-            self._report.ended(span, spec, call.outcome())
+            call.ended = call.outcome()
+            self._report.ended(span, spec, call.ended)
             await self._recorder.written()
 
     async def _ask_once(self, call: _Call, slot: Slot, span: Span) -> tuple[Reply, bool]:

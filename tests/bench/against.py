@@ -39,7 +39,7 @@ def main() -> None:
     other = asked.other.resolve()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         port, load = stack.enter_context(upstream()), stack.enter_context(Load())
-        sides = []
+        sides: list[make.Side] = []
         for tree in (other, here):
             on = {**make.everything_on(stack, port, Path(name)), "CACHE_ENABLED": "false"}
             if asked.valkey and sides:
