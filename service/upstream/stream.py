@@ -67,6 +67,9 @@ class EventDecoder:
             seen = max(0, len(self._rest) - MAX_END_BYTES + 1)
             self._rest += data
             buffer = self._rest
+        elif data[:1] in {b"\n", b"\r"}:
+            # Empty lines after an event whose read ended before them.
+            buffer = data = data.lstrip(b"\r\n")
         start = 0
         while found := END_OF_EVENT.search(buffer, max(seen, start)):
             yield bytes(buffer[start : found.end(1)])

@@ -105,3 +105,12 @@ def test_json_is_written_so_that_anybody_can_read_it() -> None:
     assert to_json({"a": "ü\ud83d"}) == b'{"a":"\\u00fc\\ud83d"}'
     with pytest.raises(ValueError, match="not JSON compliant"):
         to_json({"a": float("inf")})
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+def test_empty_lines_between_events_are_left_out_wherever_a_read_ends(end: bytes) -> None:
+    stream = b"data: a" + 4 * end + b"data: b" + 2 * end
+    for cut in range(len(stream)):
+        decoder = EventDecoder(1_000)
+        events = [*decoder.feed(stream[:cut]), *decoder.feed(stream[cut:])]
+        assert events == [b"data: a" + 2 * end, b"data: b" + 2 * end], cut
