@@ -111,10 +111,6 @@ class Principal:
     key_id: str | None = None
     limits: tuple[Limited, ...] = ()
 
-    def limits_of(self, scope: Scope) -> Limits:
-        """The limits of the key, the user or the team."""
-        return next((limited.limits for limited in self.limits if limited.scope == scope), NO_LIMITS)
-
     @cached_property
     def models(self) -> frozenset[str] | None:
         """The models that all limits permit; None where none names models."""

@@ -13,9 +13,8 @@ from typing import Any, cast
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.asgi import asgi_getter
-from opentelemetry.propagate import extract
+from opentelemetry.propagate import extract, get_global_textmap
 from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDUSER_ID
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -57,6 +56,7 @@ class RequestIdMiddleware:
         self._app = app
         self._server_timing = server_timing
         self._clock = clock
+        self._trace_fields = frozenset(field.encode() for field in get_global_textmap().fields)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -66,11 +66,16 @@ class RequestIdMiddleware:
         span = trace.get_current_span()
         ids = span.get_span_context()
         trace_id, span_id = trace.format_trace_id(ids.trace_id), trace.format_span_id(ids.span_id)
-        client_request_id = Headers(scope=scope).get("x-request-id", "")
+        client_request_id, has_parent = "", False
+        for name, value in reversed(scope["headers"]):
+            if name == b"x-request-id":
+                client_request_id = value.decode("latin-1")
+            elif name in self._trace_fields:
+                has_parent = True
         request = RequestContext(
             request_id=trace_id,
             incident_id=f"inc_{span_id}",
-            continued=_is_continued(scope, ids),
+            continued=has_parent and _is_continued(scope, ids),
             entered_s=self._clock(),
             client_request_id=client_request_id if CLIENT_REQUEST_ID.fullmatch(client_request_id) else None,
         )
@@ -86,18 +91,22 @@ class RequestIdMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = trace_id
+                fields = {
+                    "x-request-id": trace_id,
+                    "traceresponse": f"00-{trace_id}-{span_id}-{ids.trace_flags:02x}",
+                }
                 if is_anthropic_path(scope):
                     # Where Anthropic's libraries look for it.
-                    headers["request-id"] = trace_id
-                headers["traceresponse"] = f"00-{trace_id}-{span_id}-{ids.trace_flags:02x}"
+                    fields["request-id"] = trace_id
                 if services_of(scope).drain.draining:
                     # A balancer that passes connections on, and not requests, keeps this one here.
-                    headers["Connection"] = "close"
-                _add_fields(headers, request)
+                    fields["connection"] = "close"
+                _add_facts(fields, request)
                 if self._server_timing and request.call is not None:
-                    headers["Server-Timing"] = _timing(request, request.call, self._clock())
+                    fields["server-timing"] = _timing(request, request.call, self._clock())
+                own = [(name.encode(), value.encode("latin-1")) for name, value in fields.items()]
+                names = {name for name, _ in own}
+                message["headers"] = [field for field in message["headers"] if field[0] not in names] + own
             await send(message)
 
         try:
@@ -119,22 +128,22 @@ def _is_continued(scope: Scope, ids: trace.SpanContext) -> bool:
     return parent.is_valid and parent.trace_id == ids.trace_id
 
 
-def _add_fields(headers: MutableHeaders, request: RequestContext) -> None:
+def _add_facts(fields: dict[str, str], request: RequestContext) -> None:
     """Add the fields about the caller's rate limit and the model call, to errors as to successes.
 
     Rate limits are written as draft-ietf-httpapi-ratelimit-headers-10 has them.
     """
     rate, call = request.rate, request.call
     if rate is not None:
-        headers["RateLimit-Policy"] = f'"{rate.policy}";q={rate.quota};w={rate.window_s}'
-        headers["RateLimit"] = f'"{rate.policy}";r={rate.remaining};t={rate.reset_s}'
+        fields["ratelimit-policy"] = f'"{rate.policy}";q={rate.quota};w={rate.window_s}'
+        fields["ratelimit"] = f'"{rate.policy}";r={rate.remaining};t={rate.reset_s}'
     if call is not None:
-        headers["X-LLM-Attempts"] = str(call.attempts)
-        headers["X-Cache"] = call.cache.upper()
+        fields["x-llm-attempts"] = str(call.attempts)
+        fields["x-cache"] = call.cache.upper()
         if call.cache == "hit":
-            headers["Age"] = str(int(call.age_s))
+            fields["age"] = str(int(call.age_s))
         if call.similarity is not None:
-            headers["X-Cache-Similarity"] = f"{call.similarity:.4f}"
+            fields["x-cache-similarity"] = f"{call.similarity:.4f}"
 
 
 def _timing(request: RequestContext, call: CallFacts, now_s: float) -> str:
