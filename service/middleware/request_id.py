@@ -66,16 +66,12 @@ class RequestIdMiddleware:
         span = trace.get_current_span()
         ids = span.get_span_context()
         trace_id, span_id = trace.format_trace_id(ids.trace_id), trace.format_span_id(ids.span_id)
-        client_request_id, has_parent = "", False
-        for name, value in reversed(scope["headers"]):
-            if name == b"x-request-id":
-                client_request_id = value.decode("latin-1")
-            elif name in self._trace_fields:
-                has_parent = True
+        given = dict(reversed(scope["headers"]))
+        client_request_id = given.get(b"x-request-id", b"").decode("latin-1")
         request = RequestContext(
             request_id=trace_id,
             incident_id=f"inc_{span_id}",
-            continued=has_parent and _is_continued(scope, ids),
+            continued=not self._trace_fields.isdisjoint(given) and _is_continued(scope, ids),
             entered_s=self._clock(),
             client_request_id=client_request_id if CLIENT_REQUEST_ID.fullmatch(client_request_id) else None,
         )
@@ -91,22 +87,9 @@ class RequestIdMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                fields = {
-                    "x-request-id": trace_id,
-                    "traceresponse": f"00-{trace_id}-{span_id}-{ids.trace_flags:02x}",
-                }
-                if is_anthropic_path(scope):
-                    # Where Anthropic's libraries look for it.
-                    fields["request-id"] = trace_id
-                if services_of(scope).drain.draining:
-                    # A balancer that passes connections on, and not requests, keeps this one here.
-                    fields["connection"] = "close"
-                _add_facts(fields, request)
-                if self._server_timing and request.call is not None:
-                    fields["server-timing"] = _timing(request, request.call, self._clock())
-                own = [(name.encode(), value.encode("latin-1")) for name, value in fields.items()]
-                names = {name for name, _ in own}
-                message["headers"] = [field for field in message["headers"] if field[0] not in names] + own
+                own = self._fields(scope, request, f"00-{trace_id}-{span_id}-{ids.trace_flags:02x}")
+                message["headers"] = [field for field in message["headers"] if field[0] not in own]
+                message["headers"] += own.items()
             await send(message)
 
         try:
@@ -117,6 +100,34 @@ class RequestIdMiddleware:
             if request.failure is not None:
                 _remember(scope, request, request.failure, status, duration_s)
 
+    def _fields(self, scope: Scope, request: RequestContext, traceresponse: str) -> dict[bytes, bytes]:
+        """The answer's fields about the request, the caller's rate limit and the model call, errors or not.
+
+        Rate limits are written as draft-ietf-httpapi-ratelimit-headers-10 has them.
+        """
+        request_id, rate, call = request.request_id.encode(), request.rate, request.call
+        fields = {b"x-request-id": request_id, b"traceresponse": traceresponse.encode()}
+        if is_anthropic_path(scope):
+            # Where Anthropic's libraries look for it.
+            fields[b"request-id"] = request_id
+        if services_of(scope).drain.draining:
+            # A balancer that passes connections on, and not requests, keeps this one here.
+            fields[b"connection"] = b"close"
+        if rate is not None:
+            policy = rate.policy.encode()
+            fields[b"ratelimit-policy"] = b'"%b";q=%d;w=%d' % (policy, rate.quota, rate.window_s)
+            fields[b"ratelimit"] = b'"%b";r=%d;t=%d' % (policy, rate.remaining, rate.reset_s)
+        if call is not None:
+            fields[b"x-llm-attempts"] = b"%d" % call.attempts
+            fields[b"x-cache"] = call.cache.upper().encode()
+            if call.cache == "hit":
+                fields[b"age"] = b"%d" % call.age_s
+            if call.similarity is not None:
+                fields[b"x-cache-similarity"] = b"%.4f" % call.similarity
+            if self._server_timing:
+                fields[b"server-timing"] = _timing(request, call, self._clock()).encode()
+        return fields
+
 
 def _is_continued(scope: Scope, ids: trace.SpanContext) -> bool:
     """Whether the trace is the caller's.
@@ -126,24 +137,6 @@ def _is_continued(scope: Scope, ids: trace.SpanContext) -> bool:
     carrier = cast("dict[str, Any]", scope)
     parent = trace.get_current_span(extract(carrier, Context(), asgi_getter)).get_span_context()
     return parent.is_valid and parent.trace_id == ids.trace_id
-
-
-def _add_facts(fields: dict[str, str], request: RequestContext) -> None:
-    """Add the fields about the caller's rate limit and the model call, to errors as to successes.
-
-    Rate limits are written as draft-ietf-httpapi-ratelimit-headers-10 has them.
-    """
-    rate, call = request.rate, request.call
-    if rate is not None:
-        fields["ratelimit-policy"] = f'"{rate.policy}";q={rate.quota};w={rate.window_s}'
-        fields["ratelimit"] = f'"{rate.policy}";r={rate.remaining};t={rate.reset_s}'
-    if call is not None:
-        fields["x-llm-attempts"] = str(call.attempts)
-        fields["x-cache"] = call.cache.upper()
-        if call.cache == "hit":
-            fields["age"] = str(int(call.age_s))
-        if call.similarity is not None:
-            fields["x-cache-similarity"] = f"{call.similarity:.4f}"
 
 
 def _timing(request: RequestContext, call: CallFacts, now_s: float) -> str:
