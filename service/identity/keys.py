@@ -8,7 +8,6 @@ A key that is known costs one hash and one dictionary access. ``changes`` tells 
 """
 
 import asyncio
-import hashlib
 import hmac
 import logging
 import re
@@ -214,14 +213,13 @@ class ApiKeys:
             OverloadedError: Too many unknown keys are looked up.
             DependencyUnavailableError: The key is not known, and the database does not answer.
         """
-        key_id = id_in(text)
-        if key_id is None:
-            raise AuthenticationError("The API key is not valid: it may be cut off or mistyped.")
-        hashed = self._hash(text)
-        if hashed in self._unknown:
-            raise AuthenticationError("The API key does not exist, or was replaced.")
-        known = self._known.get(key_id, NONE_KNOWN).get(hashed)
+        found, hashed = KEY.fullmatch(text), self._hash(text)
+        known = None if found is None else self._known.get(found[1], NONE_KNOWN).get(hashed)
         if known is None:
+            # What is known has been checked.
+            key_id = id_in(text)
+            if key_id is None:
+                raise AuthenticationError("The API key is not valid: it may be cut off or mistyped.")
             known = await self._look_up(key_id, hashed)
         now = int(self._now())
         key = known.key
@@ -235,6 +233,8 @@ class ApiKeys:
         return key
 
     async def _look_up(self, key_id: str, hashed: bytes) -> _Known:
+        if hashed in self._unknown:
+            raise AuthenticationError("The API key does not exist, or was replaced.")
         if hashed not in self._stored and not await self._lookups.hit("guesses"):
             raise OverloadedError("Too many unknown API keys are looked up. Try again later.")
         changes = self._changes
@@ -253,7 +253,7 @@ class ApiKeys:
         return known is not None and known.valid_until is not None
 
     def _hash(self, text: str) -> bytes:
-        return hmac.new(self._secret, text.encode(), hashlib.sha256).digest()
+        return hmac.digest(self._secret, text.encode(), "sha256")
 
     # ---- Changes -------------------------------------------------------------------------------------------
 
