@@ -118,6 +118,9 @@ class ApiKey:
     revoked_at: int | None = None
 
 
+NOT_VALID: Final = "The API key is not valid: it may be cut off or mistyped."
+
+
 def new_id() -> str:
     """A new key's id."""
     return "".join(secrets.choice(ALPHABET) for _ in range(ID_CHARS))
@@ -213,13 +216,16 @@ class ApiKeys:
             OverloadedError: Too many unknown keys are looked up.
             DependencyUnavailableError: The key is not known, and the database does not answer.
         """
-        found, hashed = KEY.fullmatch(text), self._hash(text)
-        known = None if found is None else self._known.get(found[1], NONE_KNOWN).get(hashed)
+        shaped = KEY.fullmatch(text)
+        if shaped is None:
+            raise AuthenticationError(NOT_VALID)
+        hashed = self._hash(text)
+        known = self._known.get(shaped[1], NONE_KNOWN).get(hashed)
         if known is None:
-            # What is known has been checked.
+            # The checksum of one that is known was right.
             key_id = id_in(text)
             if key_id is None:
-                raise AuthenticationError("The API key is not valid: it may be cut off or mistyped.")
+                raise AuthenticationError(NOT_VALID)
             known = await self._look_up(key_id, hashed)
         now = int(self._now())
         key = known.key
