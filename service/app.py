@@ -71,9 +71,6 @@ def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        # A body without Content-Type is taken for JSON. FastAPI refuses it against forged requests, to which
-        # browsers would add credentials; here these are in a field that no browser adds by itself.
-        strict_content_type=False,
         lifespan=lifespan_of(settings, telemetry),
         # FastAPI's own telemetry gives way to the contrib instrumentation by itself; this makes it certain.
         telemetry={"tracing": False, "metrics": False, "logs": False},
@@ -87,7 +84,8 @@ def create_app(settings: Settings, telemetry: Telemetry) -> FastAPI:
     app.trust_traceparent = settings.trust_traceparent == "all"
     # Model calls first: a path is compared with one route after the other, for the answer and for the span.
     for module in (llm, openai, anthropic, responses, auth, keys, accounts, usage, requests, cache, system):
-        app.include_router(module.router)
+        # Not by include_router, which looks a request up twice, and for the span twice again.
+        app.router.routes.extend(module.router.routes)
     app.router.routes.append(system.docs_assets())
     instrument_server(app, telemetry)
     return app

@@ -152,39 +152,48 @@ async def identify(scope: Scope) -> Principal | None:
     return caller
 
 
-class SignedIn(SecurityBase):
-    """The dependency on a signed-in caller, which the API's description shows as a bearer token."""
+def signed_in_caller(scope: Scope) -> Principal:
+    """The caller, who becomes known to the server span.
+
+    Raises:
+        AuthenticationError: Nothing was sent that proves who is calling.
+    """
+    user: Principal | AuthenticationError | None = scope.get(CALLER)
+    if user is None:
+        raise AuthenticationError
+    if isinstance(user, AuthenticationError):
+        raise user
+    context = current_request.get()
+    if context is not None:
+        context.route = getattr(scope.get("route"), "path", None)
+    attributes: dict[str, str | tuple[str]] = {
+        ENDUSER_ID: user.username,
+        # The conventions are renaming it: who searches by either name finds it.
+        ENDUSER_ROLE: user.role,
+        USER_ROLES: (user.role,),
+    }
+    if user.team is not None:
+        attributes[ATTR_TEAM] = user.team
+    if user.key_id is not None:
+        attributes[ATTR_KEY_ID] = user.key_id
+    trace.get_current_span().set_attributes(attributes)
+    return user
+
+
+class _Bearer(SecurityBase):
+    """A dependency on a signed-in caller, which the API's description shows as a bearer token."""
 
     def __init__(self) -> None:
         self.model = HTTPBearerModel(bearerFormat="JWT", description="An API key, or a token")
         self.scheme_name = "HTTPBearer"
 
-    async def __call__(self, request: Request) -> Principal:
-        """The caller, who becomes known to the server span.
 
-        Raises:
-            AuthenticationError: Nothing was sent that proves who is calling.
-        """
-        user: Principal | AuthenticationError | None = request.scope.get(CALLER)
-        if user is None:
-            raise AuthenticationError
-        if isinstance(user, AuthenticationError):
-            raise user
-        context = current_request.get()
-        if context is not None:
-            context.route = getattr(request.scope.get("route"), "path", None)
-        attributes: dict[str, str | tuple[str]] = {
-            ENDUSER_ID: user.username,
-            # The conventions are renaming it: who searches by either name finds it.
-            ENDUSER_ROLE: user.role,
-            USER_ROLES: (user.role,),
-        }
-        if user.team is not None:
-            attributes[ATTR_TEAM] = user.team
-        if user.key_id is not None:
-            attributes[ATTR_KEY_ID] = user.key_id
-        trace.get_current_span().set_attributes(attributes)
-        return user
+class SignedIn(_Bearer):
+    """The dependency on the caller."""
+
+    async def __call__(self, request: Request) -> Principal:
+        """The caller; raises as ``signed_in_caller``."""
+        return signed_in_caller(request.scope)
 
 
 signed_in = SignedIn()
@@ -201,21 +210,6 @@ async def model_caller(request: Request, user: Annotated[Principal, Depends(sign
     """The signed-in caller, with this call counted against their rate limits."""
     await services_of(request.scope).rate_limiter.count(user)
     return user
-
-
-async def _admit(request: Request, user: Principal) -> None:
-    """Count a model call, and refuse it where the caller may not make it.
-
-    The order is: the model, where the body names it and the caller may not ask all; rates; budgets. The
-    route reads the body afterwards, and checks the model again.
-    """
-    services = services_of(request.scope)
-    if user.models is not None:
-        model = await _named_model(request)
-        if model is not None and not user.may_ask(model):
-            raise PermissionDeniedError(MODEL_DENIED, param="model")
-    await services.rate_limiter.count(user)
-    await services.ledger.budgets.check(user)
 
 
 async def _named_model(request: Request) -> str | None:
@@ -271,26 +265,40 @@ class ModelCall:
         )
 
 
-# As few dependencies as possible: FastAPI spends more time on each than most of them do.
-async def _model_call(request: Request, user: Annotated[Principal, Depends(signed_in)]) -> ModelCall:
-    await _admit(request, user)
-    return _call_of(request, user)
+class ModelCalls(_Bearer):
+    """The dependency on a model call: signs the caller in, counts the call, and refuses what they may not do.
 
+    The order is: the model, where the body names it and the caller may not ask all; rates; budgets. The route
+    reads the body afterwards, and checks the model again. All of it is one dependency, because FastAPI spends
+    more time on each than most of them do.
 
-async def _free_call(request: Request, user: Annotated[Principal, Depends(signed_in)]) -> ModelCall:
-    await services_of(request.scope).rate_limiter.count(user)
-    return _call_of(request, user)
+    Args:
+        free: Whether the calls cost nothing, and are possible with a spent budget and whatever their model.
+    """
 
+    def __init__(self, *, free: bool) -> None:
+        super().__init__()
+        self._free = free
 
-def _call_of(request: Request, user: Principal) -> ModelCall:
-    services, context = services_of(request.scope), current_request.get()
-    return ModelCall(
-        user,
-        services,
-        Deadline.after(services.generation.timeout_s, since=context.entered_s if context else None),
-        parse_cache_control(", ".join(request.headers.getlist("cache-control"))),
-        context.request_id if context else "",
-    )
+    async def __call__(self, request: Request) -> ModelCall:
+        """The call; raises what refuses it."""
+        scope = request.scope
+        user, services, context = signed_in_caller(scope), services_of(scope), current_request.get()
+        if user.models is not None and not self._free:
+            model = await _named_model(request)
+            if model is not None and not user.may_ask(model):
+                raise PermissionDeniedError(MODEL_DENIED, param="model")
+        await services.rate_limiter.count(user)
+        if user.limits and not self._free:
+            await services.ledger.budgets.check(user)
+        control = [value.decode("latin-1") for name, value in scope["headers"] if name == b"cache-control"]
+        return ModelCall(
+            user,
+            services,
+            Deadline.after(services.generation.timeout_s, since=context.entered_s if context else None),
+            parse_cache_control(", ".join(control)),
+            context.request_id if context else "",
+        )
 
 
 def only_query(
@@ -329,8 +337,8 @@ def only_query(
 ServicesDep = Annotated[AppServices, Depends(_services)]
 CurrentUser = Annotated[Principal, Depends(signed_in)]
 ModelCaller = Annotated[Principal, Depends(model_caller)]
-ModelCallDep = Annotated[ModelCall, Depends(_model_call)]
-FreeCallDep = Annotated[ModelCall, Depends(_free_call)]
+ModelCallDep = Annotated[ModelCall, Depends(ModelCalls(free=False))]
+FreeCallDep = Annotated[ModelCall, Depends(ModelCalls(free=True))]
 """A call that costs nothing, and is possible with a spent budget."""
 
 AdminUser = Annotated[Principal, Depends(admin_user)]

@@ -7,6 +7,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final, Self
 
 from service.cache.assembly import Layout, can_be_streamed
@@ -32,7 +33,7 @@ class DamagedEntryError(ValueError):
     """The store returned a payload that is no entry, or the entry of another key."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Entry:
     """A stored answer.
 
@@ -130,6 +131,10 @@ class Entry:
 
     def reply(self) -> Reply:
         """The answer for a caller who is not billed for it."""
+        return self._free
+
+    @cached_property
+    def _free(self) -> Reply:
         return Reply(self.content, replace(self.completion, cost=0.0))
 
     def events(self) -> Iterator[StreamEvent]:

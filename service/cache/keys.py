@@ -5,6 +5,7 @@ import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 SCHEMA = 3
@@ -31,6 +32,9 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 LARGE_REQUEST_BYTES: Final = 1_048_576
 """Requests with larger bodies are equal only where their bytes are, and are not looked up by meaning."""
 
+MAX_TENANTS: Final = 4_096
+"""How many users' hashes are kept."""
+
 MAX_EXACT = 2**53
 """Up to here, a float without a fraction equals exactly one integer."""
 
@@ -53,6 +57,7 @@ class CacheKey:
         return str(uuid.UUID(self.digest[:32]))
 
 
+@lru_cache(MAX_TENANTS)
 def tenant_of(user: str | None, realm: str = "") -> str:
     """The tenant of a user; None stands for all users together.
 

@@ -502,13 +502,17 @@ class SemanticCache(ResponseCache):
 
 
 def _describe(span: Span, lookup: Lookup) -> None:
-    span.set_attributes({names.ATTR_CACHE_KIND: lookup.kind, names.ATTR_CACHE_RESULT: lookup.result})
+    described: dict[str, str | bool | float] = {
+        names.ATTR_CACHE_KIND: lookup.kind,
+        names.ATTR_CACHE_RESULT: lookup.result,
+    }
     if lookup.shared:
-        span.set_attribute(names.ATTR_CACHE_SHARED, True)  # noqa: FBT003 - an attribute's value
+        described[names.ATTR_CACHE_SHARED] = True
     if lookup.result == "hit":
-        span.set_attribute(names.ATTR_CACHE_AGE, round(lookup.age_s, 3))
+        described[names.ATTR_CACHE_AGE] = round(lookup.age_s, 3)
     if lookup.similarity is not None:
-        span.set_attribute(names.ATTR_CACHE_SIMILARITY, round(lookup.similarity, 4))
+        described[names.ATTR_CACHE_SIMILARITY] = round(lookup.similarity, 4)
+    span.set_attributes(described)
 
 
 PAGE = 1_000

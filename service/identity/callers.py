@@ -1,6 +1,6 @@
 """Who is calling: one answer for every way to prove it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import cachetools
 from opentelemetry.metrics import Counter
@@ -14,6 +14,9 @@ from service.identity.tokens import Authenticator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+KEY_START: Final = f"{PREFIX}_"
 
 
 class Callers:
@@ -53,12 +56,22 @@ class Callers:
             OverloadedError: Too many unknown keys are looked up.
             DependencyUnavailableError: It is not known, because the database or the issuer does not answer.
         """
-        method = self._method(secret)
+        method: Method = "token"
+        if secret.startswith(KEY_START):
+            method = "key"
+        elif self._oidc.reads(secret):
+            method = "oidc"
         outcome = "unavailable"
         try:
             if self._accounts.are_stale:
                 raise DependencyUnavailableError
-            found = await self._proven(method, secret)
+            if method == "key":
+                found = await self._by_key(secret)
+            elif method == "oidc":
+                bearer = await self._oidc.identify(secret)
+                found = self.admitted(Principal(bearer.username, bearer.role, "oidc", bearer.team))
+            else:
+                found = self.admitted(self._tokens.identify(secret))
             outcome = "success"
         except ServiceError as error:
             if isinstance(error, AuthenticationError):
@@ -67,19 +80,6 @@ class Callers:
         finally:
             self._attempts.add(1, {"method": method, "outcome": outcome})
         return found
-
-    def _method(self, secret: str) -> Method:
-        if secret.startswith(f"{PREFIX}_"):
-            return "key"
-        return "oidc" if self._oidc.reads(secret) else "token"
-
-    async def _proven(self, method: Method, secret: str) -> Principal:
-        if method == "key":
-            return await self._by_key(secret)
-        if method == "oidc":
-            bearer = await self._oidc.identify(secret)
-            return self.admitted(Principal(bearer.username, bearer.role, "oidc", bearer.team))
-        return self.admitted(self._tokens.identify(secret))
 
     async def _by_key(self, text: str) -> Principal:
         key = await self._keys.identify(text)

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final, Literal
 
 Role = Literal["admin", "user"]
@@ -110,11 +111,7 @@ class Principal:
     key_id: str | None = None
     limits: tuple[Limited, ...] = ()
 
-    def limits_of(self, scope: Scope) -> Limits:
-        """The limits of the key, the user or the team."""
-        return next((limited.limits for limited in self.limits if limited.scope == scope), NO_LIMITS)
-
-    @property
+    @cached_property
     def models(self) -> frozenset[str] | None:
         """The models that all limits permit; None where none names models."""
         named = [frozenset(own.limits.models) for own in self.limits if own.limits.models is not None]

@@ -13,9 +13,8 @@ from typing import Any, cast
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.asgi import asgi_getter
-from opentelemetry.propagate import extract
+from opentelemetry.propagate import extract, get_global_textmap
 from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDUSER_ID
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -57,6 +56,7 @@ class RequestIdMiddleware:
         self._app = app
         self._server_timing = server_timing
         self._clock = clock
+        self._trace_fields = frozenset(field.encode() for field in get_global_textmap().fields)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -66,11 +66,12 @@ class RequestIdMiddleware:
         span = trace.get_current_span()
         ids = span.get_span_context()
         trace_id, span_id = trace.format_trace_id(ids.trace_id), trace.format_span_id(ids.span_id)
-        client_request_id = Headers(scope=scope).get("x-request-id", "")
+        given = dict(reversed(scope["headers"]))
+        client_request_id = given.get(b"x-request-id", b"").decode("latin-1")
         request = RequestContext(
             request_id=trace_id,
             incident_id=f"inc_{span_id}",
-            continued=_is_continued(scope, ids),
+            continued=not self._trace_fields.isdisjoint(given) and _is_continued(scope, ids),
             entered_s=self._clock(),
             client_request_id=client_request_id if CLIENT_REQUEST_ID.fullmatch(client_request_id) else None,
         )
@@ -86,18 +87,9 @@ class RequestIdMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = trace_id
-                if is_anthropic_path(scope):
-                    # Where Anthropic's libraries look for it.
-                    headers["request-id"] = trace_id
-                headers["traceresponse"] = f"00-{trace_id}-{span_id}-{ids.trace_flags:02x}"
-                if services_of(scope).drain.draining:
-                    # A balancer that passes connections on, and not requests, keeps this one here.
-                    headers["Connection"] = "close"
-                _add_fields(headers, request)
-                if self._server_timing and request.call is not None:
-                    headers["Server-Timing"] = _timing(request, request.call, self._clock())
+                own = self._fields(scope, request, f"00-{trace_id}-{span_id}-{ids.trace_flags:02x}")
+                message["headers"] = [field for field in message["headers"] if field[0] not in own]
+                message["headers"] += own.items()
             await send(message)
 
         try:
@@ -108,6 +100,34 @@ class RequestIdMiddleware:
             if request.failure is not None:
                 _remember(scope, request, request.failure, status, duration_s)
 
+    def _fields(self, scope: Scope, request: RequestContext, traceresponse: str) -> dict[bytes, bytes]:
+        """The answer's fields about the request, the caller's rate limit and the model call, errors or not.
+
+        Rate limits are written as draft-ietf-httpapi-ratelimit-headers-10 has them.
+        """
+        request_id, rate, call = request.request_id.encode(), request.rate, request.call
+        fields = {b"x-request-id": request_id, b"traceresponse": traceresponse.encode()}
+        if is_anthropic_path(scope):
+            # Where Anthropic's libraries look for it.
+            fields[b"request-id"] = request_id
+        if services_of(scope).drain.draining:
+            # A balancer that passes connections on, and not requests, keeps this one here.
+            fields[b"connection"] = b"close"
+        if rate is not None:
+            policy = rate.policy.encode()
+            fields[b"ratelimit-policy"] = b'"%b";q=%d;w=%d' % (policy, rate.quota, rate.window_s)
+            fields[b"ratelimit"] = b'"%b";r=%d;t=%d' % (policy, rate.remaining, rate.reset_s)
+        if call is not None:
+            fields[b"x-llm-attempts"] = b"%d" % call.attempts
+            fields[b"x-cache"] = call.cache.upper().encode()
+            if call.cache == "hit":
+                fields[b"age"] = b"%d" % call.age_s
+            if call.similarity is not None:
+                fields[b"x-cache-similarity"] = b"%.4f" % call.similarity
+            if self._server_timing:
+                fields[b"server-timing"] = _timing(request, call, self._clock()).encode()
+        return fields
+
 
 def _is_continued(scope: Scope, ids: trace.SpanContext) -> bool:
     """Whether the trace is the caller's.
@@ -117,24 +137,6 @@ def _is_continued(scope: Scope, ids: trace.SpanContext) -> bool:
     carrier = cast("dict[str, Any]", scope)
     parent = trace.get_current_span(extract(carrier, Context(), asgi_getter)).get_span_context()
     return parent.is_valid and parent.trace_id == ids.trace_id
-
-
-def _add_fields(headers: MutableHeaders, request: RequestContext) -> None:
-    """Add the fields about the caller's rate limit and the model call, to errors as to successes.
-
-    Rate limits are written as draft-ietf-httpapi-ratelimit-headers-10 has them.
-    """
-    rate, call = request.rate, request.call
-    if rate is not None:
-        headers["RateLimit-Policy"] = f'"{rate.policy}";q={rate.quota};w={rate.window_s}'
-        headers["RateLimit"] = f'"{rate.policy}";r={rate.remaining};t={rate.reset_s}'
-    if call is not None:
-        headers["X-LLM-Attempts"] = str(call.attempts)
-        headers["X-Cache"] = call.cache.upper()
-        if call.cache == "hit":
-            headers["Age"] = str(int(call.age_s))
-        if call.similarity is not None:
-            headers["X-Cache-Similarity"] = f"{call.similarity:.4f}"
 
 
 def _timing(request: RequestContext, call: CallFacts, now_s: float) -> str:

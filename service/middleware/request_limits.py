@@ -8,10 +8,8 @@ it could use up the capacity.
 """
 
 import asyncio
-from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from ipaddress import IPv6Address, ip_address
 from typing import Final
 
@@ -104,15 +102,14 @@ class RequestLimitsMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send, self._capacity, self._arriving(scope))
+        arriving = self._passed_on if scope["path"] in UPLOADS else self._read_first
+        exchange = _Exchange(scope, receive, send, self._capacity, arriving, self._limit(scope))
         if scope["path"] in PROBES:
             await self._app(scope, receive, exchange.send)
             return
         if MALFORMED in scope:
             raise BadRequestError("This is not a valid HTTP request.")
-        limit = self._limit(scope)
         try:
-            limit.check(exchange.declared_bytes)
             await exchange.arrive()
         except ServiceError as error:
             exchange.leave()
@@ -123,12 +120,9 @@ class RequestLimitsMiddleware:
             await error_response(error, scope)(scope, receive, exchange.send)
             return
         try:
-            await self._app(scope, partial(exchange.receive, limit), exchange.send)
+            await self._app(scope, exchange.receive, exchange.send)
         finally:
             exchange.leave()
-
-    def _arriving(self, scope: Scope) -> "_Arriving":
-        return self._passed_on if scope["path"] in UPLOADS else self._read_first
 
     def _limit(self, scope: Scope) -> "_BodyLimit":
         if scope["path"] == LOGIN:
@@ -191,21 +185,24 @@ class _Places:
         self._total = total
         self._each = each
         self._taken = 0
-        self._by_holder: Counter[str] = Counter()
+        self._by_holder: dict[str, int] = {}
 
     def take(self, holder: str, number: int = 1) -> bool:
         """Take places; False where so many are not left, for all or for this holder."""
-        if self._taken + number > self._total or self._by_holder[holder] + number > self._each:
+        held = self._by_holder.get(holder, 0) + number
+        if self._taken + number > self._total or held > self._each:
             return False
         self._taken += number
-        self._by_holder[holder] += number
+        self._by_holder[holder] = held
         return True
 
     def give_back(self, holder: str, number: int = 1) -> None:
         """Give places back."""
         self._taken -= number
-        self._by_holder[holder] -= number
-        if not self._by_holder[holder]:
+        left = self._by_holder[holder] - number
+        if left:
+            self._by_holder[holder] = left
+        else:
             del self._by_holder[holder]
 
 
@@ -257,10 +254,17 @@ class _Exchange:
         send: The server's ``send``.
         capacity: Where the request is counted.
         arriving: Limits of the body while it arrives.
+        limit: Its largest size.
     """
 
-    def __init__(
-        self, scope: Scope, receive: Receive, send: Send, capacity: _Capacity, arriving: _Arriving
+    def __init__(  # noqa: PLR0913, PLR0917 - what one request is made of
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        capacity: _Capacity,
+        arriving: _Arriving,
+        limit: _BodyLimit,
     ) -> None:
         self._scope = scope
         self._receive = receive
@@ -268,6 +272,7 @@ class _Exchange:
         self._capacity = capacity
         self._body_until_s = asyncio.get_running_loop().time() + arriving.timeout_s
         self._held_limit = arriving.held
+        self._limit = limit
         self._passed_on_s: float | None = None
         self._closes = False
         self._holder = ""
@@ -288,9 +293,11 @@ class _Exchange:
         """Find out who is calling, and count the request: as arriving while its body is, else as in flight.
 
         Raises:
+            PayloadTooLargeError: The announced body is larger than the limit.
             AuthenticationError: The request has a body, no valid token, and does not sign in.
             OverloadedError: Too many requests of the caller, or in all.
         """
+        self._limit.check(self.declared_bytes)
         scope, capacity = self._scope, self._capacity
         caller = await identify(scope)
         user = caller.username if caller is not None else None
@@ -359,7 +366,7 @@ class _Exchange:
             self._in_flight = False
             self._capacity.gauge.add(-1)
 
-    async def receive(self, limit: _BodyLimit) -> Message:
+    async def receive(self) -> Message:
         """Receive a message.
 
         Raises:
@@ -384,7 +391,7 @@ class _Exchange:
         arrived = len(message.get("body", b""))
         self._received_bytes += arrived
         self._body_until_s += arrived / BODY_BYTES_PER_S
-        limit.check(self._received_bytes)
+        self._limit.check(self._received_bytes)
         if self._passed_on_s is not None:
             self._passed_on_s = now()
         else:

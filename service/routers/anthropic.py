@@ -8,6 +8,7 @@ from starlette.responses import Response
 from service.dependencies import FreeCallDep, ModelCallDep
 from service.errors import ServiceError
 from service.middleware.errors import OPENAI_PREFIX, anthropic_error_body
+from service.routers.bodies import CallRoute
 from service.routers.calls import CALL_ERRORS, call_operation
 from service.routers.schemas import (
     MESSAGES_ANSWER,
@@ -20,7 +21,7 @@ from service.services.call_report import CallOutcome
 from service.upstream.messages import Completion
 from service.upstream.stream import StreamEvent, event
 
-router = APIRouter(prefix=OPENAI_PREFIX, tags=["anthropic"])
+router = APIRouter(prefix=OPENAI_PREFIX, tags=["anthropic"], route_class=CallRoute)
 
 
 class MessagesFormat:

@@ -24,7 +24,8 @@ from service.errors import (
     ValidationError,
 )
 from service.middleware.errors import error_body
-from service.routers.bodies import JsonRoute
+from service.routers.bodies import CallRoute
+from service.routers.calls import JSON
 from service.routers.schemas import (
     GENERATED,
     DoneEvent,
@@ -39,7 +40,7 @@ from service.upstream.messages import Completion
 from service.upstream.stream import StreamEvent, event
 from service.utils.disconnect import cancel_on_disconnect
 
-router = APIRouter(prefix="/llm", tags=["llm"], route_class=JsonRoute)
+router = APIRouter(prefix="/llm", tags=["llm"], route_class=CallRoute)
 
 UPSTREAM_ERRORS = (BadRequestError, RateLimitError, UpstreamError, UpstreamTimeoutError)
 REFUSED = (AuthenticationError, PermissionDeniedError, BudgetExceededError)
@@ -81,9 +82,7 @@ class GenerateFormat:
         ),
     },
 )
-async def generate(
-    body: GenerateRequest, request: Request, call: ModelCallDep
-) -> GenerateResponse | Response:
+async def generate(body: GenerateRequest, request: Request, call: ModelCallDep) -> Response:
     """Send a prompt to a model; a caller who closes the connection stops the model's work.
 
     With `stream` the answer comes as server-sent events: `token` for each piece of text, then `done` with
@@ -98,7 +97,10 @@ async def generate(
         )
     answer = await cancel_on_disconnect(request.receive, generation.answer(spec))
     completion = answer.reply.completion
-    return GenerateResponse.from_call(completion, answer.outcome, call.request_id, response=completion.text)
+    answered = GenerateResponse.from_call(
+        completion, answer.outcome, call.request_id, response=completion.text
+    )
+    return Response(answered.model_dump_json(), media_type=JSON)
 
 
 @router.get("/models", responses=errors(AuthenticationError, *UPSTREAM_ERRORS, *UNAVAILABLE))

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from service.dependencies import ModelCallDep, ModelCaller, ServicesDep
 from service.errors import NotFoundError, ServiceError, ValidationError
 from service.middleware.errors import OPENAI_PREFIX, openai_error_body
-from service.routers.bodies import MAX_INPUT_VALUES, json_content, refuse
+from service.routers.bodies import MAX_INPUT_VALUES, CallRoute, json_content, refuse
 from service.routers.calls import (
     ALWAYS,
     CALL_ERRORS,
@@ -155,7 +155,7 @@ def read_embeddings(content: bytes, passed: AbstractSet[str]) -> JsonBody:
     return body
 
 
-router = APIRouter(prefix=OPENAI_PREFIX, tags=["openai"])
+router = APIRouter(prefix=OPENAI_PREFIX, tags=["openai"], route_class=CallRoute)
 
 DONE = event(b"[DONE]")
 

@@ -27,7 +27,7 @@ from service.errors import (
     ValidationError,
 )
 from service.middleware.errors import OPENAI_PREFIX
-from service.routers.bodies import json_content, refuse
+from service.routers.bodies import CallRoute, json_content, refuse
 from service.routers.calls import (
     ALWAYS,
     CALL_ERRORS,
@@ -91,7 +91,7 @@ STORED_ERRORS = (
 
 NoQuery = Annotated[None, Depends(only_query(API_VERSION))]
 
-router = APIRouter(prefix=OPENAI_PREFIX, tags=["openai"])
+router = APIRouter(prefix=OPENAI_PREFIX, tags=["openai"], route_class=CallRoute)
 
 
 @router.post(

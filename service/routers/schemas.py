@@ -306,8 +306,11 @@ class GenerateRequest(Inbound):
         messages = [{"role": "user", "content": self.prompt}]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        given = self.model_dump(include={"temperature", "max_tokens", "response_format"}, exclude_none=True)
-        body = {"messages": messages, "model": model, **given}
+        body: dict[str, Any] = {"messages": messages, "model": model}
+        for name in ("temperature", "max_tokens", "response_format"):
+            value = getattr(self, name)
+            if value is not None:
+                body[name] = value
         return LlmRequest("chat", model, body, to_json(body))
 
 

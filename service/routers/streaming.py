@@ -19,16 +19,18 @@ from service.upstream.stream import StreamEvent, comment
 from service.upstream.upload import Upload
 from service.utils.disconnect import abort_connection, cancel_on_disconnect, cut_connection
 
+EVENTS: Final = "text/event-stream"
 KEEP_ALIVE: Final = comment("keep-alive")
 FINAL_EVENT_TIMEOUT_S: Final = 0.4
 """Seconds that a client which does not read may delay the error event that ends its stream; less than the
 drain's own grace after its limit."""
 
-HEADERS: Final = {
-    "Cache-Control": "no-store",
+HEADERS: Final = (
+    (b"cache-control", b"no-store"),
     # Proxies such as nginx buffer an answer unless they are told not to.
-    "X-Accel-Buffering": "no",
-}
+    (b"x-accel-buffering", b"no"),
+    (b"content-type", EVENTS.encode()),
+)
 
 
 class StreamFormat(Protocol):
@@ -76,7 +78,7 @@ class EventStream(Response):
         upload: The request's body, where it is still arriving.
     """
 
-    media_type = "text/event-stream"
+    media_type = EVENTS
 
     def __init__(
         self,
@@ -86,10 +88,9 @@ class EventStream(Response):
         *,
         upload: Upload | None = None,
     ) -> None:
-        super().__init__(headers=HEADERS)
-        # The length is not known, and the encoding is always UTF-8.
-        del self.headers["Content-Length"]
-        self.headers["Content-Type"] = self.media_type
+        # Not by ``Response``'s own: the length is not known, and the encoding is always UTF-8.
+        self.status_code, self.background, self.body = 200, None, b""
+        self.raw_headers = [*HEADERS]
         self._stream = stream
         self._format = stream_format
         self._times = times

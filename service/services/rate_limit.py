@@ -10,9 +10,9 @@ import cachetools
 from service.context import RateFacts, current_request
 from service.errors import RateLimitError
 from service.identity.principal import Principal, Scope
-from service.shared.counts import Counted, Counts, How, Limit, LocalCounts
+from service.shared.counts import Counts, How, Limit, LocalCounts
 from service.telemetry.instruments import Instruments
-from service.utils.rates import MonotonicStorage, Rate
+from service.utils.rates import Events, Rate, Window
 
 MAX_RATES: Final = 1_000
 """How many different rates are kept parsed; what they count is kept elsewhere."""
@@ -63,13 +63,16 @@ class RateLimiter:
         self._rate = rate
         self._counts = counts or LocalCounts()
         self._clock = clock
-        self._storage = MonotonicStorage(clock)
+        self._events = Events(clock)
         self._parsed: cachetools.LRUCache[str, Rate] = cachetools.LRUCache(MAX_RATES)
         self._rejected = instruments.requests_rejected
 
     def rate_of(self, caller: Principal) -> str:
         """What the caller's user may do."""
-        return caller.limits_of("user").rate or self._rate
+        for own in caller.limits:
+            if own.scope == "user":
+                return own.limits.rate or self._rate
+        return self._rate
 
     async def count(self, caller: Principal) -> None:
         """Count one call, and leave the state of the nearest limit for the answer's header fields.
@@ -81,13 +84,13 @@ class RateLimiter:
         """
         named, limits = self._limits(caller, "together")
         counted = await self._counts.count(limits)
-        nearest = _nearest(named, limits, counted)
-        reset_s = max(1, round(nearest.reset_s))
+        nearest = _nearest(counted.windows)
+        rate, window = limits[nearest].rate, counted.windows[nearest]
+        reset_s = max(1, round(window.reset_s))
         request = current_request.get()
         if request is not None:
-            request.rate = RateFacts(
-                f"per-{nearest.scope}", nearest.quota, nearest.window_s, nearest.left, reset_s
-            )
+            policy = f"per-{named[nearest][0]}"
+            request.rate = RateFacts(policy, rate.amount, rate.period_s, window.remaining, reset_s)
         if not counted.allowed:
             self._rejected.add(1, {"reason": "rate_limited"})
             raise RateLimitError(
@@ -98,7 +101,10 @@ class RateLimiter:
     async def nearest(self, caller: Principal) -> RateState:
         """The limit with the fewest calls left, and of equal ones the one with the longest wait."""
         named, limits = self._limits(caller, "look")
-        return _nearest(named, limits, await self._counts.count(limits))
+        windows = (await self._counts.count(limits)).windows
+        nearest = _nearest(windows)
+        (scope, text), rate, window = named[nearest], limits[nearest].rate, windows[nearest]
+        return RateState(scope, text, rate.amount, rate.period_s, window.remaining, window.reset_s)
 
     def _limits(self, caller: Principal, how: How) -> tuple[list[_Named], list[Limit]]:
         """All that apply."""
@@ -114,13 +120,12 @@ class RateLimiter:
     def _of(self, rate: str) -> Rate:
         found = self._parsed.get(rate)
         if found is None:
-            found = self._parsed[rate] = Rate(rate, self._clock, self._storage)
+            found = self._parsed[rate] = Rate(rate, self._clock, self._events)
         return found
 
 
-def _nearest(named: Sequence[_Named], limits: Sequence[Limit], counted: Counted) -> RateState:
-    states = [
-        RateState(scope, text, limit.rate.amount, limit.rate.period_s, window.remaining, window.reset_s)
-        for (scope, text), limit, window in zip(named, limits, counted.windows, strict=True)
-    ]
-    return min(states, key=lambda state: (state.left, -state.reset_s))
+def _nearest(windows: Sequence[Window]) -> int:
+    """Which of the limits has the fewest calls left, and of equal ones the longest wait."""
+    if len(windows) == 1:
+        return 0
+    return min(range(len(windows)), key=lambda at: (windows[at].remaining, -windows[at].reset_s))

@@ -75,17 +75,14 @@ class LocalCounts:
     async def count(self, limits: Sequence[Limit], waited: Waited | None = None) -> Counted:
         """Count one call against all limits."""
         del waited
+        if len(limits) == 1 and limits[0].how != "look":
+            # Nearly every call.
+            allowed, window = limits[0].rate.count(limits[0].key)
+            return Counted(allowed or limits[0].how == "alone", [window])
         together = [limit for limit in limits if limit.how == "together"]
-        if len(together) == 1:
-            allowed = await together[0].rate.hit(together[0].key)
-        else:
-            allowed = all([await limit.rate.test(limit.key) for limit in together])
-            for limit in together if allowed else ():
-                await limit.rate.hit(limit.key)
-        for limit in limits:
-            if limit.how == "alone":
-                await limit.rate.hit(limit.key)
-        return Counted(allowed, [await limit.rate.window(limit.key) for limit in limits])
+        allowed = all(limit.rate.count(limit.key, takes=False)[0] for limit in together)
+        taking = {"together": allowed, "alone": True, "look": False}
+        return Counted(allowed, [limit.rate.count(limit.key, takes=taking[limit.how])[1] for limit in limits])
 
 
 class SharedCounts:

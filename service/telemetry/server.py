@@ -11,7 +11,8 @@ from typing import Any
 from fastapi import FastAPI
 from opentelemetry.context import Context
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
-from opentelemetry.metrics import Histogram, UpDownCounter
+from opentelemetry.metrics import Histogram, NoOpHistogram, UpDownCounter
+from opentelemetry.semconv._incubating.metrics.http_metrics import HTTP_SERVER_RESPONSE_BODY_SIZE
 from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
 from opentelemetry.semconv.attributes.server_attributes import SERVER_ADDRESS
 from opentelemetry.semconv.attributes.url_attributes import URL_PATH, URL_QUERY
@@ -47,17 +48,19 @@ def instrument_server(app: FastAPI, telemetry: Telemetry) -> None:
 
 def _redact(span: Span, scope: dict[str, Any]) -> None:
     """Remove what may contain keys or prompts from the span: the query string, the user agent, an API key."""
+    changed: dict[str, str] = {}
     if scope.get("query_string"):
-        span.set_attribute(URL_QUERY, REDACTED)
+        changed[URL_QUERY] = REDACTED
     if API_KEY in scope["path"]:
-        span.set_attribute(URL_PATH, REDACTED)
+        changed[URL_PATH] = REDACTED
     for name, _ in scope["headers"]:
         if name == b"user-agent":
-            span.set_attribute(USER_AGENT_ORIGINAL, REDACTED)
+            changed[USER_AGENT_ORIGINAL] = REDACTED
             break
     # The instrumentation appends the port to the address.
     if scope.get("server"):
-        span.set_attribute(SERVER_ADDRESS, scope["server"][0])
+        changed[SERVER_ADDRESS] = scope["server"][0]
+    span.set_attributes(changed)
 
 
 class _ServerMeter(WrappedMeter):
@@ -74,6 +77,10 @@ class _ServerMeter(WrappedMeter):
         *,
         explicit_bucket_boundaries_advisory: Sequence[float] | None = None,
     ) -> Histogram:
+        if name == HTTP_SERVER_RESPONSE_BODY_SIZE:
+            # The instrumentation stores the size on an object that all requests share, so it is wrong for
+            # streams.
+            return NoOpHistogram(name, unit, description)
         histogram = self._inner.create_histogram(
             name,
             unit,

@@ -19,14 +19,15 @@ OVERFLOW: Final[frozenset[tuple[str, AnyValue]]] = frozenset({("otel.metric.over
 """The attributes of the rest, as the specification of the SDK names them."""
 
 
-class _Sums:
-    """Sums by set of attributes; thread-safe."""
+class _Tally:
+    """Sums by set of attributes; thread-safe. Attributes have hashable values: text, numbers and booleans."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sums: dict[frozenset[tuple[str, AnyValue]], float] = {}
 
-    def add(self, amount: float, attributes: Attributes) -> None:
+    def add(self, amount: float, attributes: Attributes = None, context: Context | None = None) -> None:  # noqa: ARG002
+        """Count."""
         key: frozenset[tuple[str, AnyValue]] = frozenset(attributes.items()) if attributes else frozenset()
         sums = self._sums
         with self._lock:
@@ -34,15 +35,15 @@ class _Sums:
                 key = OVERFLOW
             sums[key] = sums.get(key, 0) + amount
 
-    def observe(self, _options: CallbackOptions) -> Iterator[Observation]:
+    def _observe(self, _options: CallbackOptions) -> Iterator[Observation]:
         with self._lock:
             sums = list(self._sums.items())
         for key, total in sums:
             yield Observation(total, dict(key))
 
 
-class TallyCounter(Counter):
-    """A counter whose attributes have hashable values: text, numbers and booleans, no lists.
+class TallyCounter(_Tally, Counter):
+    """A counter.
 
     Args:
         meter: Exports it as an observable counter.
@@ -50,21 +51,13 @@ class TallyCounter(Counter):
     """
 
     def __init__(self, meter: Meter, name: str, unit: str = "", description: str = "") -> None:
-        self._sums = _Sums()
-        meter.create_observable_counter(name, [self._sums.observe], unit, description)
-
-    def add(self, amount: float, attributes: Attributes = None, context: Context | None = None) -> None:  # noqa: ARG002
-        """Count."""
-        self._sums.add(amount, attributes)
+        super().__init__()
+        meter.create_observable_counter(name, [self._observe], unit, description)
 
 
-class TallyUpDownCounter(UpDownCounter):
+class TallyUpDownCounter(_Tally, UpDownCounter):
     """A counter that also goes down, otherwise like ``TallyCounter``."""
 
     def __init__(self, meter: Meter, name: str, unit: str = "", description: str = "") -> None:
-        self._sums = _Sums()
-        meter.create_observable_up_down_counter(name, [self._sums.observe], unit, description)
-
-    def add(self, amount: float, attributes: Attributes = None, context: Context | None = None) -> None:  # noqa: ARG002
-        """Count up, or down."""
-        self._sums.add(amount, attributes)
+        super().__init__()
+        meter.create_observable_up_down_counter(name, [self._observe], unit, description)

@@ -20,7 +20,6 @@ import openai
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from limits.aio.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.instrumentation.logging import handler as otel_logging_handler
 from opentelemetry.metrics import Counter, Histogram, NoOpMeter, UpDownCounter
@@ -374,17 +373,6 @@ def test_uvicorn_parent_process() -> None:
     assert "signal.signal(sig, lambda sig, frame: self.signal_queue.append(sig))" in handlers, message
     assert {"handle_hup", "handle_term"} <= set(vars(Multiprocess)), message
     assert {"exitcode", "terminate"} <= set(vars(Process)), message
-
-
-def test_limits_read_the_systems_time_in_one_place() -> None:
-    """``utils.rates`` has a storage with a clock of its own; only the storage may read another."""
-    message = _changed("limits", "where its strategies read the time", "service/utils/rates.py")
-    assert "time" not in inspect.getsource(MovingWindowRateLimiter).replace("reset_time", "").replace(
-        "reset time", ""
-    ), message
-    counters = inspect.getsource(SlidingWindowCounterRateLimiter)
-    assert counters.count("time.time()") == 1, message
-    assert "now = time.time()" in inspect.getsource(SlidingWindowCounterRateLimiter.get_window_stats), message
 
 
 def test_purgatory_state_model() -> None:

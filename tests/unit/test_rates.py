@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from service.errors import RateLimitError
 from service.identity.principal import Principal
 from service.services.rate_limit import RateLimiter
-from service.utils.rates import MAX_EXACT_EVENTS, MIN_SWEEP_KEYS, MonotonicStorage, Rate
+from service.utils.rates import MAX_EXACT_EVENTS, MIN_SWEEP_KEYS, Events, Rate
 from tests.fakes.clock import FakeClock
 from tests.unit.resilience import Readable
 
@@ -120,28 +120,11 @@ def test_no_moving_window_ever_holds_more_than_is_allowed(
 def test_keys_whose_events_have_expired_take_no_memory(amount: int) -> None:
     async def scenario() -> None:
         clock = FakeClock(50)
-        storage = MonotonicStorage(clock)
-        hit = storage.acquire_entry if amount == 5 else storage.acquire_sliding_window_entry
+        events = Events(clock)
+        rate = Rate(f"{amount}/minute", clock, events)
         for number in range(20 * MIN_SWEEP_KEYS):
             clock.advance(1)
-            assert await hit(f"key{number}", amount, 60)
-        assert await storage.reset() <= 2 * MIN_SWEEP_KEYS
-        assert await storage.reset() == 0
-
-    run(scenario)
-
-
-def test_a_key_can_be_forgotten() -> None:
-    async def scenario() -> None:
-        storage = MonotonicStorage(FakeClock(50))
-        assert await storage.acquire_entry("x", 1, 60)
-        assert not await storage.acquire_entry("x", 1, 60)
-        await storage.clear("x")
-        assert await storage.acquire_entry("x", 1, 60)
-        assert await storage.acquire_sliding_window_entry("x", 1, 60)
-        assert not await storage.acquire_sliding_window_entry("x", 1, 60)
-        await storage.clear_sliding_window("x", 60)
-        assert await storage.acquire_sliding_window_entry("x", 1, 60)
-        assert await storage.check()
+            assert await rate.hit(f"key{number}")
+        assert len(events) <= 2 * MIN_SWEEP_KEYS
 
     run(scenario)
