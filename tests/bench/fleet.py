@@ -157,9 +157,11 @@ class Fleet(Client):
 
     def served(self, route: str) -> list[int]:
         """How many requests to a route each replica has answered since its start."""
-        wanted = f'"http.route": "{route}"'
         return [
-            sum(wanted in line and "http_request_completed" in line for line in replica.text().splitlines())
+            sum(
+                (line["message"], line.get("http.route")) == ("http_request_completed", route)
+                for line in replica.lines()
+            )
             for replica in self.replicas
         ]
 
