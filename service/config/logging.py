@@ -23,11 +23,12 @@ from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any, TextIO
 
+import msgspec
 from opentelemetry import trace
-from opentelemetry.instrumentation.logging.handler import LoggingHandler
 from opentelemetry.sdk._logs import LoggerProvider
 
-from service.context import RequestContext, current_request
+from service.config.log_records import EVENT_NAME, STANDARD_FIELDS, Bridge, PlainRecord, add_request
+from service.context import current_request
 
 MAX_TEXT_CHARS = 16_384
 """Maximum length of a string in a log record; the rest is cut off."""
@@ -57,17 +58,11 @@ while the collector is down."""
 
 HEADER_PARSER = "opentelemetry.util.re"
 BRIDGE_LOGGER = "opentelemetry.instrumentation.logging.handler.internal"
-EVENT_NAME = "otel.event.name"
 CONTEXT_FIELDS = frozenset({"request_id", "incident_id", "client_request_id", "user"})
 """Fields that every record of a request gets. They are not copied to span events, whose span has them."""
 
-_STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {
-    "message",
-    "asctime",
-    "taskName",
-    "color_message",
-}
 _LEVELS = {"WARN": "WARNING", "FATAL": "CRITICAL"}
+_encode = msgspec.json.Encoder().encode
 
 
 def configure_logging(
@@ -93,7 +88,7 @@ def configure_logging(
     }
     if logger_provider is not None:
         handlers["otlp"] = {
-            "()": LoggingHandler,
+            "()": Bridge,
             "logger_provider": logger_provider,
             "filters": ["exported context"],
         }
@@ -131,7 +126,7 @@ def configure_logging(
 def detach_bridge() -> None:
     """Stop exporting records; called before the logger provider is shut down."""
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, LoggingHandler)]:
+    for handler in [handler for handler in root.handlers if isinstance(handler, Bridge)]:
         root.removeHandler(handler)
 
 
@@ -165,6 +160,8 @@ class RecordContext(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Complete the record; False where it is excluded or a request log of a library."""
+        if isinstance(record, PlainRecord):
+            return True
         library = record.name.split(".", 1)[0]
         if library in self._excluded or (record.levelno < logging.WARNING and library in REQUEST_LOGGERS):
             return False
@@ -177,7 +174,7 @@ class RecordContext(logging.Filter):
         fields.pop("color_message", None)
         request = current_request.get()
         if request is not None:
-            _add_request(fields, request)
+            add_request(fields, request)
         if record.exc_info and record.exc_info[1] is not None:
             # asyncio logs the exception of a task that was never awaited when the task is garbage-collected,
             # in the context of an unrelated request.
@@ -189,17 +186,6 @@ class RecordContext(logging.Filter):
             fields.update(exception_fields(record.exc_info[1], with_messages=with_messages))
             record.exc_info = record.exc_text = None
         return True
-
-
-def _add_request(fields: dict[str, Any], request: RequestContext) -> None:
-    """Add the ids of a request, and who is calling."""
-    fields["request_id"] = request.request_id
-    # On every line, as the first ones of a request are written before it fails.
-    fields["incident_id"] = request.incident_id
-    if request.user is not None:
-        fields.setdefault("user", request.user)
-    if request.client_request_id is not None:
-        fields["client_request_id"] = request.client_request_id
 
 
 def exception_fields(error: BaseException, *, with_messages: bool) -> dict[str, str]:
@@ -240,28 +226,50 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, without its line feed."""
+        if isinstance(record, PlainRecord):
+            text = _ascii_json(_required(record, record.msg) | record.fields)
+            # Otherwise one of its texts may be too long, or one of its numbers infinite, which became null.
+            if text and len(text) <= MAX_TEXT_CHARS and "null" not in text:
+                return text
         try:
             message = record.getMessage()
         except Exception:  # noqa: BLE001 - formatting calls arbitrary __str__ methods, and no line may be lost
             message = record.msg if isinstance(record.msg, str) else f"<{type(record.msg).__name__}>"
-        line: dict[str, Any] = {
-            "timestamp": timestamp(record.created),
-            "level": _LEVELS.get(record.levelname, record.levelname),
-            "message": message[:MAX_TEXT_CHARS],
-            "logger": record.name,
-        }
-        span = trace.get_current_span().get_span_context()
-        if span.is_valid:
-            line["trace_id"] = trace.format_trace_id(span.trace_id)
-            line["span_id"] = trace.format_span_id(span.span_id)
+        line = _required(record, message[:MAX_TEXT_CHARS])
         for name, value in vars(record).items():
-            if name not in _STANDARD_FIELDS:
+            if name not in STANDARD_FIELDS:
                 # A required field is never replaced by a library's extra field of the same name.
                 line.setdefault("event" if name == EVENT_NAME else name, _json_value(value))
         if record.stack_info:
             line["stack"] = record.stack_info[:MAX_TEXT_CHARS]
-        # ASCII only: neither the encoding of stdout nor a lone surrogate nor U+2028 can break the line.
-        return json.dumps(line)
+        return _ascii_json(line) or json.dumps(line)
+
+
+def _required(record: logging.LogRecord, message: str) -> dict[str, Any]:
+    line = {
+        "timestamp": timestamp(record.created),
+        "level": _LEVELS.get(record.levelname, record.levelname),
+        "message": message,
+        "logger": record.name,
+    }
+    span = trace.get_current_span().get_span_context()
+    if span.is_valid:
+        line["trace_id"] = trace.format_trace_id(span.trace_id)
+        line["span_id"] = trace.format_span_id(span.span_id)
+    return line
+
+
+def _ascii_json(line: dict[str, Any]) -> str:
+    """The line as JSON, or nothing where characters have to be escaped.
+
+    ASCII only: neither the encoding of stdout nor a lone surrogate nor U+2028 can break the line.
+    """
+    try:
+        # With spaces, as ``json`` writes them: people search for '"trace_id": "…"'.
+        encoded = msgspec.json.format(_encode(line), indent=0)
+    except (ValueError, TypeError):
+        return ""
+    return encoded.decode("ascii") if encoded.isascii() else ""
 
 
 def _json_value(value: object, depth: int = MAX_DEPTH) -> object:

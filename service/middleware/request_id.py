@@ -18,6 +18,7 @@ from opentelemetry.semconv._incubating.attributes.enduser_attributes import ENDU
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.config.log_records import log
 from service.context import CallFacts, RequestContext, current_request
 from service.dependencies import services_of
 from service.errors import ErrorFacts
@@ -151,7 +152,10 @@ def _timing(request: RequestContext, call: CallFacts, now_s: float) -> str:
 
 
 def _log_completed(scope: Scope, request: RequestContext, status: int | None, duration_s: float) -> None:
-    fields: dict[str, object] = {"http.request.method": scope["method"]}
+    level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
+    fields: dict[str, Any] = {"http.request.method": scope["method"]}
     route = scope.get("route")
     if isinstance(route, (Route, Mount)):
         fields["http.route"] = route.path
@@ -168,8 +172,7 @@ def _log_completed(scope: Scope, request: RequestContext, status: int | None, du
     if request.failure is not None:
         # This line says everything that the error's body says.
         fields |= {"error": request.failure.name, **error_fields(request.failure)}
-    level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
-    logger.log(level, "http_request_completed", extra=fields)
+    log(logger, level, "http_request_completed", fields)
 
 
 def _remember(

@@ -17,6 +17,7 @@ from opentelemetry.util.types import AttributeValue
 
 from service.cache.control import NO_DIRECTIVES, CacheControl
 from service.cache.response_cache import Lookup
+from service.config.log_records import log
 from service.context import CallFacts, current_request
 from service.recording.record import AttemptRecord, CallRecord
 from service.telemetry import names
@@ -131,7 +132,7 @@ class CallReport:
 
     def started(self, spec: CallSpec) -> None:
         """Log that the call began."""
-        logger.info("llm_request_started", extra={"user": spec.user, "model": spec.request.model})
+        log(logger, logging.INFO, "llm_request_started", {"user": spec.user, "model": spec.request.model})
 
     def answering(self, spec: CallSpec, outcome: CallOutcome) -> None:
         """Report the first piece of a streamed answer, which is about to be sent."""
@@ -276,8 +277,9 @@ def _write_line(spec: CallSpec, outcome: CallOutcome, record_id: str) -> None:
         **outcome.failure,
     }
     succeeded = outcome.outcome in SUCCESSFUL
-    logger.log(
+    log(
+        logger,
         logging.INFO if succeeded else logging.WARNING,
         "llm_request_completed" if succeeded else "llm_request_failed",
-        extra={name: value for name, value in fields.items() if value is not None},
+        {name: value for name, value in fields.items() if value is not None},
     )

@@ -10,7 +10,8 @@ from opentelemetry import trace
 from opentelemetry.sdk._logs import LogRecordProcessor, ReadWriteLogRecord
 from opentelemetry.util.types import AttributeValue
 
-from service.config.logging import CONTEXT_FIELDS, EVENT_NAME
+from service.config.log_records import EVENT_NAME
+from service.config.logging import CONTEXT_FIELDS
 from service.errors import ErrorFacts, InternalError, ServiceError
 from service.telemetry import names
 

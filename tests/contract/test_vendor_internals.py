@@ -20,10 +20,18 @@ import openai
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from opentelemetry.exporter.otlp.proto.common._log_encoder import encode_logs
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.instrumentation.logging import handler as otel_logging_handler
 from opentelemetry.metrics import Counter, Histogram, NoOpMeter, UpDownCounter
 from opentelemetry.metrics import NoOpMeterProvider as MeterProvider
+from opentelemetry.sdk._logs import (
+    LoggerProvider,
+    LogRecordProcessor,
+    ReadableLogRecord,
+    ReadWriteLogRecord,
+)
+from opentelemetry.sdk._logs.export import BatchLogRecordProcessor, InMemoryLogRecordExporter
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.util.re import parse_env_headers
 from purgatory.domain.model import Context
@@ -34,6 +42,7 @@ from uvicorn.supervisors import Multiprocess
 from uvicorn.supervisors.multiprocess import Process
 
 from service.cache.embedded import set_pragmas
+from service.config.log_records import Bridge, PlainRecord
 from service.config.logging import BRIDGE_LOGGER, HEADER_PARSER
 from service.upstream.sdk import PreparedOpenAI
 from service.upstream.transport import FIELDS, UpstreamClient
@@ -456,6 +465,67 @@ def test_opentelemetry_logging_handlers_own_logger() -> None:
     assert found == BRIDGE_LOGGER, _changed(
         "opentelemetry-instrumentation-logging", "its own logger", "service/config/logging.py"
     )
+
+
+def _exported(handler: Callable[[LoggerProvider], logging.Handler], record: logging.LogRecord) -> Any:
+    """The log record that a handler and the batch processor make of a record, and what was queued."""
+    exporter = InMemoryLogRecordExporter()  # type: ignore[no-untyped-call]  # untyped in the SDK
+    provider = LoggerProvider(shutdown_on_exit=False)
+    provider.add_log_record_processor(BatchLogRecordProcessor(exporter))
+    emitted: list[ReadWriteLogRecord] = []
+    emit = handler(provider)
+    provider.add_log_record_processor(_Keeping(emitted))
+    emit.handle(record)
+    provider.force_flush()
+    (found,) = exporter.get_finished_logs()
+    provider.shutdown()
+    return found, emitted[0]
+
+
+def test_opentelemetry_log_records() -> None:
+    """``config.log_records`` makes records as the library's handler and the SDK do, without their copies."""
+    where = "service/config/log_records.py: Bridge.emit, _ExportedRecord and _PlainLogRecord"
+    fields = {"text": "t", "number": 1, "share": 0.5, "flag": True, "nothing": None}
+    plain = PlainRecord("a.logger", logging.WARNING, "it_happened", dict(fields))
+    usual = logging.makeLogRecord({**vars(plain), "msg": "it_happened"})
+    ours, our_emitted = _exported(Bridge, plain)
+    theirs, their_emitted = _exported(
+        lambda provider: otel_logging_handler.LoggingHandler(logger_provider=provider), usual
+    )
+    assert vars(our_emitted).keys() == vars(their_emitted).keys(), _changed(
+        "opentelemetry-sdk", "the attributes of ReadWriteLogRecord", where
+    )
+    assert vars(ours.log_record).keys() == vars(theirs.log_record).keys(), _changed(
+        "opentelemetry-api", "the attributes of LogRecord", where
+    )
+    assert ours.log_record is our_emitted.log_record, _changed(
+        "opentelemetry-sdk", "how BatchLogRecordProcessor copies records", where
+    )
+    for record in (ours, theirs):
+        record.log_record.observed_timestamp = 0
+    assert _encoded(ours) == _encoded(theirs), _changed(
+        "opentelemetry-instrumentation-logging or the SDK", "what it makes of a record", where
+    )
+
+
+def _encoded(record: ReadableLogRecord) -> str:
+    (of_resource,) = encode_logs([record]).resource_logs
+    return str(of_resource.scope_logs)
+
+
+class _Keeping(LogRecordProcessor):
+    """Keeps the records that it gets."""
+
+    def __init__(self, records: list[ReadWriteLogRecord]) -> None:
+        self._records = records
+
+    def on_emit(self, log_record: ReadWriteLogRecord) -> None:
+        self._records.append(log_record)
+
+    def shutdown(self) -> None: ...
+
+    def force_flush(self, timeout_millis: int = 0) -> bool:  # noqa: ARG002 - the SDK's interface
+        return True
 
 
 def test_opentelemetry_header_parser(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,7 +1,10 @@
 """One request is one trace: the same id in header, body, log lines and spans, and on the upstream's wire."""
 
+import logging
+
 from opentelemetry.trace import SpanKind
 
+from service.config.log_records import PlainRecord
 from tests.fakes.upstream import FakeUpstream
 from tests.harness import AppUnderTest
 from tests.http.support import trace_of
@@ -44,3 +47,31 @@ def test_one_call_is_one_trace(service: AppUnderTest, upstream: FakeUpstream) ->
     assert service.value("llmops.llm.calls", model="demo", outcome="success") == 1
     assert service.value("llmops.llm.cost", model="demo") == 0.00042
     assert service.value("gen_ai.client.operation.duration", gen_ai__request__model="demo") == 1
+
+
+def test_the_lines_of_a_call_need_no_conversion(service: AppUnderTest) -> None:
+    """Other records cost three times as much, and each call writes these."""
+    kept = _Keeping()
+    logging.getLogger("service").addHandler(kept)
+    try:
+        service.call("POST", "/llm/generate", body={"prompt": "What is a line?"}, token=service.token())
+    finally:
+        logging.getLogger("service").removeHandler(kept)
+    assert {
+        record.msg: type(record) for record in kept.records if record.msg.startswith(("llm_", "http_"))
+    } == {
+        "llm_request_started": PlainRecord,
+        "llm_request_completed": PlainRecord,
+        "http_request_completed": PlainRecord,
+    }
+
+
+class _Keeping(logging.Handler):
+    """Keeps the records that it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
