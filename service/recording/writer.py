@@ -6,6 +6,7 @@ that the event loop calls touches the disk, or holds a lock while it does.
 
 import asyncio
 import logging
+import queue
 import threading
 import time
 from collections import deque
@@ -39,18 +40,19 @@ class _Waiter:
     """Somebody who waits until the records before are written."""
 
     loop: asyncio.AbstractEventLoop
-    written: asyncio.Future[None]
+    written: asyncio.Future[bool]
+    """True when they are written, False when that took too long."""
 
     def release(self) -> None:
         try:
-            self.loop.call_soon_threadsafe(self._set)
+            self.loop.call_soon_threadsafe(self.settle, True)  # noqa: FBT003 - what ``written`` becomes
         except RuntimeError:
             # The loop is closed: nobody waits any more.
             return
 
-    def _set(self) -> None:
+    def settle(self, written: bool) -> None:  # noqa: FBT001 - as above
         if not self.written.done():
-            self.written.set_result(None)
+            self.written.set_result(written)
 
 
 class SpoolWriter:
@@ -85,7 +87,8 @@ class SpoolWriter:
         self._waiters: list[_Waiter] = []
         # What is in memory, with what is being written or sent at the moment.
         self._records = self._bytes = 0
-        self._wake = threading.Event()
+        # Of all that wakes a thread it takes the least time.
+        self._rounds: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._retry = self._stopping = self._ended = False
         self._hangs = False
         self._hang_logged_s = float("-inf")
@@ -108,7 +111,7 @@ class SpoolWriter:
                 (self._refused if self._append is None else self._new).append(entry)
                 self._records += 1
                 self._bytes += len(entry.line)
-                self._wake.set()
+                self._wake()
                 return
         self._on_lost(1, "the disk takes nothing, and memory is full")
 
@@ -122,12 +125,14 @@ class SpoolWriter:
             if self._records == len(self._refused):
                 return
             self._waiters.append(waiter)
-            self._wake.set()
+        self._wake()
+        # Not asyncio.timeout, which takes several times as long.
+        timer = loop.call_later(self._timeout_s, waiter.settle, False)  # noqa: FBT003 - as above
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await waiter.written
-        except TimeoutError:
-            self._set_hanging()
+            if not await waiter.written:
+                self._set_hanging()
+        finally:
+            timer.cancel()
 
     def _set_hanging(self) -> None:
         self._hangs = True
@@ -141,7 +146,12 @@ class SpoolWriter:
     def retry(self) -> None:
         """Let the thread try again to write what the disk has refused."""
         self._retry = True
-        self._wake.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let the thread make a round; more than one waiting for it is one."""
+        if self._rounds.empty():
+            self._rounds.put(None)
 
     def take(self, limit: int) -> list[Entry]:
         """Hand over records that the disk has refused; ``done`` or ``put_back`` gets them afterwards."""
@@ -185,8 +195,7 @@ class SpoolWriter:
     def _work(self) -> None:
         stopping = False
         while not stopping:
-            self._wake.wait()
-            self._wake.clear()
+            self._rounds.get()
             stopping = self._stopping
             self._round()
 
