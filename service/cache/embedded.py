@@ -62,6 +62,13 @@ seconds; the file stays intact in both cases (https://www.sqlite.org/pragma.html
 
 MAX_POINTS = 1_000_000_000
 
+USED_MODELS: Final = (
+    *(models.PointStruct, models.PointIdsList, models.UpdateResult, models.Record),
+    *(models.Filter, models.FieldCondition, models.MatchValue, models.Range),
+    *(models.NearestQuery, models.QueryResponse, models.ScoredPoint),
+)
+"""Pydantic builds a model at its first use, which takes up to 8 ms here; the start does it for these."""
+
 Fields = Mapping[str, Any]
 """The indexed fields of a point's payload."""
 
@@ -359,6 +366,8 @@ class EmbeddedStore:
     def _open(self) -> None:
         if self._client is not None:
             return
+        for model in USED_MODELS:
+            model.model_rebuild()
         # Qdrant warns once in each process; the README explains the limits of the embedded store.
         warnings.filterwarnings("ignore", "Local mode is not recommended", UserWarning)
         try:
