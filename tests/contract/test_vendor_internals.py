@@ -120,7 +120,7 @@ def test_mlflow() -> None:
 SEE_DEFERRED = "see service/utils/deferred_packages.py, and who calls it"
 UNUSED = {
     "mlflow": ("mlflow.genai", "mlflow.models.model", "mlflow.tracking.fluent", "mlflow.tracking.client"),
-    "openai": ("openai.types.realtime.realtime_response", "openai.types.responses.response"),
+    "openai": ("openai.types.responses.response",),
     "qdrant_client": ("qdrant_client.qdrant_remote", "qdrant_client.http.api_client"),
     "sqlalchemy": ("sqlalchemy.dialects.postgresql",),
 }
