@@ -63,8 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         # Imported after the arguments are parsed, so that a wrong command fails at once.
         from service.config.env_validator import read_settings  # noqa: PLC0415
         from service.config.logging import configure_logging  # noqa: PLC0415
+        from service.config.secret_strength import is_guessable_apart  # noqa: PLC0415
 
-        report = read_settings()
+        report = read_settings(is_guessable_apart)
         configure_logging(stream=sys.stderr if command in IDENTITY_COMMANDS else None)
         for warning in report.warnings:
             logger.warning("Warning: %s", warning)

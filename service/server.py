@@ -25,6 +25,7 @@ from uvicorn.supervisors import Multiprocess
 from service.app import create_app
 from service.config.env_validator import read_settings
 from service.config.logging import configure_logging
+from service.config.secret_strength import is_guessable_apart
 from service.config.settings import Settings, prepare_environment
 from service.identity.database import DatabaseUnusableError, prepare_database
 from service.telemetry.providers import Telemetry, build_telemetry
@@ -112,7 +113,7 @@ def build() -> FastAPI:
     Raises:
         SystemExit: The configuration has become invalid since the parent process validated it.
     """
-    settings = read_settings().settings
+    settings = read_settings(is_guessable_apart).settings
     if settings is None:
         raise SystemExit(1)
     prepare_environment(settings)

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
-from qdrant_client import QdrantClient, models
+from qdrant_client.http import models
 from qdrant_client.local.qdrant_local import QdrantLocal
 
 from service.cache.store import (
@@ -61,6 +61,13 @@ measured). With these, a killed process loses nothing that was written and a cra
 seconds; the file stays intact in both cases (https://www.sqlite.org/pragma.html#pragma_synchronous)."""
 
 MAX_POINTS = 1_000_000_000
+
+USED_MODELS: Final = (
+    *(models.PointStruct, models.PointIdsList, models.UpdateResult, models.Record),
+    *(models.Filter, models.FieldCondition, models.MatchValue, models.Range),
+    *(models.NearestQuery, models.QueryResponse, models.ScoredPoint),
+)
+"""Pydantic builds a model at its first use, which takes up to 8 ms here; the start does it for these."""
 
 Fields = Mapping[str, Any]
 """The indexed fields of a point's payload."""
@@ -141,7 +148,7 @@ class EmbeddedStore:
         self._clock = clock
         self._fields: dict[str, dict[str, Fields]] = {}
         self._compacting = False
-        self._client: QdrantClient | None = None
+        self._client: QdrantLocal | None = None
         self._lock: IO[str] | None = None
         self._jobs: queue.PriorityQueue[_Job] = queue.PriorityQueue(max_waiting)
         self._numbers = itertools.count()
@@ -207,7 +214,7 @@ class EmbeddedStore:
         answer = await self.run(
             lambda: self._opened(collection).query_points(
                 collection,
-                query=list(vector),
+                query=models.NearestQuery(nearest=list(vector)),
                 query_filter=which,
                 score_threshold=threshold,
                 limit=limit,
@@ -343,7 +350,7 @@ class EmbeddedStore:
             with suppress(RuntimeError):
                 job.result.get_loop().call_soon_threadsafe(_settle, job.result, value, error)
 
-    def _opened(self, collection: str | None = None) -> QdrantClient:
+    def _opened(self, collection: str | None = None) -> QdrantLocal:
         """The client; raises ``StoreError`` where it is not open, or has no such collection."""
         if self._client is None:
             raise StoreError("not_open")
@@ -359,15 +366,17 @@ class EmbeddedStore:
     def _open(self) -> None:
         if self._client is not None:
             return
+        for model in USED_MODELS:
+            model.model_rebuild()
         # Qdrant warns once in each process; the README explains the limits of the embedded store.
         warnings.filterwarnings("ignore", "Local mode is not recommended", UserWarning)
         try:
             if self._location == MEMORY:
-                self._client = QdrantClient(location=MEMORY)
+                self._client = QdrantLocal(location=MEMORY)
                 self._fields = {}
                 return
             self._lock = self._lock or _lock(Path(self._location))
-            self._client = QdrantClient(path=self._location, force_disable_check_same_thread=True)
+            self._client = QdrantLocal(location=self._location, force_disable_check_same_thread=True)
         except Exception as error:
             if not self._failure_logged:
                 logger.warning("The vector store cannot be opened: %s", type(error).__name__)
@@ -378,7 +387,7 @@ class EmbeddedStore:
         set_pragmas(self._client)
         self._read_fields(self._client)
 
-    def _read_fields(self, client: QdrantClient) -> None:
+    def _read_fields(self, client: QdrantLocal) -> None:
         self._fields = {}
         for collection in client.get_collections().collections:
             records, _next = client.scroll(
@@ -405,18 +414,15 @@ class EmbeddedStore:
             self._lock = None
 
 
-def set_pragmas(client: QdrantClient) -> None:
+def set_pragmas(client: QdrantLocal) -> None:
     """Set ``PRAGMAS`` on the SQLite connection of each collection that is stored in a folder.
 
-    ``synchronous`` belongs to a connection, and Qdrant has no setting for it: this is the one place that uses
-    private attributes of Qdrant's client.
+    ``synchronous`` belongs to a connection, and Qdrant has no setting for it.
     """
-    local = client._client  # noqa: SLF001 - as the docstring says
-    if isinstance(local, QdrantLocal):
-        for collection in local.collections.values():
-            if collection.storage is not None:
-                for pragma in PRAGMAS:
-                    collection.storage.storage.execute(pragma)
+    for collection in client.collections.values():
+        if collection.storage is not None:
+            for pragma in PRAGMAS:
+                collection.storage.storage.execute(pragma)
 
 
 def _lock(folder: Path) -> IO[str]:

@@ -19,7 +19,6 @@ from opentelemetry.trace import Span, SpanContext
 
 from service.cache.assembly import Assembler
 from service.cache.control import CacheControl, Kind, Result
-from service.cache.embedded import open_embedded
 from service.cache.entries import DamagedEntryError, Entry, EntryMemory, is_complete
 from service.cache.keys import LARGE_REQUEST_BYTES, CacheKey, key_of, large_key_of, tenant_of
 from service.cache.semantic import Question, SemanticIndex, question_point
@@ -30,7 +29,6 @@ from service.cache.store import (
     StoreError,
     VectorStore,
     equal_to,
-    open_server,
 )
 from service.cache.sweeper import CacheSweeper
 from service.cache.writer import CacheWriter, Write
@@ -698,7 +696,14 @@ FLUSH_TIMEOUT_S = 0.8
 
 def open_store(settings: Settings) -> AbstractAsyncContextManager[VectorStore]:
     """Open the store that the settings name, a Qdrant server or the embedded one; leaving closes it."""
-    return open_server(settings) if settings.qdrant_url else open_embedded(settings.qdrant_path)
+    # Only one of them is imported: the two need different halves of Qdrant's client.
+    if settings.qdrant_url:
+        from service.cache.qdrant_server import open_server  # noqa: PLC0415 - as said
+
+        return open_server(settings)
+    from service.cache.embedded import open_embedded  # noqa: PLC0415 - as said
+
+    return open_embedded(settings.qdrant_path)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import ipaddress
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,7 +18,6 @@ import argon2
 from limits import parse_many as parse_limits
 from pydantic import SecretStr
 from pydantic import ValidationError as PydanticError
-from rapidfuzz.distance import OSA
 
 from service.config.secret_strength import is_guessable
 from service.config.settings import PASSED_THROUGH, Settings, variable_names
@@ -127,14 +127,18 @@ class Report:
     warnings: tuple[str, ...]
 
 
-def read_settings() -> Report:
-    """Read and validate the configuration. An invalid configuration is reported, not raised."""
+def read_settings(is_guessable: Callable[[str], bool] = is_guessable) -> Report:
+    """Read and validate the configuration. An invalid configuration is reported, not raised.
+
+    Args:
+        is_guessable: Whether a person could have thought of a secret.
+    """
     try:
         settings, refused, errors = _read()
         warnings = (*_near_misses(variable_names()), *_risks(settings))
     except (OSError, UnicodeDecodeError) as error:
         return Report(None, (f".env cannot be read: {type(error).__name__}. Make it a UTF-8 file.",), ())
-    errors += [message for name, message in problems(settings) if name not in refused]
+    errors += [message for name, message in problems(settings, is_guessable) if name not in refused]
     # The signing key's problems come first, the others in the order of the settings.
     errors.sort(key=lambda message: not message.startswith("JWT_SECRET_KEY"))
     return Report(None if errors else settings, tuple(errors), warnings)
@@ -156,13 +160,15 @@ def _sentence(text: str) -> str:
     return f"{text[:1].lower()}{text[1:]}."
 
 
-def problems(settings: Settings) -> Iterator[tuple[str, str]]:
+def problems(
+    settings: Settings, is_guessable: Callable[[str], bool] = is_guessable
+) -> Iterator[tuple[str, str]]:
     """Yield each problem as the variable's name and a sentence that says what to do."""
     for name, value in settings:
         text = value.get_secret_value() if isinstance(value, SecretStr) else value
         if isinstance(text, str) and not _is_utf8(text):
             yield name.upper(), f"{name.upper()} is not valid: it must be UTF-8 text."
-    yield from _signing_key_problems(settings.jwt_secret_key)
+    yield from _signing_key_problems(settings.jwt_secret_key, is_guessable)
     yield from _password_problems("AUTH_ADMIN_PASSWORD", settings.auth_admin_password)
     yield from _password_problems("AUTH_USER_PASSWORD", settings.auth_user_password)
     yield from _equal_passwords(settings)
@@ -247,7 +253,9 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _signing_key_problems(secret: SecretStr) -> Iterator[tuple[str, str]]:
+def _signing_key_problems(
+    secret: SecretStr, is_guessable: Callable[[str], bool]
+) -> Iterator[tuple[str, str]]:
     """Yield each problem of the signing key, as the variable's name and a sentence."""
     value = secret.get_secret_value()
     how = "Make one with: openssl rand -hex 32"
@@ -623,6 +631,18 @@ def _near_misses(names: set[str]) -> Iterator[str]:
             continue
         # In a short name two letters make a different word: PATH is not a misspelt PORT.
         max_distance = 2 if len(name) >= LONG_NAME_CHARS else 1
-        likely = min(known, key=lambda candidate: (OSA.distance(name.upper(), candidate), candidate))
-        if OSA.distance(name.upper(), likely) <= max_distance:
+        similar = [candidate for candidate in known if _may_be_near(name.upper(), candidate, max_distance)]
+        if not similar:
+            continue
+        # Imported here, as most processes have no such variable and save 3 MB.
+        from rapidfuzz.distance import OSA  # noqa: PLC0415 - as said
+
+        distance, likely = min((OSA.distance(name.upper(), candidate), candidate) for candidate in similar)
+        if distance <= max_distance:
             yield f"{name} is not a setting. Did you mean {likely}?"
+
+
+def _may_be_near(name: str, candidate: str, max_distance: int) -> bool:
+    """Whether so few edits may make one of the other: each adds and takes at most one character."""
+    one, other = Counter(name), Counter(candidate)
+    return max((one - other).total(), (other - one).total()) <= max_distance

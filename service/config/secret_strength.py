@@ -11,12 +11,10 @@ import binascii
 import functools
 import itertools
 import math
+import os
 import re
 import string
 from collections.abc import Iterator, Mapping
-
-from zxcvbn import zxcvbn
-from zxcvbn.frequency_lists import FREQUENCY_LISTS
 
 MAX_CHARS = 64
 """Number of characters that are estimated."""
@@ -36,6 +34,9 @@ MAX_BITS_PER_PAIR = 4.4
 MIN_PAIRS = 0.8
 """Minimum fraction of a text's pairs of characters that are pairs of letters; random base64 has a half."""
 
+STRONG, GUESSABLE, FAILED = 0, 10, 11
+"""What the child process's exit status says."""
+
 CORPUS_WORDS = 8_000
 WORD_START = re.compile(r"(?<=[a-z])(?=[A-Z][a-z])")
 
@@ -43,6 +44,27 @@ WORD_START = re.compile(r"(?<=[a-z])(?=[A-Z][a-z])")
 def is_guessable(secret: str) -> bool:
     """Whether a person could have thought of the secret; also where it is the hex or base64 form of text."""
     return any(_is_pattern(text[:MAX_CHARS]) or _is_text(text[:MAX_CHARS]) for text in _readings(secret))
+
+
+@functools.cache
+def is_guessable_apart(secret: str) -> bool:
+    """``is_guessable`` in a child process, which takes zxcvbn's 12 MB of words with it when it ends.
+
+    For a process that has no other threads yet. Where there can be no child, the answer is found here.
+    """
+    try:
+        child = os.fork()
+    except OSError:
+        return is_guessable(secret)
+    if not child:
+        # Nothing but this may be run in the child, not even the handlers of an exception.
+        status = FAILED
+        try:
+            status = GUESSABLE if is_guessable(secret) else STRONG
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status == GUESSABLE if status in {STRONG, GUESSABLE} else is_guessable(secret)
 
 
 def _readings(secret: str) -> Iterator[str]:
@@ -59,6 +81,9 @@ def _readings(secret: str) -> Iterator[str]:
 
 
 def _is_pattern(text: str) -> bool:
+    # Imported here, as only a child process needs it.
+    from zxcvbn import zxcvbn  # noqa: PLC0415 - as said
+
     pieces = [text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]
     guesses = sum(math.log10(zxcvbn(piece)["guesses"]) for piece in pieces)
     return guesses < MIN_GUESSES_PER_CHAR * len(text)
@@ -83,6 +108,8 @@ def _is_text(text: str) -> bool:
 @functools.cache
 def _pair_bits() -> Mapping[str, float]:
     """The information of each pair of letters: of the second, where the first is known, in bits."""
+    from zxcvbn.frequency_lists import FREQUENCY_LISTS  # noqa: PLC0415 - as in ``_is_pattern``
+
     letters = string.ascii_lowercase
     counts = {first + second: 1 for first in letters for second in letters}
     for corpus in ("english_wikipedia", "us_tv_and_film"):

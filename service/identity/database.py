@@ -16,12 +16,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 import anyio.to_thread
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from service.config.settings import Settings
 from service.telemetry import names
@@ -274,6 +274,13 @@ def _reason(error: Exception) -> str:
     return type(origin).__name__
 
 
+def insert_of(engine: sa.Engine) -> Callable[[sa.Table], Any]:
+    """The INSERT of the database's dialect, which knows ``on_conflict_do_update``."""
+    # The engine has imported its own dialect; that of the other database would take 2 MB.
+    insert: Callable[[sa.Table], Any] = import_module(f"sqlalchemy.dialects.{engine.dialect.name}").insert
+    return insert
+
+
 def see_one_moment(connection: sa.Connection) -> None:
     """Let all statements of a transaction that only reads see the same moment; before the first of them."""
     # SQLite's do so by themselves.
@@ -374,7 +381,7 @@ class Database:
     @property
     def insert(self) -> Callable[[sa.Table], Any]:
         """The INSERT of the database's dialect, which knows ``on_conflict_do_update``."""
-        return sqlite.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
+        return insert_of(self._engine)
 
     @property
     def binary(self) -> str:

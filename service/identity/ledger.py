@@ -19,7 +19,6 @@ from typing import Any, Final, Literal, TypeVar, cast
 
 import cachetools
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from service.config.settings import Settings
 from service.errors import DependencyUnavailableError, ValidationError
@@ -37,7 +36,14 @@ from service.identity.budgets import (
     periods_by,
     spent_by,
 )
-from service.identity.database import TIMEOUT_S, Database, DatabaseFailedError, metadata, see_one_moment
+from service.identity.database import (
+    TIMEOUT_S,
+    Database,
+    DatabaseFailedError,
+    insert_of,
+    metadata,
+    see_one_moment,
+)
 from service.identity.keys import ID_CHARS
 from service.identity.principal import MAX_NAME_CHARS, Scope
 from service.recording.delivery import NotBookedError
@@ -304,7 +310,7 @@ class DirectLedger:
 
     def book(self, records: Sequence[CallRecord]) -> None:
         """Add records to the ledger; raises ``NotBookedError``."""
-        insert = sqlite.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
+        insert = insert_of(self._engine)
         for batch in _batches(records):
             try:
                 with self._engine.begin() as connection:

@@ -7,3 +7,7 @@ and any other process sends them. A call never waits for MLflow, waits for a dis
 and never fails because of either; records are lost only beyond the configured limits, and lost ones are
 counted.
 """
+
+from service.utils.deferred_packages import defer_packages
+
+defer_packages("mlflow")

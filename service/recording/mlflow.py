@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
@@ -31,9 +31,6 @@ from service.errors import UpstreamError
 from service.recording.record import AttemptRecord, CallRecord
 from service.telemetry import names
 from service.telemetry.slices import Slices
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 # The names that MLflow's server reads from a root span (mlflow/tracing/constant.py).
 SPAN_TYPE = "mlflow.spanType"
@@ -325,6 +322,10 @@ JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
 
 NOT_MLFLOW = "not MLflow's answer"
+UNKNOWN_USER = "unknown"
+"""The user of a run, as ``MlflowClient`` has it; the field is deprecated."""
+
+SDK_MODULES = ("mlflow.utils.rest_utils", "mlflow.entities", "mlflow.store.tracking.rest_store")
 MAX_PARAM_CHARS = 500
 REFUSED_STATUSES = frozenset(
     {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY}
@@ -399,7 +400,7 @@ class Tracker:
         self._experiment = settings.mlflow_experiment_name
         self._timeout_s = settings.mlflow_timeout_s
         self._resource = dict(resource)
-        self._sdk_client: MlflowClient | None = None
+        self._sdk_store: Any = None
 
     def start_run(self, name: str, started_ms: int) -> Run:
         """Return the run of this name in the experiment, and create both where they do not exist.
@@ -411,14 +412,16 @@ class Tracker:
         Raises:
             TrackerError: The server refused, could not be reached, or did not answer in time.
         """
+        _import_sdk()
+        from mlflow.entities import ViewType  # noqa: PLC0415 - see _import_sdk
 
         def start() -> Run:
-            found = self._client.get_experiment_by_name(self._experiment)
-            identifier = found.experiment_id if found else self._client.create_experiment(self._experiment)
+            found = self._store.get_experiment_by_name(self._experiment)
+            identifier = found.experiment_id if found else self._store.create_experiment(self._experiment)
             # An earlier attempt may have created it without getting the answer.
             query = f"attributes.run_name = '{name}'"
-            runs = self._client.search_runs([identifier], query, max_results=1)
-            run = runs[0] if runs else self._client.create_run(identifier, started_ms, run_name=name)
+            runs = self._store.search_runs([identifier], query, ViewType.ACTIVE_ONLY, max_results=1)
+            run = runs[0] if runs else self._store.create_run(identifier, UNKNOWN_USER, started_ms, [], name)
             return Run(run.info.run_id, identifier)
 
         run = _translate_errors(start)
@@ -438,7 +441,7 @@ class Tracker:
         from mlflow.entities import Param  # noqa: PLC0415 - see _import_sdk
 
         entries = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in params.items()]
-        self._change_run(run, lambda: self._client.log_batch(run.run_id, params=entries))
+        self._change_run(run, lambda: self._store.log_batch(run.run_id, [], entries, []))
 
     def log_totals(self, run: Run, totals: Mapping[str, float], at_ms: int) -> None:
         """Set the run's metrics; raises as ``log_params`` does."""
@@ -446,11 +449,15 @@ class Tracker:
         from mlflow.entities import Metric  # noqa: PLC0415 - see _import_sdk
 
         metrics = [Metric(name, value, at_ms, 0) for name, value in totals.items()]
-        self._change_run(run, lambda: self._client.log_batch(run.run_id, metrics=metrics))
+        self._change_run(run, lambda: self._store.log_batch(run.run_id, metrics, [], []))
 
     def end_run(self, run: Run, status: str, at_ms: int) -> None:
         """End the run as ``FINISHED`` or ``FAILED``; raises as ``log_params`` does."""
-        self._change_run(run, lambda: self._client.set_terminated(run.run_id, status, at_ms))
+        _import_sdk()
+        from mlflow.entities import RunStatus  # noqa: PLC0415 - see _import_sdk
+
+        code = RunStatus.from_string(status)
+        self._change_run(run, lambda: self._store.update_run_info(run.run_id, code, at_ms, None))
 
     def _change_run(self, run: Run, work: Callable[[], object]) -> None:
         try:
@@ -460,7 +467,7 @@ class Tracker:
             _import_sdk()
             from mlflow.entities import LifecycleStage  # noqa: PLC0415 - see _import_sdk
 
-            found = _translate_errors(lambda: self._client.get_run(run.run_id))
+            found = _translate_errors(lambda: self._store.get_run(run.run_id))
             if found.info.lifecycle_stage == LifecycleStage.DELETED:
                 raise GoneError(error.reason) from None
             raise
@@ -567,12 +574,16 @@ class Tracker:
         return response
 
     @property
-    def _client(self) -> "MlflowClient":
-        if self._sdk_client is None:
-            from mlflow import MlflowClient  # noqa: PLC0415 - see _import_sdk
+    def _store(self) -> Any:  # noqa: ANN401 - a RestStore, which the SDK left untyped
+        """The SDK's requests about runs; its ``MlflowClient`` adds nothing to them but 10 MB of modules."""
+        if self._sdk_store is None:
+            from mlflow.store.tracking.rest_store import RestStore  # noqa: PLC0415 - see _import_sdk
+            from mlflow.utils.credentials import get_default_host_creds  # noqa: PLC0415 - see _import_sdk
 
-            self._sdk_client = MlflowClient(self._uri)
-        return self._sdk_client
+            self._sdk_store = RestStore(  # type: ignore[no-untyped-call]  # as above
+                partial(get_default_host_creds, self._uri)
+            )
+        return self._sdk_store
 
 
 def _listed(response: Any, name: str) -> list[Any]:  # noqa: ANN401 - an answer of requests
@@ -596,13 +607,14 @@ def _member(value: Any, *path: str) -> Any:  # noqa: ANN401 - JSON
 
 
 def _import_sdk() -> None:
-    """Import the SDK when it is first needed, in a thread: it takes almost a second and 30 MB.
+    """Import what is used of the SDK when it is first needed, in a thread.
 
     One thread at a time: its modules import each other in cycles, and two threads that import them at once
     can get a partly initialized module.
     """
     with _importing:
-        importlib.import_module("mlflow.utils.rest_utils")
+        for name in SDK_MODULES:
+            importlib.import_module(name)
 
 
 def _translate_errors(work: Callable[[], T]) -> T:

@@ -15,3 +15,7 @@ each call and raises this service's errors only.
 This package never retries, never reads or fills a cache and never decides whether an upstream may be asked:
 retry, breaker and cache stand above it. It is the only importer of ``openai``, ``httpx2`` and ``aiohttp``.
 """
+
+from service.utils.deferred_packages import defer_packages
+
+defer_packages("openai.types")

@@ -10,6 +10,8 @@ import re
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -62,7 +64,7 @@ def test_qdrant_local_storage(tmp_path: Path) -> None:
     except (AttributeError, AssertionError):
         pytest.fail(f"qdrant_client changed where a collection keeps its SQLite connection; {see}")
     assert isinstance(connection, sqlite3.Connection), f"qdrant_client changed its storage; {see}"
-    set_pragmas(client)
+    set_pragmas(local)
     assert connection.execute("PRAGMA synchronous").fetchone() == (1,), (
         f"qdrant_client changed the connection that commits; {see}"
     )
@@ -121,6 +123,43 @@ def test_mlflow() -> None:
     assert ours == theirs, f"mlflow changed the names of span attributes; {SEE_MLFLOW}"
     headers = (otlp.MLFLOW_EXPERIMENT_ID_HEADER, otlp.MLFLOW_RUN_ID_HEADER)
     assert headers == (mlflow.EXPERIMENT_HEADER, mlflow.RUN_HEADER), f"mlflow changed headers; {SEE_MLFLOW}"
+
+
+SEE_DEFERRED = "see service/utils/deferred_packages.py, and who calls it"
+UNUSED = {
+    "mlflow": ("mlflow.genai", "mlflow.models.model", "mlflow.tracking.fluent", "mlflow.tracking.client"),
+    "openai": ("openai.types.responses.response",),
+    "qdrant_client": ("qdrant_client.qdrant_remote", "qdrant_client.http.api_client"),
+    "sqlalchemy": ("sqlalchemy.dialects.postgresql",),
+}
+"""Modules that a process with everything on does not load."""
+
+
+def test_modules_that_are_not_used_are_not_loaded(tmp_path: Path) -> None:
+    program = """
+import sys
+import service.server, service.cache.embedded
+from service.recording import mlflow
+mlflow._import_sdk()
+from openai import AsyncOpenAI
+from qdrant_client.http import models
+AsyncOpenAI(api_key="none").chat.completions
+models.PointStruct(id=1, payload={}, vector={})
+print(*sys.modules)
+"""
+    path = str(Path(__file__).parents[2])
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={"PATH": "", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    loaded = set(ran.stdout.split())
+    assert loaded, ran.stderr
+    for library, unused in UNUSED.items():
+        assert loaded.isdisjoint(unused), f"{library} imports more than it did; {SEE_DEFERRED}"
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"

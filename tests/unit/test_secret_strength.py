@@ -2,6 +2,8 @@
 
 import base64
 import secrets
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -107,3 +109,15 @@ def test_a_hash_that_needs_more_memory_than_there_is_does_not_stop_the_check(rea
     parameters = "m=4294967295,t=1,p=1"
     hashed = argon2.PasswordHasher(1, 8, 1).hash("x").replace("m=8,t=1,p=1", parameters)
     assert read(AUTH_ADMIN_PASSWORD=hashed).errors == ()
+
+
+def test_a_child_process_finds_the_same_and_takes_the_words_with_it() -> None:
+    strong, words = secrets.token_hex(32), "correct horse battery staple and some more"
+    program = (
+        "import sys\n"
+        "from service.config.secret_strength import is_guessable_apart\n"
+        f"found = [is_guessable_apart(secret) for secret in ({strong!r}, {words!r})]\n"
+        "print(found, 'zxcvbn' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.split("\n")[0] == "[False, True] False", ran
