@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from service.config.settings import PASSED_THROUGH, Settings, prepare_environment
 from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import FakeUpstream
-from tests.harness import AppUnderTest, running_app
+from tests.harness import AppUnderTest, cover_processes, running_app
 
 # How long an example takes depends on the machine.
 hypothesis_settings.register_profile("tests", deadline=None)
@@ -32,6 +32,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if len(rerun) > MAX_RERUN and session.exitstatus == pytest.ExitCode.OK:
         reporter.write_line(f"\n{len(rerun)} tests were run twice; at most {MAX_RERUN} may be.")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let the processes of tests marked ``covered`` measure coverage, and those of other e2e tests not."""
+    e2e, covered = (item.get_closest_marker(name) is not None for name in ("e2e", "covered"))
+    cover_processes(covers=covered or not e2e)
 
 
 @pytest.fixture(scope="session", autouse=True)

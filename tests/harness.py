@@ -302,6 +302,24 @@ def _migrate_once() -> Path:
     return file
 
 
+def coverage_variables() -> Mapping[str, str]:
+    """The variables that let a process measure coverage, for a test that asks for it.
+
+    A process that does takes twice as long to start, and most tests of processes reach no line that others do
+    not; those that do have the marker ``covered``.
+    """
+    asks = not _uncovered.is_set()
+    return {name: os.environ[name] for name in os.environ if asks and name.startswith("COVERAGE")}
+
+
+def cover_processes(*, covers: bool) -> None:
+    """Whether the processes of the next test measure coverage."""
+    _uncovered.clear() if covers else _uncovered.set()
+
+
+_uncovered = threading.Event()
+
+
 class ServiceProcess(Client):
     """``python -m service`` in a folder of its own, with nothing in its environment but what is given.
 
@@ -319,7 +337,7 @@ class ServiceProcess(Client):
             "PATH": os.environ["PATH"],
             # The package that these tests stand beside, whichever one is installed.
             "PYTHONPATH": str(ROOT),
-            **{name: os.environ[name] for name in os.environ if name.startswith("COVERAGE")},
+            **coverage_variables(),
             **required,
             "PORT": str(self.port),
             # As in `make_settings`: a test of the cache switches it on.

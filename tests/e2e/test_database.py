@@ -19,7 +19,7 @@ from tests.harness import ServiceProcess, new_secrets
 from tests.http.streaming import calling
 from tests.postgresql import PostgreSql
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.covered]
 
 
 def _newer(path: Path) -> str:

@@ -17,7 +17,7 @@ from tests.fakes.upstream import FakeUpstream
 from tests.harness import ServiceProcess
 from tests.http.streaming import calling
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.covered]
 
 UNKNOWN = "0af7651916cd43dd8448eb211c80319c"
 ONLY_IN_MEMORY = {"method", "status", "known_from", "times", "error", "waits_in_spool", "summary", "time"}

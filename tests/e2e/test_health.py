@@ -18,7 +18,7 @@ from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import FakeUpstream, Silent, Status
 from tests.harness import ServiceProcess
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.covered]
 
 INTERVAL_S = 0.3
 OFTEN = {

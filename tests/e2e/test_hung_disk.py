@@ -15,7 +15,7 @@ from tests.fakes.mlflow import FakeMlflow
 from tests.fakes.upstream import FakeUpstream
 from tests.harness import ServiceProcess
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.covered]
 
 SCRIPT = Path(__file__).with_name("hung_disk.py")
 HANGS = "The disk of the spool does not answer: records wait in memory"

@@ -16,9 +16,9 @@ from service.identity.database import VERSION_TABLE
 from tests.e2e.recording import QUICK, until
 from tests.e2e.support import decoded, run
 from tests.fakes.upstream import FakeUpstream
-from tests.harness import Answer, Client, ServiceProcess, new_secrets
+from tests.harness import Answer, Client, ServiceProcess, coverage_variables, new_secrets
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.covered]
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "x"}]}
 FOLLOWS_S = 5.0
@@ -70,7 +70,7 @@ def database(tmp_path: Path) -> Path:
 def commands(tmp_path: Path, database: Path) -> Commands:
     environment = {
         "PATH": os.environ["PATH"],
-        **{name: os.environ[name] for name in os.environ if name.startswith("COVERAGE")},
+        **coverage_variables(),
         **{name.upper(): value for name, value in new_secrets().items()},
         "DATABASE_URL": f"sqlite:///{database}",
     }

@@ -21,7 +21,7 @@ from tests.harness import Answer, ServiceProcess
 from tests.http.streaming import data, events
 from tests.http.support import eventually
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.covered]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tests.fakes.mlflow import FakeMlflow
 from tests.fakes.upstream import Answer, FakeUpstream, Silent, Status
 from tests.harness import ServiceProcess
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.covered]
 
 SPOOL_NAME = re.compile(r"[0-9]{8}T[0-9]{6}-[0-9]+-[0-9a-f]{6}\.[0-9]{6}\.jsonl")
 

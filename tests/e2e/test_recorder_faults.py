@@ -23,7 +23,7 @@ from tests.fakes.otlp import OtlpReceiver
 from tests.fakes.upstream import FakeUpstream
 from tests.harness import ServiceProcess
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.covered]
 
 LIMITED = """
 import os, resource, sys

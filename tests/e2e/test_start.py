@@ -16,7 +16,7 @@ from tests.fakes.upstream import FakeUpstream
 from tests.harness import ServiceProcess, new_secrets
 from tests.http.support import eventually
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.covered]
 
 JWT_LINE = "Error: JWT_SECRET_KEY must be set and different from default"
 EMPTY = {"PATH": os.environ["PATH"]}

@@ -10,7 +10,7 @@ from tests.fakes.upstream import FakeUpstream, Garbage, Silent, Status
 from tests.harness import ServiceProcess
 from tests.http.support import raw
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.covered]
 
 BAD_SERVICE = Path(__file__).with_name("bad_service.py")
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,7 @@ from tests.harness import Answer as Reply
 from tests.harness import ServiceProcess
 from tests.http.support import eventually
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.covered]
 
 SHUTDOWN_TIMEOUT_S = 30
 """The time limit of a stop by default, which nothing here may use up."""
