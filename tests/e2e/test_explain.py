@@ -14,7 +14,7 @@ from tests.e2e.support import decoded, generate, run, stopped
 from tests.e2e.test_mlflow import left_with_nothing
 from tests.fakes.behaviours import Answer, Reset, Status, Stream
 from tests.fakes.upstream import FakeUpstream
-from tests.harness import ServiceProcess
+from tests.harness import ServiceProcess, coverage_variables
 from tests.http.streaming import calling
 
 pytestmark = [pytest.mark.e2e, pytest.mark.covered]
@@ -134,7 +134,7 @@ def assert_is_the_same(told: Any, remembered: Any) -> None:
 
 
 def explain(folder: Path, given: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run(folder, given, "-m", "service", "explain", *arguments)
+    return run(folder, {**coverage_variables(), **given}, "-m", "service", "explain", *arguments)
 
 
 def test_the_command_needs_no_service_and_no_mlflow(
