@@ -199,8 +199,8 @@ def measure(asked: argparse.Namespace) -> tuple[list[str], dict[str, object]]:
     """All of it: the lines of RESULTS.md, and the numbers."""
     lines = [f"{machine()}.", ""]
     numbers: dict[str, object] = {"machine": machine(), "rounds": asked.rounds, "seconds": asked.seconds}
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder = Path(temporary)
         port, load = stack.enter_context(upstream()), stack.enter_context(Load())
         on = make.everything_on(stack, port, folder)
 
@@ -230,7 +230,7 @@ def measure(asked: argparse.Namespace) -> tuple[list[str], dict[str, object]]:
             lines += ["## What each layer costs, 16 connections", ""]
             lines += [*layers(turns("layers", who, 16)), ""]
         lines += ["## Memory and start", ""]
-        for tree, of in ((ROOT, ""), (asked.before, f" of {BEFORE}")):
+        for tree, name in ((ROOT, SERVICE), (asked.before, BEFORE)):
             if tree is None:
                 continue
             with ExitStack() as inner:
@@ -238,11 +238,13 @@ def measure(asked: argparse.Namespace) -> tuple[list[str], dict[str, object]]:
                 side = make.service(inner, "memory", {**on, "CACHE_ENABLED": "true"}, tree=tree)
                 memory = long_run(load, side, asked.long) if asked.long else []
             starts = cold_starts(on, asked.rounds, tree)
-            numbers[f"memory_mib{of}"], numbers[f"cold_start_s{of}"] = memory, starts
+            numbers[f"memory_mib, {name}"], numbers[f"cold_start_s, {name}"] = memory, starts
             if memory:
                 grown = ", ".join(f"{mib:.0f}" for mib in memory)
-                lines.append(f"- MiB held{of} before, and after each tenth of {asked.long} calls: {grown}.")
-            lines.append(f"- Start{of} to ready, in seconds: {spread(starts)}.")
+                lines.append(
+                    f"- {name.capitalize()}: MiB held at first, and after each tenth of {asked.long} calls: {grown}."
+                )
+            lines.append(f"- {name.capitalize()}: start to ready, in seconds: {spread(starts)}.")
     return lines, numbers
 
 
