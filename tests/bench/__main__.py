@@ -241,9 +241,8 @@ def measure(asked: argparse.Namespace) -> tuple[list[str], dict[str, object]]:
             numbers[f"memory_mib, {name}"], numbers[f"cold_start_s, {name}"] = memory, starts
             if memory:
                 grown = ", ".join(f"{mib:.0f}" for mib in memory)
-                lines.append(
-                    f"- {name.capitalize()}: MiB held at first, and after each tenth of {asked.long} calls: {grown}."
-                )
+                held = f"MiB held at first, and after each tenth of {asked.long} calls"
+                lines.append(f"- {name.capitalize()}: {held}: {grown}.")
             lines.append(f"- {name.capitalize()}: start to ready, in seconds: {spread(starts)}.")
     return lines, numbers
 
