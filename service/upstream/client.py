@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import cachetools
 import httpx2
@@ -69,8 +69,6 @@ STREAM_OPTIONS: Final = re.compile(r"stream_options|include_usage", re.IGNORECAS
 REFUSALS: Final = frozenset({400, 422})
 MAX_WITHOUT_USAGE: Final = 1_024
 """How many models that refuse ``stream_options`` are remembered; the others are asked with it again."""
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 

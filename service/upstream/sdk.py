@@ -21,7 +21,7 @@ class PreparedOpenAI(AsyncOpenAI):
 
     The SDK's ``request`` copies its options and makes the header fields and the URL of each request, for
     clients that retry and whose credentials change. Here they do not. So the fields are made once, of what
-    the SDK says they are, and ``exchange`` sends them; it raises the SDK's errors. This saves an eighth of a
+    the SDK says they are, and ``exchange`` sends them; it raises the SDK's errors. This saves a fifth of a
     call's processor time (``tests/bench/RESULTS.md``).
 
     Args:

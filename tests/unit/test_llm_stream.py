@@ -177,7 +177,7 @@ def test_white_space_first_is_not_kept(blank: bytes) -> None:
     assert peak < 1_000_000
 
 
-def test_a_run_of_empty_lines_is_one() -> None:
+def test_a_run_of_empty_lines_is_no_event() -> None:
     """Each would cost as much as an event, which a megabyte of them would make minutes."""
     decoder = EventDecoder(1_000_000)
     found = list(decoder.feed(TEXT + b"\n" * 100_000 + STOP))
